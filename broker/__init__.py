@@ -1,0 +1,1 @@
+"""A workload-identity broker: attested SPIFFE identities, and one short-lived token for one task."""
