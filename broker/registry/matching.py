@@ -1,0 +1,147 @@
+"""Which entries a set of selectors earns: all of an entry's selectors must be among the caller's.
+
+Two faces of one rule. :func:`match` looks at every entry and keeps the reasons; :class:`EntryIndex` gives the same
+answer fast and without them. Where selectors come from, and what is done with an entry, is not known here.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+
+from broker.errors import NoIdentity
+from broker.registry.entry import Entry
+from broker.spiffe import Selector
+
+
+@dataclass(frozen=True, slots=True)
+class Considered:
+    """One entry that was looked at, and what spoke against it."""
+
+    entry: Entry
+    missing: frozenset[Selector]
+    expired: bool
+
+    @property
+    def is_issued(self) -> bool:
+        """Tell whether nothing spoke against it."""
+        return not self.missing and not self.expired
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What a set of selectors earns, with the reasons; ``issued`` and ``considered`` are oldest first."""
+
+    selectors: frozenset[Selector]
+    issued: tuple[Entry, ...]
+    considered: tuple[Considered, ...]
+
+    def require(self) -> tuple[Entry, ...]:
+        """Give the entries that match; raises NoIdentity where none does, always in the same words."""
+        if not self.issued:
+            raise NoIdentity("no identity issued")
+        return self.issued
+
+    @property
+    def refused(self) -> tuple[Considered, ...]:
+        """The entries that do not match, nearest first: fewest missing selectors, then oldest."""
+        against = [each for each in self.considered if not each.is_issued]
+        return tuple(sorted(against, key=lambda each: (len(each.missing), each.entry.age_key)))
+
+
+def match(entries: Iterable[Entry], selectors: frozenset[Selector], now: datetime) -> Decision:
+    """Judge every entry against the selectors; the definition, linear in the number of entries."""
+    considered = tuple(
+        Considered(entry, entry.selectors - selectors, entry.is_expired(now))
+        for entry in sorted(entries, key=lambda entry: entry.age_key)
+    )
+    return Decision(selectors, tuple(each.entry for each in considered if each.is_issued), considered)
+
+
+def oldest_of_each_hint(entries: Iterable[Entry]) -> tuple[Entry, ...]:
+    """Drop every entry whose non-empty hint an older one has already: hints in one answer are unique (Workload API)."""
+    seen: set[str] = set()
+    kept: list[Entry] = []
+    for entry in sorted(entries, key=lambda entry: entry.age_key):
+        if entry.hint not in seen:
+            kept.append(entry)
+            # No hint is not a name: any number of entries may have none.
+            seen.update({entry.hint} - {""})
+    return tuple(kept)
+
+
+class EntryIndex:
+    """Entries filed for matching. Adding and removing one costs the number of its selectors, not of the entries.
+
+    An entry can only match a caller who has every one of its selectors, so it is filed under a single one: the one
+    that the fewest entries had when it came. Not for use by several threads at once.
+    """
+
+    __slots__ = ("_by_selector", "_entries", "_frequency")
+
+    def __init__(self, entries: Iterable[Entry] = ()) -> None:
+        """File the entries; the later of two with the same id stays."""
+        # Texts, not selectors: their hash is kept, and sets of them are compared without calling Python.
+        self._by_selector: dict[str, dict[str, frozenset[str]]] = {}
+        self._entries: dict[str, tuple[Entry, str]] = {}
+        self._frequency: Counter[str] = Counter()
+        for entry in entries:
+            self.add(entry)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[Entry]:
+        return (entry for entry, _ in self._entries.values())
+
+    def __contains__(self, entry_id: object) -> bool:
+        return entry_id in self._entries
+
+    def get(self, entry_id: str) -> Entry | None:
+        """Give the entry with this id, or None."""
+        found = self._entries.get(entry_id)
+        return None if found is None else found[0]
+
+    def add(self, entry: Entry) -> Entry | None:
+        """File an entry in the place of the one with its id, which is given back (or None)."""
+        replaced = self.remove(entry.id)
+        needed = frozenset(map(str, entry.selectors))
+        # By text on a tie, so that the same entries are always filed the same way.
+        key = min(needed, key=lambda text: (self._frequency[text], text))
+        self._frequency.update(needed)
+        self._by_selector.setdefault(key, {})[entry.id] = needed
+        self._entries[entry.id] = (entry, key)
+        return replaced
+
+    def remove(self, entry_id: str) -> Entry | None:
+        """Take the entry with this id out and give it back; None where there is none."""
+        found = self._entries.pop(entry_id, None)
+        if found is None:
+            return None
+        entry, key = found
+        filed = self._by_selector[key]
+        for text in filed.pop(entry_id):
+            self._frequency[text] -= 1
+            if not self._frequency[text]:
+                del self._frequency[text]
+        if not filed:
+            del self._by_selector[key]
+        return entry
+
+    def match(self, selectors: frozenset[Selector], now: datetime) -> tuple[Entry, ...]:
+        """Give the entries that the selectors earn, oldest first: what :func:`match` calls ``issued``."""
+        held = frozenset(map(str, selectors))
+        issued = [
+            self._entries[entry_id][0]
+            for text in held
+            for entry_id, needed in self._by_selector.get(text, _NOTHING).items()
+            if needed <= held
+        ]
+        return tuple(sorted((entry for entry in issued if not entry.is_expired(now)), key=lambda entry: entry.age_key))
+
+    def explain(self, selectors: frozenset[Selector], now: datetime) -> Decision:
+        """Judge every entry, with the reasons; linear in their number."""
+        return match(self, selectors, now)
+
+
+_NOTHING: dict[str, frozenset[str]] = {}

@@ -1,0 +1,116 @@
+"""Tasks and their ancestors: how a task begins, and the chain of agents that stands behind it.
+
+Responsible for what a child may be. Every ancestor must be active; authority only shrinks; a chain never meets the same
+agent twice. ``ancestors`` are always given nearest first: the parent, its parent, …, the root.
+"""
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+
+from broker.errors import PolicyDenied, Refused
+from broker.spiffe import SpiffeId
+from broker.tasks.authority import Authority
+from broker.tasks.delegation import Delegation
+from broker.tasks.task import MAX_ACT_DEPTH, Supervision, Task, require_active
+
+
+def start_task(
+    *,
+    id: str,  # noqa: A002 - the field's name
+    agent: SpiffeId,
+    session: str | None,
+    purpose: str,
+    authority: Authority,
+    delegation: Delegation,
+    now: datetime,
+    ttl: timedelta,
+    supervision: Supervision = Supervision.ATTACHED,
+) -> Task:
+    """Begin a root task that ends with its delegation at the latest; raises Refused, Invalid."""
+    delegation.require_live(now)
+    return Task(
+        id=id,
+        root=id,
+        parent=None,
+        depth=0,
+        user=delegation.user,
+        agent=agent,
+        session=session,
+        purpose=purpose,
+        authority=authority,
+        delegation=delegation,
+        created_at=now,
+        expires_at=min(now + ttl, delegation.expires_at),
+        supervision=supervision,
+    )
+
+
+def start_child(
+    parent: Task,
+    ancestors: Sequence[Task],
+    *,
+    id: str,  # noqa: A002 - the field's name
+    agent: SpiffeId,
+    session: str | None,
+    purpose: str,
+    authority: Authority,
+    now: datetime,
+    ttl: timedelta,
+    max_depth: int = MAX_ACT_DEPTH,
+    supervision: Supervision = Supervision.ATTACHED,
+) -> Task:
+    """Begin a task below another, for the same user and within its authority; raises Refused, PolicyDenied.
+
+    ``ancestors`` are the parent's own. ``max_depth`` is the most agents in one chain.
+    """
+    require_lineage_active(parent, ancestors, now)
+    chain = act_chain(parent, ancestors)
+    if agent in chain:
+        raise PolicyDenied("the agent is in the chain already", code="act_chain_cycle")
+    if len(chain) >= min(max_depth, MAX_ACT_DEPTH):
+        raise PolicyDenied("the chain of agents is too long", code="act_chain_depth")
+    lineage = (parent, *ancestors)
+    return Task(
+        id=id,
+        root=parent.root,
+        parent=parent.id,
+        depth=parent.depth + 1,
+        user=parent.user,
+        agent=agent,
+        session=session,
+        purpose=purpose,
+        authority=parent.authority.narrow(authority),
+        delegation=parent.delegation,
+        created_at=now,
+        expires_at=min(now + ttl, *(task.expires_at for task in lineage)),
+        supervision=supervision,
+        epoch=parent.epoch,
+    )
+
+
+def require_lineage_active(task: Task, ancestors: Sequence[Task], now: datetime) -> None:
+    """Refuse unless the task and every ancestor are active at this moment; raises Refused."""
+    require_lineage(task, ancestors)
+    for each in (task, *ancestors):
+        require_active(each, now)
+    task.delegation.require_live(now)
+
+
+def require_lineage(task: Task, ancestors: Sequence[Task]) -> None:
+    """Refuse ancestors that are not exactly the task's own, up to the root; raises Refused (``task_lineage``)."""
+    child = task
+    for parent in ancestors:
+        if parent.id != child.parent or parent.root != task.root or parent.depth != child.depth - 1:
+            raise Refused("the ancestors given are not the task's", code="task_lineage")
+        child = parent
+    if child.parent is not None:
+        raise Refused("the task's ancestors do not reach its root", code="task_lineage")
+
+
+def act_chain(task: Task, ancestors: Sequence[Task]) -> tuple[SpiffeId, ...]:
+    """Give the agents behind a task from our own records, the present actor first (RFC 8693 §4.1); raises Refused."""
+    require_lineage(task, ancestors)
+    chain = tuple(each.agent for each in (task, *ancestors))
+    if len(set(chain)) != len(chain):
+        raise Refused("the chain of agents meets one twice", code="act_chain_cycle")
+    return chain
