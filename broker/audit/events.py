@@ -1,10 +1,11 @@
 """The audit log's events: a closed set, each with the names of what may be said about it.
 
 Responsible for what a record is and for its one canonical form. Chaining is in :mod:`broker.audit.chain`, keeping is the
-store's. A record never holds a secret: names are declared per event, and text that looks like a token or a private key is
-refused. Token hashes, never tokens.
+store's. A record never holds a secret: names are declared per event, and of text that looks like a token or a private key
+only the hash is kept. Nobody can keep a refusal out of the log by the text that he sends.
 """
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,19 +16,23 @@ from typing import Final, Self, TypeAlias
 
 from broker.errors import Invalid, InvalidJson
 from broker.spiffe import strictjson
+from broker.spiffe.jose import b64url_encode
 from broker.spiffe.strictjson import MAX_EXACT, JsonValue
 
 FieldValue: TypeAlias = str | int | bool | list[str] | tuple[str, ...] | None
 
 VERSION: Final = 1
 """The form of a record's body; another form gets another number, and old rows stay as they are."""
-MAX_TEXT: Final = 4096
-"""Longest text, in characters: a canonical authority must fit."""
+MAX_TEXT: Final = 8192
+"""Longest text kept as it is, in characters: a canonical authority, or a selector with a path, must fit."""
 MAX_ITEMS: Final = 256
 """Most texts in one list: an entry's selectors must fit."""
 
-# A compact JWS or JWE starts with a JSON object's first two characters in base64url.
-_SECRET: Final = re.compile(r"eyJ[A-Za-z0-9_-]{5,}\.[A-Za-z0-9_-]*\.[A-Za-z0-9_-]*|-----BEGIN [A-Z ]*PRIVATE KEY")
+# A compact JWS or JWE starts with a JSON object's first two characters in base64url. It is looked for at the start of a
+# word only, which keeps the search linear. Lone surrogates are not text.
+_UNFIT: Final = re.compile(
+    "(?<![A-Za-z0-9_-])eyJ[A-Za-z0-9_-]{5,}\\.[A-Za-z0-9_-]*\\.[A-Za-z0-9_-]*|-----BEGIN [A-Z ]*PRIVATE KEY|[\ud800-\udfff]"
+)
 _TIME: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{6}Z")
 
 
@@ -189,7 +194,8 @@ FIELDS: Final[Mapping[Event, frozenset[str]]] = {
 class Record:
     """One thing that happened: who did it (``actor``), to what (``subject``), when (aware). Raises Invalid.
 
-    Fields have declared names; lists are kept as tuples. No two records that differ have the same body.
+    Fields have declared names; lists are kept as tuples. Of a secret or an overlong text only the hash is kept. No two
+    records that differ have the same body.
     """
 
     event: Event
@@ -202,16 +208,16 @@ class Record:
         event = Event(self.event)
         if self.at.tzinfo is None:
             raise _invalid("its time has no time zone")
-        for text in (self.actor, self.subject):
-            if not text:
-                raise _invalid("its actor or subject is empty")
-            _check_text(text)
+        if not self.actor or not self.subject:
+            raise _invalid("its actor or subject is empty")
         unknown = self.fields.keys() - FIELDS[event]
         if unknown:
             raise _invalid(f"{event} has no field {min(unknown)}")
         fields = {name: _read(value) for name, value in self.fields.items()}
         object.__setattr__(self, "event", event)
         object.__setattr__(self, "at", self.at.astimezone(UTC))
+        object.__setattr__(self, "actor", _shown(self.actor))
+        object.__setattr__(self, "subject", _shown(self.subject))
         object.__setattr__(self, "fields", MappingProxyType(fields))
 
     def body(self) -> bytes:
@@ -257,8 +263,7 @@ def _read(value: FieldValue) -> FieldValue:
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
-        _check_text(value)
-        return value
+        return _shown(value)
     if isinstance(value, int):
         if abs(value) > MAX_EXACT:
             raise _invalid("a number is beyond 2^53; write it as text")
@@ -267,19 +272,18 @@ def _read(value: FieldValue) -> FieldValue:
         raise _invalid(f"a {type(value).__name__} cannot be recorded")
     if len(value) > MAX_ITEMS:
         raise _invalid(f"a list holds more than {MAX_ITEMS} texts")
-    for item in value:
-        _check_text(item)
-    return tuple(value)
+    return tuple(_shown(item) for item in value)
 
 
-def _check_text(text: object) -> None:
+def _shown(text: object) -> str:
     if not isinstance(text, str):
         raise _invalid("something is not text")
-    if len(text) > MAX_TEXT:
-        raise _invalid(f"a text is longer than {MAX_TEXT} characters")
-    # NOTE(security): the last line of defence; callers record hashes.
-    if _SECRET.search(text):
-        raise _invalid("a text looks like a token or a private key")
+    # NOTE(security): the last line of defence; callers record hashes. Refusing instead would let whoever sends such a
+    # text be refused without a record.
+    if len(text) <= MAX_TEXT and _UNFIT.search(text) is None:
+        return text
+    hashed = b64url_encode(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
+    return f"withheld sha-256:{hashed} ({len(text)} characters)"
 
 
 def _event(value: JsonValue) -> Event:

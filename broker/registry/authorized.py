@@ -89,7 +89,7 @@ class AgentScope:
     time at which an entry of the walk expires: recompute then, for what hangs below it expires with it.
     """
 
-    __slots__ = ("_ids", "_parents", "_roots", "agent_id", "agent_selectors", "next_change_at")
+    __slots__ = ("_ids", "_parents", "agent_id", "agent_selectors", "next_change_at")
 
     def __init__(
         self, agent_id: SpiffeId, agent_selectors: frozenset[Selector], tree: EntryTree, now: datetime
@@ -117,7 +117,6 @@ class AgentScope:
         """Walk the whole tree anew. Expired entries are neither served nor parents."""
         aliases = tree.aliases(self.agent_selectors, now)
         self.next_change_at: datetime | None = None
-        self._roots = {alias.id for alias in aliases}
         self._ids: set[str] = set()
         # How many reasons there are for each parent: the agent, its aliases, and the entries that it serves.
         self._parents: Counter[SpiffeId] = Counter()
@@ -163,11 +162,7 @@ class AgentScope:
         return not entry.is_alias and entry.parent_id in self._parents and not entry.is_expired(now)
 
     def _touches_alias(self, entry: Entry | None) -> bool:
-        return (
-            entry is not None
-            and entry.is_alias
-            and (entry.id in self._roots or entry.selectors <= self.agent_selectors)
-        )
+        return entry is not None and entry.is_alias and entry.selectors <= self.agent_selectors
 
     def _touches_parent(self, old: Entry | None, new: Entry | None, tree: EntryTree, now: datetime) -> bool:
         if old is not None and new is not None and _stays(old, new) and not new.is_expired(now):

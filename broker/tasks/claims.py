@@ -31,7 +31,7 @@ USES: Final = frozenset({"once"})
 
 
 class Fate(StrEnum):
-    """What becomes of a claim that is read. A claim without a fate is refused."""
+    """What becomes of a claim that is read. A claim without a fate is named, and means nothing."""
 
     VERIFIED = "required and verified"
     RECORDED = "required and recorded"
@@ -58,7 +58,7 @@ FATES: Final[Mapping[str, Fate]] = {
     "acr": Fate.OPTIONAL,
     "auth_time": Fate.OPTIONAL,
 }
-"""Every claim that a task token may carry."""
+"""Every claim that we put into a task token, or judge in one."""
 
 _REQUIRED: Final = frozenset(name for name, fate in FATES.items() if fate in (Fate.VERIFIED, Fate.RECORDED))
 _TASK_REQUIRED: Final = frozenset({"id", "root", "epoch", "hop", "purpose", "authority_hash"})
@@ -119,6 +119,7 @@ class TaskClaims:
     sid: str | None = None
     acr: str | None = None
     auth_time: int | None = None
+    unknown: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         # What one claim says of another. It holds for what we mint as for what we read.
@@ -155,9 +156,11 @@ class TaskClaims:
 
     @classmethod
     def parse(cls, payload: Mapping[str, JsonValue]) -> Self:
-        """Read a payload whose signature was checked; raises InvalidToken for any claim not as declared."""
-        if not payload.keys() <= FATES.keys():
-            raise InvalidToken("the token holds a claim that is not known", code="token_claim_unknown")
+        """Read a payload whose signature was checked; raises InvalidToken for any claim not as declared.
+
+        A claim that a newer issuer added is named in ``unknown`` and means nothing (RFC 7519 §4): what restricts stands
+        inside ``task``, ``cnf`` and ``authorization_details``, whose members are closed sets.
+        """
         if not payload.keys() >= _REQUIRED:
             raise InvalidToken("a claim of the token is missing", code="token_claim_missing")
         act = _chain(payload["act"])
@@ -181,6 +184,7 @@ class TaskClaims:
                 task=_reference(payload["task"]),
                 acr=_named(payload, "acr") if "acr" in payload else None,
                 auth_time=numeric_date(payload, "auth_time", required=False),
+                unknown=tuple(sorted(payload.keys() - FATES.keys())),
             )
         except InvalidToken:
             raise
@@ -238,7 +242,8 @@ def issue_claims(
             id=task.id,
             root=task.root,
             parent=task.parent,
-            epoch=_epoch_of(lineage),
+            # The lowest is the safest: a bump that any of them has not seen kills the token.
+            epoch=min(each.epoch for each in lineage),
             hop=len(act),
             purpose=purpose_hash(task.purpose),
             authority_hash=task.authority.digest,
@@ -252,11 +257,6 @@ def issue_claims(
 def purpose_hash(purpose: str) -> str:
     """Give what a token says of a purpose: ``sha-256:`` and the hash of its UTF-8 text."""
     return "sha-256:" + b64url_encode(hashlib.sha256(purpose.encode()).digest())
-
-
-def _epoch_of(lineage: Sequence[Task]) -> int:
-    # The lowest is the safest: a bump that any of them has not seen kills the token.
-    return min(task.epoch for task in lineage)
 
 
 def _seconds(time: datetime) -> int:

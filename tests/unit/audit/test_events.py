@@ -1,3 +1,5 @@
+import base64
+import hashlib
 import json
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
@@ -11,7 +13,7 @@ from broker.audit.events import COMMON, FIELDS
 from broker.errors import Invalid
 
 NOW = datetime(2026, 11, 22, 12, 0, 0, 123456, tzinfo=UTC)
-TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+TEXTS = st.text(max_size=12)
 VALUES = st.none() | st.booleans() | st.integers(-(2**53) + 1, 2**53 - 1) | TEXTS | st.lists(TEXTS, max_size=3)
 RECORDS = st.sampled_from(Event).flatmap(
     lambda event: st.builds(
@@ -130,16 +132,28 @@ TOKEN = "eyJhbGciOiJFUzI1NiJ9.eyJzdWIiOiJ1c3JfMSJ9.AAAA"
         "-----BEGIN EC PRIVATE KEY",
     ],
 )
-def test_a_secret_is_not_recorded(secret: str) -> None:
+def test_of_a_secret_only_the_hash_is_recorded(secret: str) -> None:
+    digest = base64.urlsafe_b64encode(hashlib.sha256(secret.encode()).digest()).decode().rstrip("=")
     for changes in (
         {"actor": secret},
         {"subject": secret},
         {"fields": {"user": secret}},
         {"fields": {"reasons": ["x", secret]}},
     ):
-        with pytest.raises(Invalid) as refused:
-            record(**changes)
-        assert secret not in refused.value.message
+        made = record(**changes)
+        assert secret not in repr(made)
+        assert secret[:20] not in made.body().decode()
+        assert f"withheld sha-256:{digest} ({len(secret)} characters)" in made.body().decode()
+        assert Record.from_body(made.body()) == made
+
+
+@pytest.mark.bears("L03", "L04")
+@pytest.mark.parametrize("text", ["x" * 8193, "\ud800", "a\udfffb"])
+def test_no_text_keeps_an_event_out_of_the_log(text: str) -> None:
+    made = record(event=Event.TASK_REFUSED, actor=text, subject=text, fields={"user": text, "reasons": [text]})
+    assert len(made.body()) < 600
+    assert Record.from_body(made.body()) == made
+    assert record(subject=text + "x").body() != record(subject=text).body()
 
 
 @pytest.mark.parametrize(
@@ -149,7 +163,6 @@ def test_a_secret_is_not_recorded(secret: str) -> None:
         {"actor": ""},
         {"subject": ""},
         {"subject": None},
-        {"actor": "x" * 4097},
         {"fields": {"nothing": 1}},
         {"fields": {"token": "x"}},
         {"fields": {"user": 1.5}},
@@ -160,7 +173,6 @@ def test_a_secret_is_not_recorded(secret: str) -> None:
         {"fields": {"user": [["a"]]}},
         {"fields": {"user": 2**53}},
         {"fields": {"user": ["x"] * 257}},
-        {"fields": {"user": "x" * 4097}},
     ],
 )
 def test_what_is_not_a_record_is_refused(changes: dict[str, Any]) -> None:

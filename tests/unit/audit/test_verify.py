@@ -110,6 +110,15 @@ def test_a_chain_written_anew_is_found_against_the_head_that_was_kept(place: int
 
 
 @pytest.mark.bears("L01")
+@given(st.integers(1, 11))
+def test_the_tail_of_another_chain_is_found(place: int) -> None:
+    # Each link of it is right by itself, numbers included.
+    other = chain(12, actor="other")
+    assert verify_chain(other).seq == 12
+    assert first_bad([*ROWS[:place], *other[place:]]) == place + 1
+
+
+@pytest.mark.bears("L01")
 def test_a_fork_and_a_rolled_back_copy_are_found() -> None:
     fork = [*ROWS[:6], *chain(9, ROWS[5].head, actor="other")]
     assert verify_chain(fork).seq == 15

@@ -101,6 +101,25 @@ def test_parents_and_aliases_ask_for_a_walk() -> None:
     assert scope.ids == frozenset()
 
 
+def test_a_parent_that_expired_asks_for_a_walk_at_its_next_change() -> None:
+    soon = NOW + timedelta(seconds=5)
+    tree = EntryTree([entry("top", spiffe_id="/top", expires_at=soon), entry("low", parent=AT + "/top")])
+    scope = AgentScope(AGENT, NODE, tree, NOW)
+    changed = entry("top", spiffe_id="/top", expires_at=soon, hint="x")
+    assert scope.apply(tree.add(changed), changed, tree, NOW) is Effect.CHANGED
+    again = entry("top", spiffe_id="/top", expires_at=soon, hint="y")
+    assert scope.apply(tree.add(again), again, tree, soon) is Effect.RECOMPUTE
+
+
+def test_nobody_serves_what_hangs_below_the_server() -> None:
+    tree = EntryTree([entry("alias", "x509pop:cluster:red", parent=SERVER, spiffe_id="/red")])
+    scope = AgentScope(SpiffeId(SERVER), NODE, tree, NOW)
+    assert scope.ids == frozenset()
+    another = entry("another", "x509pop:cluster:red", parent=SERVER, spiffe_id="/red2")
+    assert scope.apply(tree.add(another), another, tree, NOW) is Effect.NONE
+    assert scope.ids == frozenset()
+
+
 PATHS = ["/a", "/b", "/c", "/d"]
 PARENTS = [str(AGENT), SERVER, *(AT + path for path in PATHS)]
 CHANGES = st.lists(

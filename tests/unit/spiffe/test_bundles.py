@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import spiffe as py_spiffe
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from hypothesis import given
 from hypothesis import strategies as st
@@ -81,6 +82,21 @@ def test_the_forms_of_the_workload_api(pki: Any) -> None:
     assert not Bundle.from_workload_api(DOMAIN, jwks=foreign).jwt_authorities
     assert code_of(lambda: Bundle.from_workload_api(DOMAIN, x509_der=roots[0].der[:-1])) == "bundle_certificate"
     assert code_of(lambda: Bundle.from_workload_api(DOMAIN, x509_der=b"\x30\x00")) == "bundle_certificate"
+
+
+def test_py_spiffe_reads_the_forms_of_the_workload_api(pki: Any) -> None:
+    roots = [pki.root("a"), pki.root("b")]
+    bundle = Bundle(DOMAIN, tuple(root.certificate for root in roots), {"k1": KEY, "k2": KEY2})
+    domain = py_spiffe.TrustDomain("example.org")
+    jwt_keys = py_spiffe.JwtBundle.parse(domain, bundle.jwks().encode()).jwt_authorities
+    assert {kid: key.public_numbers() for kid, key in jwt_keys.items()} == {
+        "k1": KEY.public_numbers(),
+        "k2": KEY2.public_numbers(),
+    }
+    authorities = py_spiffe.X509Bundle.parse_raw(domain, bundle.x509_der()).x509_authorities
+    assert {certificate.serial_number for certificate in authorities} == {
+        root.certificate.serial_number for root in roots
+    }
 
 
 @pytest.mark.bears("TB-01")

@@ -240,6 +240,15 @@ def test_the_curve_is_bound_to_the_algorithm() -> None:
     )
 
 
+@pytest.mark.bears("JW15")
+@pytest.mark.parametrize("curve", [ec.SECP256K1, ec.BrainpoolP256R1])
+def test_another_curve_of_the_same_size_does_not_fit(curve: type[ec.EllipticCurve]) -> None:
+    key = ec.generate_private_key(curve())
+    jws = jose.parse_compact(token({"alg": "ES256"}, signer=lambda data: ES256.sign(data, key)))
+    assert code_of(lambda: jose.verify_signature(jws, key.public_key(), "ES256")) == "token_signature"
+    assert code_of(lambda: jose.jwk_from_public_key(key.public_key())) == "jwk_curve"
+
+
 @pytest.mark.bears("JW-03")
 def test_a_public_key_is_never_a_shared_secret() -> None:
     pem = KEY.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)

@@ -1,0 +1,1 @@
+"""What the programs say about themselves: logs, metrics, health. Never what they hold."""
