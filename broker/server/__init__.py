@@ -1,0 +1,1 @@
+"""The server: the identity half, the task half, and the store they share."""

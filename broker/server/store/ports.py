@@ -1,0 +1,117 @@
+"""The port of the store: what use cases may ask of it, without a word of SQL.
+
+A *write* is one act: a plain function over a :class:`Writer`, run alone (no other act between its statements), wholly or not at
+all, and acknowledged only when it is durable. An act that raises leaves nothing behind. An act must be quick, must not block, and
+must not await; what it returns is handed out after the commit. A *read* is a plain function over a :class:`Reader` and sees one
+consistent snapshot, never an uncommitted row. Every adapter passes ``tests/contract/test_store_contract.py``.
+
+Whatever the storage refuses (full, read-only, overloaded, cut off) is ``Unavailable``: the outcome of a write is then unknown to
+the caller, who repeats it under the same idempotency key.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
+
+from broker.server.store.rows import Change
+from broker.server.store.table_ports import (
+    AuthorityReads,
+    AuthorityWrites,
+    EntryReads,
+    EntryWrites,
+    FrameReads,
+    FrameWrites,
+    Housekeeping,
+    IdempotencyWrites,
+    NodeReads,
+    NodeWrites,
+    SessionReads,
+    SessionWrites,
+    TaskReads,
+    TaskWrites,
+    TokenReads,
+    TokenWrites,
+    TrailReads,
+    TrailWrites,
+)
+
+T = TypeVar("T")
+
+
+class Reader(
+    TrailReads, EntryReads, NodeReads, AuthorityReads, SessionReads, TaskReads, TokenReads, FrameReads, Protocol
+):
+    """All that a read may ask, from one snapshot."""
+
+
+class Writer(
+    TrailWrites,
+    EntryWrites,
+    NodeWrites,
+    AuthorityWrites,
+    SessionWrites,
+    TaskWrites,
+    TokenWrites,
+    FrameWrites,
+    IdempotencyWrites,
+    Housekeeping,
+    Protocol,
+):
+    """All that an act may do; it sees its own writes."""
+
+
+class Store(Protocol):
+    """The store: one writer, many readers, and a feed of what was committed."""
+
+    @property
+    def id(self) -> str:
+        """The store's own name, made with it: cursors of another store mean nothing here."""
+        ...
+
+    @property
+    def head(self) -> int:
+        """The number of the last change that subscribers were told of."""
+        ...
+
+    async def write(self, act: Callable[[Writer], T]) -> T:
+        """Run one act and give its result once it is durable; Unavailable, or what the act raised."""
+        ...
+
+    async def read(self, query: Callable[[Reader], T]) -> T:
+        """Run one query on a committed snapshot; Unavailable, or what the query raised."""
+        ...
+
+    def subscribe(self, callback: Callable[[Sequence[Change]], None]) -> Callable[[], None]:
+        """Have committed changes told, in order, on the event loop, before the writer's ``write`` returns.
+
+        Give the function that ends the subscription. The callback must not block.
+        """
+        ...
+
+    async def check(self) -> None:
+        """Raise Unavailable when the store cannot be read or written, or its file is not the one that was opened."""
+        ...
+
+
+__all__ = [
+    "AuthorityReads",
+    "AuthorityWrites",
+    "EntryReads",
+    "EntryWrites",
+    "FrameReads",
+    "FrameWrites",
+    "Housekeeping",
+    "IdempotencyWrites",
+    "NodeReads",
+    "NodeWrites",
+    "Reader",
+    "SessionReads",
+    "SessionWrites",
+    "Store",
+    "TaskReads",
+    "TaskWrites",
+    "TokenReads",
+    "TokenWrites",
+    "TrailReads",
+    "TrailWrites",
+    "Writer",
+]

@@ -1,0 +1,161 @@
+"""Rows that have no home of their own in the rules: what the tables hold, as frozen values.
+
+Entries, tasks and audit records are the rules' own types and are stored as such. Times are aware datetimes and come back as
+exactly what they were (frames carry integers instead, as on the wire). No row ever holds a token, a key or any other secret:
+hashes and public halves only.
+"""
+
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+
+from broker.spiffe import Selector, SpiffeId, strictjson
+from broker.tasks.task import State, Task
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One committed change: its sequence number is its place in the order of commits, without gaps."""
+
+    seq: int
+    kind: str
+    key: str
+    body: str
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A node agent that attested: ``serial`` is pinned, ``new_serial`` is offered and not used yet (empty: none)."""
+
+    id: SpiffeId
+    attestation_type: str
+    serial: str
+    new_serial: str
+    expires_at: datetime
+    selectors: frozenset[Selector]
+    banned: bool = False
+    reattestable: bool = False
+    agent_version: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class JoinToken:
+    """A one-time admission for a node, known only by its hash; ``agent_id`` asks for an alias entry, None for none."""
+
+    token_hash: str
+    agent_id: SpiffeId | None
+    expires_at: datetime
+
+
+class AuthorityKind(StrEnum):
+    """What an authority signs; each kind has its own keys."""
+
+    X509 = "x509"
+    JWT = "jwt"
+    TASK = "task"
+
+
+class AuthorityState(StrEnum):
+    """prepared (published, not used) → active (signs) → old (published until all it signed has expired)."""
+
+    PREPARED = "prepared"
+    ACTIVE = "active"
+    OLD = "old"
+
+
+@dataclass(frozen=True, slots=True)
+class AuthorityRow:
+    """The public half of an authority: a DER certificate (x509) or a DER SubjectPublicKeyInfo (jwt, task)."""
+
+    kind: AuthorityKind
+    id: str
+    public: bytes
+    state: AuthorityState
+    not_before: datetime
+    not_after: datetime
+    tainted: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SessionRow:
+    """One attested process instance, as its node agent told it; ``ended_at`` is None while it lives."""
+
+    id: str
+    agent: SpiffeId
+    spiffe_id: SpiffeId
+    entry_id: str
+    x5t: str
+    not_after: datetime
+    started_at: datetime
+    ended_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRow:
+    """A task token that was issued: its hash and what it was bound to, never the token."""
+
+    jti: str
+    task_id: str
+    root: str
+    resource: str
+    scope: str
+    agent: SpiffeId
+    session: str | None
+    x5t: str | None
+    issued_at: datetime
+    expires_at: datetime
+    hash: str
+    revoked_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewFrame:
+    """A message of the revocation feed before it has its number; fields that its kind does not use stay empty.
+
+    ``committed_at`` is in milliseconds since 1970; ``forget_at`` in seconds: nothing that the frame kills lives longer.
+    """
+
+    kind: str
+    committed_at: int
+    forget_at: int
+    root: str = ""
+    task: str = ""
+    epoch: int = 0
+    state: str = ""
+    session: str = ""
+    jti: str = ""
+    keys: str = ""
+    cause: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrameRow(NewFrame):
+    """A frame with its number, which is also the number of its change."""
+
+    seq: int
+
+    @classmethod
+    def of(cls, change: Change) -> "FrameRow":
+        """Read a frame from its change (kind "frame"); for subscribers."""
+        value = strictjson.loads(change.body.encode())
+        if not isinstance(value, dict):
+            raise TypeError("the body of a frame's change is not a JSON object")
+        return cls(seq=change.seq, **value)  # type: ignore[arg-type]  # written by add_frame from the same class
+
+
+@dataclass(frozen=True, slots=True)
+class TaskFilter:
+    """Which tasks a list is of; a field that is None does not narrow. ``live`` keeps pending, active and suspended."""
+
+    live: bool = False
+    state: State | None = None
+    user: str | None = None
+    agent: SpiffeId | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TaskPage:
+    """Tasks, oldest first; ``next`` is the token of the following page, None at the end."""
+
+    tasks: tuple[Task, ...]
+    next: str | None

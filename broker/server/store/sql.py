@@ -1,0 +1,104 @@
+"""What the tables ask of a database connection, and how values cross into columns.
+
+The table modules speak portable SQL with ``?`` for values through :class:`Sql`; an adapter implements it, names its own errors
+:class:`Duplicate` and :class:`Dangling`, and turns what its storage refuses into ``Unavailable``.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final, Protocol, TypeAlias, TypeVar
+
+from broker.spiffe import strictjson
+
+Value: TypeAlias = str | int | bytes | None
+Row: TypeAlias = tuple[Any, ...]
+T = TypeVar("T")
+
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND: Final = timedelta(microseconds=1)
+
+
+class Duplicate(Exception):  # noqa: N818  (a condition that the tables translate, never shown)
+    """A row with this key, or these unique columns, is there already."""
+
+
+class Dangling(Exception):  # noqa: N818
+    """The row refers to one that is not there."""
+
+
+class Sql(Protocol):
+    """One database connection inside one transaction."""
+
+    def run(self, text: str, values: Sequence[Value] = ()) -> int:
+        """Change rows and give their number; Duplicate, Dangling, Unavailable."""
+        ...
+
+    def row(self, text: str, values: Sequence[Value] = ()) -> Row | None:
+        """Give the first row, or None; Unavailable."""
+        ...
+
+    def rows(self, text: str, values: Sequence[Value] = ()) -> list[Row]:
+        """Give all rows; Unavailable."""
+        ...
+
+
+class SqlTables:
+    """Tables seen through one connection."""
+
+    def __init__(self, sql: Sql) -> None:
+        """Read and write through this connection, which lives as long as the adapter says."""
+        self._sql = sql
+
+
+def micros(time: datetime) -> int:
+    """Give whole microseconds since 1970: a time comes back as exactly what it was."""
+    if time.tzinfo is None:
+        raise ValueError("a time without a zone is not stored")
+    return (time - _EPOCH) // _MICROSECOND
+
+
+def micros_or_none(time: datetime | None) -> int | None:
+    """Give whole microseconds since 1970, or None for None."""
+    return None if time is None else micros(time)
+
+
+def moment(stored: int) -> datetime:
+    """Give the time that was stored, aware, in UTC."""
+    return _EPOCH + timedelta(microseconds=stored)
+
+
+def moment_or_none(stored: int | None) -> datetime | None:
+    """Give the time that was stored, or None for None."""
+    return None if stored is None else moment(stored)
+
+
+def text_list(values: Iterable[object]) -> str:
+    """Write values as a JSON array of their texts, in the given order."""
+    return strictjson.canonical([str(value) for value in values]).decode()
+
+
+def text_set(values: Iterable[object]) -> str:
+    """Write values as a JSON array of their texts, sorted: equal sets give equal text."""
+    return strictjson.canonical(sorted(str(value) for value in values)).decode()
+
+
+def read_list(stored: str, item: Callable[[str], T]) -> tuple[T, ...]:
+    """Read a JSON array of texts, each through ``item``; another shape is a damaged row: TypeError, InvalidJson."""
+    if stored == "[]":
+        return ()
+    value = strictjson.loads(stored.encode())
+    if not isinstance(value, list):
+        raise TypeError("a stored list is not a JSON array")
+    return tuple(item(_text(part)) for part in value)
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError("a stored list holds something that is not text")
+    return value
+
+
+def digest(text: str) -> str:
+    """Give the SHA-256 of a text in hex: a short key for unique columns of any length."""
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,49 @@
+"""The tables, a module per group: portable SQL in, frozen values out. They know no connection but the one handed in."""
+
+from typing_extensions import override
+
+from broker.server.store.tables.authorities import AuthorityReading, AuthorityWriting
+from broker.server.store.tables.entries import EntryReading, EntryWriting
+from broker.server.store.tables.frames import FrameReading, FrameWriting
+from broker.server.store.tables.housekeeping import Sweeping
+from broker.server.store.tables.idempotency import IdempotencyWriting
+from broker.server.store.tables.nodes import NodeReading, NodeWriting
+from broker.server.store.tables.sessions import SessionReading, SessionWriting
+from broker.server.store.tables.tasks import TaskReading, TaskWriting
+from broker.server.store.tables.tokens import TokenReading, TokenWriting
+from broker.server.store.tables.trail import TrailReading
+
+
+class SqlReader(
+    TrailReading,
+    EntryReading,
+    NodeReading,
+    AuthorityReading,
+    SessionReading,
+    TaskReading,
+    TokenReading,
+    FrameReading,
+):
+    """Everything that can be read, through one connection."""
+
+
+class SqlWriter(
+    FrameWriting,
+    EntryWriting,
+    NodeWriting,
+    AuthorityWriting,
+    SessionWriting,
+    TaskWriting,
+    TokenWriting,
+    IdempotencyWriting,
+    Sweeping,
+):
+    """Everything that can be read and written, through the writer's connection."""
+
+    @override
+    def undo(self, keep: int) -> None:
+        super().undo(keep)
+        self.forget_parsed()
+
+
+__all__ = ["SqlReader", "SqlWriter"]

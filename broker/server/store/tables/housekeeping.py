@@ -1,0 +1,51 @@
+"""Forgetting what nobody can ask for any more, a bounded number of rows at a time. The audit chain is never touched."""
+
+from datetime import datetime, timedelta
+from typing import Final
+
+from broker.server.store.sql import SqlTables, micros
+
+CHANGES_KEPT: Final = 100_000
+"""How far back a watcher can resume; beyond it a snapshot is cheaper than the changes."""
+KEPT_AFTER_END: Final = timedelta(days=1)
+"""How long an ended task tree or a session without a valid leaf stays for questions; afterwards the audit log answers."""
+
+_EXPIRED: Final = (
+    "DELETE FROM join_tokens WHERE token_hash IN (SELECT token_hash FROM join_tokens WHERE expires_at <= ? LIMIT ?)",
+    "DELETE FROM idempotency WHERE (owner, key) IN (SELECT owner, key FROM idempotency WHERE expires_at <= ? LIMIT ?)",
+)
+# Frames say in seconds, as on the wire, until when they matter.
+_FRAMES: Final = "DELETE FROM frames WHERE seq IN (SELECT seq FROM frames WHERE forget_at <= ? LIMIT ?)"
+_SESSIONS: Final = "DELETE FROM sessions WHERE id IN (SELECT id FROM sessions WHERE not_after <= ? LIMIT ?)"
+# The newest change always stays: the next number is counted from it.
+_CHANGES: Final = (
+    "DELETE FROM changes WHERE seq IN"
+    " (SELECT seq FROM changes WHERE seq <= (SELECT max(seq) FROM changes) - ? ORDER BY seq LIMIT ?)"
+)
+_DEAD_TREES: Final = (
+    "SELECT t.id FROM tasks t WHERE t.depth = 0 AND t.ended_at IS NOT NULL AND t.ended_at <= ?"
+    " AND NOT EXISTS (SELECT 1 FROM tasks c WHERE c.root = t.id AND (c.ended_at IS NULL OR c.ended_at > ?))"
+    " AND NOT EXISTS (SELECT 1 FROM tasks c JOIN tokens k ON k.task_id = c.id WHERE c.root = t.id AND k.expires_at > ?)"
+    " ORDER BY t.ended_at LIMIT ?"
+)
+_TREE: Final = (
+    "DELETE FROM tokens WHERE task_id IN (SELECT id FROM tasks WHERE root = ?)",
+    "DELETE FROM root_epochs WHERE root = ?",
+    "DELETE FROM tasks WHERE root = ?",
+)
+
+
+class Sweeping(SqlTables):
+    """Forgets."""
+
+    def sweep(self, now: datetime, limit: int) -> int:
+        """Forget up to ``limit`` rows (or task trees) of each kind that are past their time; give how many rows went."""
+        over = micros(now)
+        long_over = micros(now - KEPT_AFTER_END)
+        gone = sum(self._sql.run(text, (over, limit)) for text in _EXPIRED)
+        gone += self._sql.run(_FRAMES, (int(now.timestamp()), limit))
+        gone += self._sql.run(_SESSIONS, (long_over, limit))
+        gone += self._sql.run(_CHANGES, (CHANGES_KEPT, limit))
+        for (root,) in self._sql.rows(_DEAD_TREES, (long_over, long_over, over, limit)):
+            gone += sum(self._sql.run(text, (root,)) for text in _TREE)
+        return gone

@@ -1,0 +1,89 @@
+"""Workload sessions. A session id belongs to the agent, entry and identity that first came with it, and ends once."""
+
+# ruff: noqa: S608 - the texts are put together from constants of this module only
+
+from datetime import datetime
+from typing import Final
+
+from broker.errors import Conflict
+from broker.server.store.rows import SessionRow
+from broker.server.store.sql import Row, SqlTables, micros, micros_or_none, moment, moment_or_none
+from broker.spiffe import SpiffeId
+
+_COLUMNS: Final = "id, agent, spiffe_id, entry_id, x5t, not_after, started_at, ended_at"
+_ONE: Final = f"SELECT {_COLUMNS} FROM sessions WHERE id = ?"
+_BY_X5T: Final = (
+    f"SELECT {_COLUMNS} FROM sessions WHERE x5t = ?"
+    " ORDER BY CASE WHEN ended_at IS NULL THEN 0 ELSE 1 END, started_at DESC, id LIMIT 1"
+)
+_OF_AGENT: Final = f"SELECT {_COLUMNS} FROM sessions WHERE agent = ? AND ended_at IS NULL ORDER BY started_at, id"
+_OF_ENTRY: Final = f"SELECT {_COLUMNS} FROM sessions WHERE entry_id = ? AND ended_at IS NULL ORDER BY started_at, id"
+_PUT: Final = (
+    f"INSERT INTO sessions ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+    " ON CONFLICT (id) DO UPDATE SET x5t = excluded.x5t, not_after = excluded.not_after"
+    " WHERE sessions.ended_at IS NULL AND sessions.agent = excluded.agent"
+    " AND sessions.spiffe_id = excluded.spiffe_id AND sessions.entry_id = excluded.entry_id"
+)
+_END: Final = "UPDATE sessions SET ended_at = ? WHERE id = ? AND ended_at IS NULL"
+
+
+class SessionReading(SqlTables):
+    """Reads sessions."""
+
+    def session(self, session_id: str) -> SessionRow | None:
+        """Give one session, living or ended, or None."""
+        row = self._sql.row(_ONE, (session_id,))
+        return None if row is None else _read(row)
+
+    def session_by_x5t(self, x5t: str) -> SessionRow | None:
+        """Give the session that holds this leaf now: living before ended, the youngest first; or None."""
+        row = self._sql.row(_BY_X5T, (x5t,))
+        return None if row is None else _read(row)
+
+    def sessions_of_agent(self, agent: SpiffeId) -> tuple[SessionRow, ...]:
+        """Give the living sessions of a node agent, oldest first."""
+        return tuple(_read(row) for row in self._sql.rows(_OF_AGENT, (str(agent),)))
+
+    def sessions_of_entry(self, entry_id: str) -> tuple[SessionRow, ...]:
+        """Give the living sessions of an entry, oldest first."""
+        return tuple(_read(row) for row in self._sql.rows(_OF_ENTRY, (entry_id,)))
+
+
+class SessionWriting(SessionReading):
+    """Writes sessions."""
+
+    def put_session(self, row: SessionRow) -> None:
+        """Add, or renew the leaf of the same session; Conflict (session_ended, session_taken)."""
+        values = (
+            row.id,
+            str(row.agent),
+            str(row.spiffe_id),
+            row.entry_id,
+            row.x5t,
+            micros(row.not_after),
+            micros(row.started_at),
+            micros_or_none(row.ended_at),
+        )
+        if self._sql.run(_PUT, values):
+            return
+        there = self.session(row.id)
+        if there is not None and there.ended_at is not None:
+            raise Conflict("the session has ended", code="session_ended", hint="a process that starts is a new session")
+        raise Conflict("the session id belongs to another agent, entry or identity", code="session_taken")
+
+    def end_session(self, session_id: str, at: datetime) -> SessionRow | None:
+        """End and give the session; None when it is unknown or had ended before."""
+        return self.session(session_id) if self._sql.run(_END, (micros(at), session_id)) else None
+
+
+def _read(row: Row) -> SessionRow:
+    return SessionRow(
+        id=row[0],
+        agent=SpiffeId(row[1]),
+        spiffe_id=SpiffeId(row[2]),
+        entry_id=row[3],
+        x5t=row[4],
+        not_after=moment(row[5]),
+        started_at=moment(row[6]),
+        ended_at=moment_or_none(row[7]),
+    )

@@ -1,0 +1,67 @@
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from broker.clock import SystemClock
+from broker.errors import Unavailable
+from broker.server.store import reading
+from broker.server.store.connection import open_writer
+from broker.server.store.ports import Reader
+from broker.server.store.reading import READERS, ReadPool
+from broker.server.store.schema import known_migrations, migrate
+
+
+@pytest.fixture
+async def pool(tmp_path: Path) -> AsyncIterator[ReadPool]:
+    path = tmp_path / "x.db"
+    path.touch()
+    db = open_writer(path)
+    migrate(db, known_migrations(), SystemClock())
+    made = ReadPool(path)
+    made.open()
+    yield made
+    await made.close()
+    db.close()
+
+
+async def test_queries_run_side_by_side_in_their_own_threads(pool: ReadPool) -> None:
+    together = threading.Barrier(READERS, timeout=10)
+
+    def query(_: Reader) -> str:
+        together.wait()
+        return threading.current_thread().name
+
+    names = await asyncio.gather(*(pool.run(query) for _ in range(READERS)))
+    assert len(set(names)) == READERS
+
+
+async def test_what_a_query_raises_reaches_its_caller_and_the_connection_stays_usable(pool: ReadPool) -> None:
+    def query(_: Reader) -> None:
+        raise LookupError
+
+    for _ in range(2 * READERS):
+        with pytest.raises(LookupError):
+            await pool.run(query)
+    assert await pool.run(lambda r: r.change_head()) == 0
+
+
+async def test_more_than_may_wait_are_told_to_come_again(pool: ReadPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "QUEUE_LIMIT", READERS + 1)
+    go_on = threading.Event()
+    waiting = [asyncio.ensure_future(pool.run(lambda _: go_on.wait(10))) for _ in range(READERS + 1)]
+    await asyncio.sleep(0)
+    with pytest.raises(Unavailable) as overloaded:
+        await pool.run(lambda _: None)
+    assert overloaded.value.reason == "store_overloaded"
+
+    # Giving up does not make room: the query still runs.
+    waiting[0].cancel()
+    await asyncio.sleep(0)
+    with pytest.raises(Unavailable):
+        await pool.run(lambda _: None)
+    go_on.set()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    assert await pool.run(lambda r: r.change_head()) == 0
