@@ -1,0 +1,61 @@
+"""The contract of a key: sign bytes, sign a certificate, show the public half, show nothing else."""
+
+from collections.abc import Iterable
+from typing import Final, Literal, Protocol
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+
+# One algorithm everywhere: every SPIFFE validator takes it, and there is nothing to negotiate (RFC 7518 §3.4).
+ALGORITHM: Final = "ES256"
+
+
+class Signer(Protocol):
+    """One private key that stays where it is."""
+
+    @property
+    def id(self) -> str:
+        """The name under which the key manager holds it; in JOSE also the ``kid``."""
+        ...
+
+    @property
+    def algorithm(self) -> Literal["ES256"]:
+        """The JOSE name of its one algorithm."""
+        ...
+
+    @property
+    def public_key(self) -> ec.EllipticCurvePublicKey:
+        """The public half, on P-256."""
+        ...
+
+    def sign(self, data: bytes) -> bytes:
+        """Sign with ECDSA and SHA-256; 64 bytes ``r || s`` as JOSE wants them (RFC 7518 §3.4)."""
+        ...
+
+    def sign_der(self, data: bytes) -> bytes:
+        """Sign with ECDSA and SHA-256; the signature as X.509 wants it (RFC 3279 §2.2.3)."""
+        ...
+
+    def certify(self, builder: x509.CertificateBuilder) -> x509.Certificate:
+        """Sign a complete certificate with ECDSA and SHA-256 (RFC 5280 §4.1.1.2)."""
+        ...
+
+
+class KeyManager(Protocol):
+    """Makes keys and finds them again by name."""
+
+    def generate(self, key_id: str) -> Signer:
+        """Make a P-256 key under a new name; ``Conflict`` when the name is taken."""
+        ...
+
+    def signer(self, key_id: str) -> Signer:
+        """Find a key; ``NotFound`` when it is not held here."""
+        ...
+
+    def ids(self) -> Iterable[str]:
+        """Name every key that is held here."""
+        ...
+
+    def remove(self, key_id: str) -> None:
+        """Forget a key; a name that is not held is no error."""
+        ...

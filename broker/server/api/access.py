@@ -1,0 +1,155 @@
+"""Who may call which method: one table. A method without a line is denied to everybody.
+
+The roles are SPIRE's: ``any`` (no authentication), ``local`` (root or the server's own user on the admin socket),
+``admin`` (an SVID with an admin entry, or named in ``admin_ids``), ``agent`` (an attested node agent's SVID, judged
+against its node at each call), ``downstream`` (an SVID with a downstream entry); and ours: ``peer`` (any SVID of the own
+trust domain; an agent's only while it would count as an agent).
+"""
+
+import os
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final, TypeAlias
+
+from broker.errors import Refused
+from broker.server.identity.directory import Directory
+from broker.server.identity.nodes import AGENT_PATH, Nodes
+from broker.spiffe import SpiffeId, TrustDomain, X509Svid
+from broker.transport.peercred import KernelPeer
+from broker.transport.tls import Anonymous, SvidPeer
+
+
+class Role(StrEnum):
+    """What a caller can be to a method."""
+
+    ANY = "any"
+    LOCAL = "local"
+    ADMIN = "admin"
+    AGENT = "agent"
+    DOWNSTREAM = "downstream"
+    PEER = "peer"
+
+
+@dataclass(frozen=True, slots=True)
+class LocalPeer:
+    """A process on the admin socket that runs as root or as the server itself; made by :func:`admit_local` only."""
+
+    uid: int
+    pid: int
+
+
+Caller: TypeAlias = LocalPeer | Anonymous | SvidPeer
+
+_OPEN: Final = frozenset({Role.ANY})
+_OPERATORS: Final = frozenset({Role.LOCAL, Role.ADMIN})
+_LOCAL: Final = frozenset({Role.LOCAL})
+_AGENTS: Final = frozenset({Role.AGENT})
+_LISTENERS: Final = frozenset({Role.PEER, Role.LOCAL})
+
+
+def _lines(service: str, roles: frozenset[Role], *methods: str) -> dict[str, frozenset[Role]]:
+    return {f"/{service}/{method}": roles for method in methods}
+
+
+_AGENT = "spire.api.server.agent.v1.Agent"
+_BUNDLE = "spire.api.server.bundle.v1.Bundle"
+_ENTRY = "spire.api.server.entry.v1.Entry"
+_SVID = "spire.api.server.svid.v1.SVID"
+
+METHODS: Final[Mapping[str, frozenset[Role]]] = {
+    **_lines(_AGENT, _OPEN, "AttestAgent"),
+    **_lines(_AGENT, _AGENTS, "RenewAgent", "PostStatus"),
+    **_lines(
+        _AGENT, _OPERATORS,
+        "CountAgents", "ListAgents", "GetAgent", "DeleteAgent", "BanAgent", "CreateJoinToken",
+    ),
+    **_lines(_BUNDLE, _OPEN, "GetBundle"),
+    **_lines(_BUNDLE, _OPERATORS, "CountBundles", "ListFederatedBundles"),
+    **_lines(_BUNDLE, _OPERATORS | _AGENTS, "GetFederatedBundle"),
+    **_lines(
+        _ENTRY, _OPERATORS,
+        "CountEntries", "ListEntries", "GetEntry", "BatchCreateEntry", "BatchUpdateEntry", "BatchDeleteEntry",
+    ),
+    **_lines(_ENTRY, _AGENTS, "GetAuthorizedEntries", "SyncAuthorizedEntries"),
+    **_lines(_SVID, _OPERATORS, "MintX509SVID", "MintJWTSVID"),
+    **_lines(_SVID, _AGENTS, "BatchNewX509SVID", "NewJWTSVID"),
+    **_lines("broker.server.v1.Entries", _OPERATORS, "BatchCreateEntry", "GetEntry", "ListEntries"),
+    **_lines("broker.server.v1.Watch", _AGENTS, "Watch"),
+    **_lines("broker.server.v1.Sessions", _AGENTS, "ReportSessions"),
+    **_lines("broker.server.v1.Tasks", _AGENTS, "StartTask", "IssueToken", "CompleteTask"),
+    **_lines("broker.server.v1.Tasks", _OPERATORS, "GetTask", "ListTasks", "RevokeTask"),
+    **_lines("broker.server.v1.Feed", _LISTENERS, "Subscribe"),
+    **_lines("grpc.health.v1.Health", _LOCAL, "Check", "List", "Watch"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Decides by the table, the registry and the nodes of this moment."""
+
+    trust_domain: TrustDomain
+    directory: Directory
+    nodes: Nodes
+    admin_ids: Collection[SpiffeId]
+
+    def checks(self) -> Mapping[str, Callable[[Caller], None]]:
+        """Give a check per method, for the guard of a gRPC server; each raises Refused."""
+        return {path: self._check(roles) for path, roles in METHODS.items()}
+
+    def _check(self, roles: frozenset[Role]) -> Callable[[Caller], None]:
+        def check(caller: Caller) -> None:
+            self.require(caller, roles)
+
+        return check
+
+    def require(self, caller: Caller, roles: frozenset[Role]) -> None:
+        """Raise Refused unless the caller has one of the roles; for an agent the code says what is wrong with it."""
+        if Role.ANY in roles:
+            return
+        match caller:
+            case LocalPeer() if Role.LOCAL in roles:
+                return
+            case SvidPeer(svid) if self._holds(svid, roles):
+                return
+        raise Refused("the caller may not call this method", code="access_denied", hint="see docs/reference for roles")
+
+    def _holds(self, svid: X509Svid, roles: frozenset[Role]) -> bool:
+        if svid.id.trust_domain != self.trust_domain:
+            return False
+        if svid.id.path.startswith(f"{AGENT_PATH}/"):
+            # NOTE(security): raises for a banned, evicted or superseded agent; the handshake cannot know that.
+            self.nodes.require_active(svid)
+            if Role.AGENT in roles:
+                return True
+        if Role.PEER in roles:
+            return True
+        is_admin, is_downstream = self.directory.privileges(svid.id)
+        return (Role.ADMIN in roles and (is_admin or svid.id in self.admin_ids)) or (
+            Role.DOWNSTREAM in roles and is_downstream
+        )
+
+
+def admit_local(peer: KernelPeer) -> LocalPeer:
+    """Admit a process to the admin socket; raises Refused for any user but root and the server's own."""
+    if peer.uid not in {0, os.geteuid()}:
+        raise Refused("only root and the server's own user may administer it here", code="access_denied")
+    return LocalPeer(peer.uid, peer.pid)
+
+
+def agent_of(caller: Caller) -> X509Svid:
+    """Give the SVID of a caller that the table admitted as an agent."""
+    if not isinstance(caller, SvidPeer):
+        raise Refused("only a node agent may call this method", code="access_denied")
+    return caller.svid
+
+
+def name_of(caller: Caller) -> str:
+    """Name a caller for the audit log."""
+    match caller:
+        case LocalPeer(uid=uid):
+            return f"uid:{uid}"
+        case SvidPeer(svid):
+            return str(svid.id)
+        case _:
+            return "anonymous"

@@ -1,0 +1,55 @@
+"""``broker.server.v1.Entries``: registration entries with the fields that SPIRE's message lacks."""
+
+from functools import partial
+from typing import Final
+
+from broker._proto.broker.server.v1 import entries_pb2
+from broker._proto.service import Context, ServiceBinding
+from broker.clock import Clock
+from broker.registry.entry import Entry as RegistryEntry
+from broker.server.api.access import Caller, name_of
+from broker.server.api.grpc.convert import registered_entry_message, registered_entry_of
+from broker.server.api.grpc.entry import attempt, new_entry_id, status_of
+from broker.server.identity.entries import Entries as EntryCases
+from broker.server.identity.entries import Similar
+from broker.server.identity.filters import EntryFilter
+
+BINDING: Final = ServiceBinding.of(entries_pb2.DESCRIPTOR, "Entries")
+
+
+class Entries:
+    """The service, over its use cases."""
+
+    def __init__(self, entries: EntryCases, clock: Clock) -> None:
+        self._entries = entries
+        self._clock = clock
+
+    async def BatchCreateEntry(  # noqa: N802  # the name on the wire
+        self, request: entries_pb2.BatchCreateEntryRequest, context: Context, caller: Caller
+    ) -> entries_pb2.BatchCreateEntryResponse:
+        """Create entries, each with its own status; one that is there already is shown."""
+        now = self._clock.now()
+        drafts = [attempt(partial(registered_entry_of, message, new_entry_id(), now)) for message in request.entries]
+        results = []
+        for outcome in await self._entries.create(drafts, name_of(caller)):
+            result = entries_pb2.BatchCreateEntryResponse.Result(status=status_of(outcome))
+            shown = outcome.existing if isinstance(outcome, Similar) else outcome
+            if isinstance(shown, RegistryEntry):
+                result.entry.CopyFrom(registered_entry_message(shown))
+            results.append(result)
+        return entries_pb2.BatchCreateEntryResponse(results=results)
+
+    async def GetEntry(  # noqa: N802
+        self, request: entries_pb2.GetEntryRequest, context: Context, caller: Caller
+    ) -> entries_pb2.RegisteredEntry:
+        """Show one entry."""
+        return registered_entry_message(self._entries.get(request.id))
+
+    async def ListEntries(  # noqa: N802
+        self, request: entries_pb2.ListEntriesRequest, context: Context, caller: Caller
+    ) -> entries_pb2.ListEntriesResponse:
+        """List entries, oldest first."""
+        page = self._entries.find(EntryFilter(), request.page_size, request.page_token)
+        return entries_pb2.ListEntriesResponse(
+            entries=[registered_entry_message(entry) for entry in page.items], next_page_token=page.next
+        )

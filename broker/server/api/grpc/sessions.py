@@ -1,0 +1,41 @@
+"""``broker.server.v1.Sessions``: what node agents tell of their workload sessions."""
+
+from typing import Final
+
+from broker._proto.broker.server.v1 import sessions_pb2
+from broker._proto.service import Context, ServiceBinding
+from broker.errors import Invalid
+from broker.server.api.access import Caller, agent_of
+from broker.server.api.grpc.convert import moment_of
+from broker.server.tasks.sessions import ReportedSession
+from broker.server.tasks.sessions import Sessions as SessionCases
+from broker.spiffe import SpiffeId
+from broker.telemetry.log import get_logger
+
+BINDING: Final = ServiceBinding.of(sessions_pb2.DESCRIPTOR, "Sessions")
+
+log = get_logger("sessions")
+
+
+class Sessions:
+    """The service, over its use cases."""
+
+    def __init__(self, sessions: SessionCases) -> None:
+        self._sessions = sessions
+
+    async def ReportSessions(  # noqa: N802  # the name on the wire
+        self, request: sessions_pb2.ReportSessionsRequest, context: Context, caller: Caller
+    ) -> sessions_pb2.ReportSessionsResponse:
+        """Take in what lives and what has ended; what hangs on an ended session ends with it."""
+        agent = agent_of(caller).id
+        left_out = await self._sessions.report(agent, [_reported(one) for one in request.current], request.ended)
+        for error in left_out.values():
+            log.warning("session_left_out", agent=str(agent), code=error.reason)
+        return sessions_pb2.ReportSessionsResponse()
+
+
+def _reported(message: sessions_pb2.WorkloadSession) -> ReportedSession:
+    not_after = moment_of(message.not_after)
+    if not_after is None:
+        raise Invalid("a session's leaf has an end", code="invalid_time")
+    return ReportedSession(message.id, SpiffeId(message.spiffe_id), message.entry_id, message.x5t, not_after)

@@ -1,0 +1,48 @@
+"""The HTTP app: which address leads to which endpoint. It is served on the TLS port's own transport, never by itself."""
+
+from collections.abc import Awaitable, Callable
+from typing import Final
+from urllib.parse import urlsplit
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from broker.server.api.http import errors, tasks
+from broker.server.api.http.introspect import introspect
+from broker.server.api.http.keys import keys
+from broker.server.api.http.metadata import metadata
+from broker.server.api.http.revoke import revoke
+from broker.server.api.http.services import HttpServices
+from broker.server.api.http.token import token
+
+METADATA: Final = "/.well-known/oauth-authorization-server"
+
+_Endpoint = Callable[[Request, HttpServices], Awaitable[Response]]
+
+
+def create_app(services: HttpServices) -> Starlette:
+    """Make the app. Where the issuer has a path, everything lies below it, and the metadata as RFC 8414 §3.1 says."""
+    below = urlsplit(services.issuer).path.rstrip("/")
+
+    def bound(endpoint: _Endpoint) -> errors.Handler:
+        async def handler(request: Request) -> Response:
+            return await endpoint(request, services)
+
+        return handler
+
+    routes = [
+        Route(f"{below}/token", errors.oauth(bound(token)), methods=["POST"]),
+        Route(f"{below}/introspect", errors.oauth(bound(introspect)), methods=["POST"]),
+        Route(f"{below}/revoke", errors.oauth(bound(revoke)), methods=["POST"]),
+        Route(f"{below}/keys", errors.plain(bound(keys)), methods=["GET"]),
+        Route(METADATA + below, errors.plain(bound(metadata)), methods=["GET"]),
+        Route(f"{below}/tasks/{{task_id}}", errors.plain(bound(tasks.show)), methods=["GET"]),
+        Route(f"{below}/tasks/{{task_id}}/complete", errors.plain(bound(tasks.complete)), methods=["POST"]),
+    ]
+    app = Starlette(routes=routes, exception_handlers={HTTPException: errors.on_http_exception})
+    # A slash too many is another address: a redirect would send the token a second time.
+    app.router.redirect_slashes = False
+    return app

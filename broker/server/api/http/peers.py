@@ -1,0 +1,47 @@
+"""Who is on the other end of this request: the X.509-SVID of the TLS connection, and nothing that the request says.
+
+No header is looked at: a certificate that a proxy would forward is not evidence here.
+"""
+
+from starlette.requests import Request
+
+from broker.errors import Invalid, Refused
+from broker.server.tasks.requests import Actor, Door, check_key
+from broker.spiffe import X509Svid
+from broker.transport.http import PEER_EXTENSION
+from broker.transport.tls import SvidPeer
+
+IDEMPOTENCY_KEY = "idempotency-key"
+
+
+def svid_of(request: Request) -> X509Svid:
+    """Give the verified SVID of the connection; raises Refused(code="invalid_client") without one (RFC 8705 §2)."""
+    peer = request.scope.get("extensions", {}).get(PEER_EXTENSION)
+    if not isinstance(peer, SvidPeer):
+        raise Refused(
+            "the connection has no client certificate",
+            code="invalid_client",
+            hint="call over mutual TLS with the X.509-SVID of the Workload API",
+        )
+    if "authorization" in request.headers:
+        # RFC 6749 §2.3: one way to authenticate in one request.
+        raise Invalid("the client authenticates by its certificate, and by nothing else", code="two_authentications")
+    return peer.svid
+
+
+def actor_of(request: Request) -> Actor:
+    """Give the workload that calls; raises Refused(code="invalid_client"), Invalid."""
+    svid = svid_of(request)
+    return Actor(spiffe_id=svid.id, x5t=svid.x5t, not_after=svid.not_after, door=Door.HTTPS)
+
+
+def idempotency_key(request: Request) -> str:
+    """Give the request's idempotency key, empty when there is none; raises Invalid for two of them."""
+    keys = request.headers.getlist(IDEMPOTENCY_KEY)
+    if len(keys) > 1:
+        raise Invalid("the idempotency key was sent more than once", code="invalid_idempotency_key")
+    if keys and not keys[0]:
+        raise Invalid("the idempotency key is empty", code="invalid_idempotency_key")
+    key = keys[0] if keys else ""
+    check_key(key)
+    return key

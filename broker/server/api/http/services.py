@@ -1,0 +1,29 @@
+"""What the HTTP door needs of the task half."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from broker.clock import Clock
+from broker.server.store.ports import Store
+from broker.server.tasks.exchange import Exchange, TaskKeys
+from broker.server.tasks.feed import Feed
+from broker.server.tasks.lifecycle import Lifecycle
+from broker.server.tasks.refusals import Refusals
+from broker.server.tasks.tokens import TaskTokens
+from broker.spiffe import BundleSet
+
+
+@dataclass(frozen=True, slots=True)
+class HttpServices:
+    """The use cases and facts behind the endpoints. ``bundles`` gives those under which JWT-SVIDs are judged."""
+
+    issuer: str
+    store: Store
+    clock: Clock
+    exchange: Exchange
+    lifecycle: Lifecycle
+    tokens: TaskTokens
+    feed: Feed
+    keys: TaskKeys
+    refusals: Refusals
+    bundles: Callable[[], BundleSet]

@@ -1,0 +1,84 @@
+"""Certificate requests: the one thing taken from them is a public key, proven to be held by the sender.
+
+Subject, names and every other wish in a request are ignored: who the certificate is for was decided before
+(CVE-2021-27098 was a server that read them).
+"""
+
+from typing import Final
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+
+from broker.errors import Invalid
+from broker.server.authority.profile import PublicKey
+from broker.spiffe import SpiffeId
+
+MAX_REQUEST: Final = 8192
+"""Largest request, in bytes: an RSA-4096 one with a few names has under 2,000."""
+MIN_RSA_BITS: Final = 2048
+MAX_RSA_BITS: Final = 4096
+"""Checking the signature of a larger key costs more than signing ten certificates."""
+
+_CURVES: Final = (ec.SECP256R1, ec.SECP384R1)
+_HASHES: Final = (hashes.SHA256, hashes.SHA384, hashes.SHA512)
+
+
+def requested_key(csr_der: bytes) -> PublicKey:
+    """Give the public key of a PKCS#10 request whose own signature holds (RFC 2986); raises Invalid."""
+    if not csr_der or len(csr_der) > MAX_REQUEST:
+        raise Invalid(f"a certificate request has 1 to {MAX_REQUEST} bytes", code="csr_size")
+    try:
+        csr = x509.load_der_x509_csr(csr_der)
+        key = csr.public_key()
+        digest = csr.signature_hash_algorithm
+    except (ValueError, UnsupportedAlgorithm, TypeError):
+        raise Invalid("the certificate request cannot be read", code="csr_malformed") from None
+    checked = _strong(key)
+    if not isinstance(digest, _HASHES):
+        raise Invalid("the certificate request is signed with a weak digest", code="csr_weak", hint="use SHA-256")
+    _require_possession(csr, checked, digest)
+    return checked
+
+
+def _require_possession(csr: x509.CertificateSigningRequest, key: PublicKey, digest: hashes.HashAlgorithm) -> None:
+    try:
+        if isinstance(key, ec.EllipticCurvePublicKey):
+            # As csr.is_signature_valid does, but without reading the key a second time.
+            key.verify(csr.signature, csr.tbs_certrequest_bytes, ec.ECDSA(digest))
+            return
+        if csr.is_signature_valid:
+            return
+    except (InvalidSignature, ValueError):
+        pass
+    raise Invalid("the certificate request's own signature does not hold", code="csr_signature")
+
+
+def _strong(key: object) -> PublicKey:
+    if isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, _CURVES):
+        return key
+    if isinstance(key, rsa.RSAPublicKey) and MIN_RSA_BITS <= key.key_size <= MAX_RSA_BITS:
+        return key
+    raise Invalid(
+        "the key of the certificate request is not accepted",
+        code="csr_key",
+        hint=f"use a P-256 or P-384 key, or RSA of {MIN_RSA_BITS} to {MAX_RSA_BITS} bits",
+    )
+
+
+def requested_names(csr_der: bytes) -> tuple[SpiffeId, tuple[str, ...]]:
+    """Give the SPIFFE ID and DNS names that a request asks for: for operators who mint, nobody else. Raises Invalid."""
+    if not csr_der or len(csr_der) > MAX_REQUEST:
+        raise Invalid(f"a certificate request has 1 to {MAX_REQUEST} bytes", code="csr_size")
+    try:
+        extensions = x509.load_der_x509_csr(csr_der).extensions
+        names = extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except (ValueError, UnsupportedAlgorithm, x509.ExtensionNotFound, x509.DuplicateExtension):
+        raise Invalid(
+            "the certificate request names nobody", code="csr_names", hint="put one SPIFFE ID into its SAN"
+        ) from None
+    uris = names.get_values_for_type(x509.UniformResourceIdentifier)
+    if len(uris) != 1:
+        raise Invalid("the certificate request does not name exactly one SPIFFE ID", code="csr_names")
+    return SpiffeId(uris[0]), tuple(names.get_values_for_type(x509.DNSName))

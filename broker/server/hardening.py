@@ -1,0 +1,19 @@
+"""What the server's process does to itself before it makes a key: no core dumps, no tracing by its own user."""
+
+import ctypes
+import resource
+from typing import Final
+
+from broker.errors import Misconfigured
+from broker.transport.acceptor import raise_file_limit
+
+_PR_SET_DUMPABLE: Final = 4  # prctl(2)
+
+
+def harden() -> None:
+    """Forbid core dumps and tracing, and raise the limit of open files. Call once, in the server's own process."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
+        raise Misconfigured("the kernel does not let the server forbid core dumps", code="not_hardened")
+    raise_file_limit()

@@ -1,0 +1,114 @@
+"""Wiring of the identity half: its use cases from settings and parts, and its gRPC services from its use cases."""
+
+from collections.abc import Coroutine, Iterable
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any, Final
+
+from broker._proto.service import ServiceBinding
+from broker.attestation.catalogue import Catalogue
+from broker.clock import Clock
+from broker.server.api.grpc import agent, bundle, entries, entry, svid, watch
+from broker.server.authority.authorities import Authorities
+from broker.server.identity.admission import Admission
+from broker.server.identity.bundles import Bundles
+from broker.server.identity.directory import Directory
+from broker.server.identity.entries import Entries
+from broker.server.identity.join_tokens import JoinTokens
+from broker.server.identity.nodes import Nodes
+from broker.server.identity.signing import Signing, SigningRules
+from broker.server.identity.watch import Watch
+from broker.server.settings import ServerSettings
+from broker.server.store.ports import Store
+from broker.telemetry.metrics import Metrics
+
+NODE_ATTESTORS: Final = ("join_token",)
+"""Attestors that this server judges; settings tables for more come with the second one."""
+
+Service = tuple[ServiceBinding, object]
+
+
+@dataclass(frozen=True, slots=True)
+class IdentityHalf:
+    """The use cases of the identity half."""
+
+    store: Store
+    clock: Clock
+    directory: Directory
+    nodes: Nodes
+    admission: Admission
+    join_tokens: JoinTokens
+    entries: Entries
+    signing: Signing
+    bundles: Bundles
+    watch: Watch
+
+    def services(self) -> Iterable[Service]:
+        """Give each service with what serves it."""
+        return (
+            (agent.BINDING, agent.Agent(self.nodes, self.admission, self.join_tokens)),
+            (bundle.BINDING, bundle.Bundle(self.bundles)),
+            (entry.BINDING, entry.Entry(self.entries, self.directory, self.clock)),
+            (entries.BINDING, entries.Entries(self.entries, self.clock)),
+            (svid.BINDING, svid.Svid(self.signing)),
+            (watch.BINDING, watch.Watch(self.watch, self.nodes, self.store.id)),
+        )
+
+    def loops(self) -> Iterable[Coroutine[Any, Any, None]]:
+        """Give what has to run for as long as the server does."""
+        return self.nodes.run(), self.entries.run()
+
+
+async def identity_half(
+    settings: ServerSettings,
+    store: Store,
+    clock: Clock,
+    *,
+    authorities: Authorities,
+    workers: Executor,
+    metrics: Metrics,
+) -> IdentityHalf:
+    """Make the use cases and load the directory; raises Misconfigured, Unavailable."""
+    directory = Directory(clock)
+    await directory.load(store)
+    nodes = Nodes(store, directory, clock)
+    bundles = Bundles(settings.trust_domain, authorities)
+    catalogue = Catalogue()
+    return IdentityHalf(
+        store=store,
+        clock=clock,
+        directory=directory,
+        nodes=nodes,
+        admission=Admission(
+            store,
+            nodes,
+            authorities,
+            clock,
+            trust_domain=settings.trust_domain,
+            attestors={name: catalogue.node_server(name, {}) for name in NODE_ATTESTORS},
+            agent_ttl=settings.agent_ttl,
+        ),
+        join_tokens=JoinTokens(store, clock, settings.trust_domain),
+        entries=Entries(store, directory, clock, settings.trust_domain),
+        signing=Signing(
+            store,
+            directory,
+            authorities,
+            clock,
+            rules=_signing_rules(settings),
+            workers=workers,
+            count=lambda kind, signed: metrics.svids.labels(kind).inc(signed),
+        ),
+        bundles=bundles,
+        watch=Watch(store, directory, authorities, bundles),
+    )
+
+
+def _signing_rules(settings: ServerSettings) -> SigningRules:
+    return SigningRules(
+        trust_domain=settings.trust_domain,
+        issuer=settings.issuer,
+        x509_ttl=settings.default_x509_svid_ttl,
+        jwt_ttl=settings.default_jwt_svid_ttl,
+        default_audiences=frozenset(settings.default_allowed_audiences),
+    )

@@ -1,0 +1,1 @@
+"""The task half: delegations, tasks, tokens and the feed of their ends."""

@@ -1,0 +1,183 @@
+"""What an operator decides about tasks, as values that are valid once they exist.
+
+Settings files and environment variables are read elsewhere; this module only says what may be chosen, and refuses with
+Misconfigured what must not be.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+from urllib.parse import urlsplit
+
+from broker.errors import Misconfigured, PolicyDenied
+from broker.spiffe import SpiffeId
+from broker.tasks import Resource
+from broker.tasks.task import Supervision
+
+MIN_TOKEN_TTL: Final = 10
+"""Seconds: below it a token is dead before a slow caller has used it."""
+MAX_TOKEN_TTL: Final = 300
+"""Seconds: the floor under revocation. Who never hears of an end stops believing after this."""
+DEFAULT_TOKEN_TTL: Final = 180
+MAX_TASK_TTL: Final = 30 * 86400
+"""Seconds: no user's word is taken for longer than a month."""
+BINDINGS: Final = frozenset({"x5t", "session", "dpop"})
+"""How a token may be tied to its holder. There is no bearer token in this version."""
+RISKS: Final = frozenset({"high", "normal", "low"})
+
+_NAMESPACE: Final = re.compile(r"[\x21-\x7e]{0,64}")
+
+
+@dataclass(frozen=True, slots=True)
+class Audience:
+    """A service that tokens are for: its resource, how tokens are bound, who may introspect; raises Misconfigured."""
+
+    resource: Resource
+    binding: frozenset[str] = frozenset({"x5t", "session"})
+    risk: str = "high"
+    introspectors: frozenset[SpiffeId] = frozenset()
+    token_ttl: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check each field."""
+        if not self.binding or not self.binding <= BINDINGS:
+            raise Misconfigured(
+                f"the audience {self.resource.text} names a binding that is not one of {', '.join(sorted(BINDINGS))}",
+                code="audience_binding",
+                hint="bearer tokens are not issued: every token is bound to its holder",
+            )
+        if self.risk not in RISKS:
+            raise Misconfigured(f"the audience {self.resource.text} has an unknown risk", code="audience_risk")
+        if self.token_ttl is not None:
+            _check_token_ttl(self.token_ttl)
+
+    @property
+    def session_bound(self) -> bool:
+        """Whether tokens for it survive the rotation of a certificate, by the workload session."""
+        return "session" in self.binding
+
+
+class Audiences:
+    """The registered audiences. One that is not here does not exist: nothing configured, nothing issued."""
+
+    def __init__(self, audiences: Iterable[Audience] = ()) -> None:
+        """Index them; raises Misconfigured when two name the same resource."""
+        self._by_resource: dict[Resource, Audience] = {}
+        for audience in audiences:
+            if audience.resource in self._by_resource:
+                raise Misconfigured(f"the audience {audience.resource.text} is there twice", code="audience_twice")
+            self._by_resource[audience.resource] = audience
+
+    def __iter__(self) -> Iterator[Audience]:
+        """Give each, in the order of the settings."""
+        return iter(self._by_resource.values())
+
+    def find(self, resource: Resource) -> Audience:
+        """Give the audience of exactly this resource; raises PolicyDenied(code="invalid_target")."""
+        audience = self._by_resource.get(resource)
+        if audience is None:
+            raise PolicyDenied(
+                "the resource is not a registered audience",
+                code="invalid_target",
+                hint="an operator registers it under [[server.audiences]]",
+            )
+        return audience
+
+    def require_holding(self, location: Resource) -> None:
+        """Refuse a location that lies in no audience: no token could ever use it; raises PolicyDenied(invalid_target)."""
+        if location not in self._by_resource and not any(one.contains(location) for one in self._by_resource):
+            raise PolicyDenied(
+                "a location lies in no registered audience",
+                code="invalid_target",
+                hint="an operator registers it under [[server.audiences]]",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class SubjectIssuer:
+    """An OpenID issuer whose users' tokens count as their word; raises Misconfigured.
+
+    ``audiences``: what stands for us in ``aud``. ``clients``: other clients whose tokens we take (``azp``, ``client_id``).
+    ``namespace`` is put before every ``sub``, so that two issuers cannot name the same user. ``required_claims`` must be in
+    each token with just these values (a tenant, a hosted domain).
+    """
+
+    issuer: str
+    audiences: frozenset[str]
+    clients: frozenset[str] = frozenset()
+    namespace: str = ""
+    ca_path: Path | None = None
+    required_claims: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check each field."""
+        check_https(self.issuer, "the subject issuer")
+        if not self.audiences or "" in self.audiences:
+            raise Misconfigured(
+                f"the subject issuer {self.issuer} has no audiences",
+                code="subject_audiences",
+                hint="name what this broker is called in the aud of its tokens",
+            )
+        if _NAMESPACE.fullmatch(self.namespace) is None:
+            raise Misconfigured(f"the namespace of {self.issuer} is not short printable text", code="subject_namespace")
+
+
+def check_issuers(issuers: Iterable[SubjectIssuer]) -> tuple[SubjectIssuer, ...]:
+    """Refuse issuers that could name the same user; raises Misconfigured."""
+    known = tuple(issuers)
+    if len({one.issuer for one in known}) != len(known):
+        raise Misconfigured("a subject issuer is there twice", code="subject_twice")
+    for one in known:
+        for other in known:
+            if one is not other and other.namespace.startswith(one.namespace):
+                raise Misconfigured(
+                    f"the users of {one.issuer} and {other.issuer} cannot be told apart",
+                    code="subject_namespace",
+                    hint='give each a namespace, such as "staff:" and "partner:"; none may begin with another',
+                )
+    return known
+
+
+@dataclass(frozen=True, slots=True)
+class TaskDefaults:
+    """Lives and supervision where a request does not say; all lives in seconds; raises Misconfigured.
+
+    ``allow_unsupervised`` lets a caller ask for supervision "none": a task that no process has to stay alive for. Where no
+    node agent has told of a caller's workload session, its task lives no longer than the certificate it was started with.
+    """
+
+    token_ttl: int = DEFAULT_TOKEN_TTL
+    task_ttl: int = 3600
+    max_task_ttl: int = 86400
+    supervision: Supervision = Supervision.ATTACHED
+    allow_unsupervised: bool = False
+
+    def __post_init__(self) -> None:
+        """Check each field."""
+        _check_token_ttl(self.token_ttl)
+        if not 1 <= self.task_ttl <= self.max_task_ttl <= MAX_TASK_TTL:
+            raise Misconfigured(
+                "task_ttl must be at least 1 s and at most max_task_ttl, which is at most 30 days", code="task_ttl"
+            )
+
+
+def check_https(url: str, what: str) -> None:
+    """Refuse what is no plain https address with a host; raises Misconfigured."""
+    try:
+        parts = urlsplit(url)
+        plain = parts.scheme == "https" and parts.hostname and parts.port != 0 and "@" not in parts.netloc
+    except ValueError:
+        plain = False
+    if not plain or not url.isascii() or "?" in url or "#" in url or not url.isprintable():
+        raise Misconfigured(f"{what} is not an https address without user, query and fragment", code="not_https")
+
+
+def _check_token_ttl(ttl: int) -> None:
+    if not MIN_TOKEN_TTL <= ttl <= MAX_TOKEN_TTL:
+        raise Misconfigured(
+            f"token_ttl must be {MIN_TOKEN_TTL} to {MAX_TOKEN_TTL} seconds",
+            code="token_ttl",
+            hint="a token is renewed by asking again, not by living longer",
+        )

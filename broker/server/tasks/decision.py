@@ -1,0 +1,163 @@
+"""May it, and how much: the decisions of the exchange, as pure functions over rows of this moment.
+
+Invariants (tokens.md 7.2): what is granted is the intersection of what was asked, what the user's token permits, what the
+task has, and what the registered audience is; nothing here ever adds. A limit that is not metered is refused. No clock, no
+store, no network: the caller brings ``now`` and the rows, from inside the transaction that writes the result.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from broker.errors import InvalidToken, NotFound, PolicyDenied, Refused
+from broker.server.tasks.admission import Admitted, Caller
+from broker.server.tasks.config import Audience, Audiences, TaskDefaults
+from broker.server.tasks.requests import IssueRequest, StartRequest, unmetered
+from broker.server.tasks.subjects import Subject
+from broker.tasks import Authority
+from broker.tasks.lineage import require_lineage_active, start_task
+from broker.tasks.task import Supervision, Task
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What the operator set: the registered audiences, and the defaults of tasks and tokens."""
+
+    audiences: Audiences
+    defaults: TaskDefaults
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """What one token may say: for which audience, with what authority there, until when at the latest."""
+
+    audience: Audience
+    authority: Authority
+    session: str | None
+    ttl: timedelta
+    not_after: tuple[datetime, ...]
+
+
+def decide_start(
+    policy: Policy, admitted: Admitted, subject: Subject, request: StartRequest, *, task_id: str, now: datetime
+) -> Task:
+    """Give the task that may start, not written yet; raises Refused, PolicyDenied, Invalid."""
+    if subject.expires_at <= now:
+        # Within the leeway it was readable; nothing can be granted on it (TX19).
+        raise InvalidToken("the user token has expired", code="subject_expired", hint="get a new one from the issuer")
+    ceiling = subject.ceiling
+    authority = request.authority if ceiling is None else ceiling.narrow(request.authority)
+    if authority.metered():
+        raise unmetered()
+    for detail in authority.details:
+        for location in detail.locations:
+            policy.audiences.require_holding(location)
+    supervision = _supervision(policy.defaults, admitted, request)
+    # The store keeps whole seconds: what is answered now must be what is read later.
+    start = now.replace(microsecond=0)
+    return start_task(
+        id=task_id,
+        agent=admitted.actor.spiffe_id,
+        # Without supervision it hangs on no process: it neither ends with this one nor belongs to it alone.
+        session=admitted.session if supervision is Supervision.ATTACHED else None,
+        purpose=request.purpose,
+        authority=authority,
+        delegation=subject.delegation(),
+        now=start,
+        ttl=_task_ttl(policy.defaults, admitted, request, start, supervision),
+        supervision=supervision,
+    )
+
+
+def decide_issue(
+    policy: Policy, admitted: Admitted, lineage: Sequence[Task], request: IssueRequest, *, now: datetime
+) -> Grant:
+    """Give what a token of this task may say; ``lineage`` is the task and its ancestors, root first.
+
+    Raises:
+        NotFound: there is no such task, or it is another workload's: the answer is the same.
+        Refused: the task, an ancestor, its session or its delegation is over.
+        PolicyDenied: the audience is not registered, or the authority does not reach that far.
+    """
+    task = own_task(lineage, admitted)
+    require_lineage_active(task, tuple(reversed(lineage[:-1])), now)
+    audience = policy.audiences.find(request.resource)
+    authority = task.authority if request.authority is None else task.authority.narrow(request.authority)
+    if authority.metered():
+        raise unmetered()
+    if request.scope:
+        # Of the resource first: an action that only another service offers is not in the scope of this one.
+        authority = authority.for_resource(audience.resource).for_scope(request.scope)
+    session = admitted.session if audience.session_bound else None
+    ends = [each.expires_at for each in lineage] + [task.delegation.expires_at]
+    if admitted.entry.expires_at is not None:
+        ends.append(admitted.entry.expires_at)
+    if session is None:
+        # Bound to this certificate alone: beyond its end nobody can use the token (tokens.md 7.1).
+        ends.append(admitted.actor.not_after)
+    return Grant(audience, authority, session, _token_ttl(policy.defaults, audience), tuple(ends))
+
+
+def own_task(lineage: Sequence[Task], caller: Caller) -> Task:
+    """Give the task if it is this very process's, or, unsupervised, this workload's; raises NotFound, Refused."""
+    if not lineage or lineage[-1].agent != caller.actor.spiffe_id:
+        raise task_unknown()
+    task = lineage[-1]
+    is_attached = task.supervision is Supervision.ATTACHED
+    if is_attached and task.session is not None and task.session != caller.session:
+        raise Refused(
+            "the task belongs to another process of this workload",
+            code="session_mismatch",
+            hint="continuity is not authority: start a new task",
+        )
+    return task
+
+
+def require_same_user(task: Task, subject: Subject) -> None:
+    """Refuse a user token that is not of the task's user (X04); raises PolicyDenied."""
+    if (subject.user, subject.issuer) != (task.delegation.user, task.delegation.issuer):
+        raise PolicyDenied("the user token is not of the task's user", code="subject_mismatch")
+
+
+def task_unknown() -> NotFound:
+    """Give the one answer for a task that is not there and for one that is not yours."""
+    return NotFound("no such task", code="task_unknown")
+
+
+def _supervision(defaults: TaskDefaults, admitted: Admitted, request: StartRequest) -> Supervision:
+    if request.supervision is Supervision.NONE and not defaults.allow_unsupervised:
+        raise PolicyDenied(
+            "this server does not permit tasks without supervision",
+            code="unsupervised_not_allowed",
+            hint="leave supervision out, or have an operator set allow_unsupervised under [server.tasks]",
+        )
+    if admitted.session is not None:
+        return request.supervision or defaults.supervision
+    if request.supervision is Supervision.ATTACHED:
+        raise Refused(
+            "no node agent has told of this process, so nobody can watch it",
+            code="session_unknown",
+            hint="start the task through the node agent's socket, or leave supervision out",
+        )
+    return Supervision.NONE
+
+
+def _task_ttl(
+    defaults: TaskDefaults, admitted: Admitted, request: StartRequest, start: datetime, supervision: Supervision
+) -> timedelta:
+    """Clamp the life of a task to every source but the delegation, which the rules themselves look at."""
+    wanted = min(request.ttl or defaults.task_ttl, defaults.max_task_ttl)
+    ends = [start + timedelta(seconds=wanted)]
+    if admitted.entry.expires_at is not None:
+        ends.append(admitted.entry.expires_at)
+    if admitted.session is None and supervision is Supervision.NONE:
+        # Nobody would notice the end of the process: the certificate stands in for it.
+        ends.append(admitted.actor.not_after)
+    ttl = min(ends) - start
+    if ttl < timedelta(seconds=1):
+        raise Refused("nothing is left of the task's time", code="task_expired")
+    return ttl
+
+
+def _token_ttl(defaults: TaskDefaults, audience: Audience) -> timedelta:
+    return timedelta(seconds=min(defaults.token_ttl, audience.token_ttl or defaults.token_ttl))

@@ -1,0 +1,266 @@
+"""The exchange: a user's word and an agent's identity become a task, and a task's authority becomes a short-lived token.
+
+The order is fixed (tokens.md 7.2): judge the user's token (the only step that may touch the network), then one transaction
+that reads the clock, re-reads everything it relies on, decides and writes, then sign what was committed. A crash between
+commit and signature leaves a counted token that nobody holds; a retry under the same idempotency key signs the same claims
+again. What is decided is in ``decision``; what the wire looks like is the doors' business.
+"""
+
+import json
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Final, Protocol
+
+from broker.audit.events import Event
+from broker.clock import Clock
+from broker.errors import BrokerError, PolicyDenied, Unavailable
+from broker.keys import Signer
+from broker.server import failpoints
+from broker.server.store.ports import Store, Writer
+from broker.server.store.rows import TokenRow
+from broker.server.tasks import records
+from broker.server.tasks.admission import Admitted, Claim, Starters, Vouching, admit, claim
+from broker.server.tasks.answers import Answers, digest_of, spent
+from broker.server.tasks.decision import Grant, Policy, decide_issue, decide_start, own_task, require_same_user
+from broker.server.tasks.ids import Ids
+from broker.server.tasks.refusals import Refusals
+from broker.server.tasks.requests import Actor, IssuedToken, IssueRequest, StartRequest
+from broker.server.tasks.subjects import Subject, Subjects
+from broker.spiffe import jose
+from broker.spiffe.jose import PublicKey
+from broker.spiffe.strictjson import JsonValue
+from broker.tasks import Confirmation, Task, TaskClaims, issue_claims
+from broker.tasks.verify import TOKEN_TYPE
+
+MAX_PAYLOAD: Final = 5632
+"""Largest payload, in bytes: signed it stays below the 8 KiB that verifiers take."""
+TASK_CHANGE: Final = "task"
+"""The change log's word for a task that came or changed."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Committed:
+    """A token that is in the store: its payload is all that is needed to sign it, now or again."""
+
+    claims: TaskClaims
+    payload: Mapping[str, JsonValue]
+
+
+class TaskKeys(Protocol):
+    """The task-token keys of this moment."""
+
+    def task_signer(self) -> Signer:
+        """Give the key that signs, its ``id`` being the ``kid``; Unavailable before the first is published."""
+        ...
+
+    def task_keys(self) -> Mapping[str, PublicKey]:
+        """Give every published key by its ``kid``."""
+        ...
+
+
+class Exchange:
+    """Starts tasks and issues their tokens, for both doors."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        subjects: Subjects,
+        keys: TaskKeys,
+        vouching: Vouching,
+        starters: Starters,
+        clock: Clock,
+        ids: Ids,
+        refusals: Refusals,
+        policy: Policy,
+        issuer: str,
+        count: Callable[[str, str], None] | None = None,
+    ) -> None:
+        """``issuer`` is the ``iss`` of every token; ``count`` is told (``issued`` or ``refused``, the code) of each exchange."""
+        self._store = store
+        self._subjects = subjects
+        self._keys = keys
+        self._vouching = vouching
+        self._starters = starters
+        self._clock = clock
+        self._ids = ids
+        self._refusals = refusals
+        self._policy = policy
+        self._issuer = issuer
+        self._count = count
+
+    async def start(self, actor: Actor, request: StartRequest) -> Task:
+        """Start a task on a user's word; the same request under the same idempotency key gives the same task.
+
+        Raises:
+            Refused: the workload, its session or its entry may not, or the user's word is over.
+            PolicyDenied: authority, audience or a limit says no.
+            InvalidToken: the user's token does not verify.
+            Conflict: the idempotency key was used for another request.
+        """
+        async with self._refusals.recorded(Event.TASK_REFUSED, actor, ""):
+            claimed = claim(actor, self._vouching, self._starters)
+            subject = await self._subjects.verify(request.user_token, request.kind)
+            return await self._store.write(lambda writer: self._start(writer, claimed, subject, request))
+
+    async def issue(self, actor: Actor, request: IssueRequest) -> IssuedToken:
+        """Issue one token of a running task; raises as :meth:`start`, and NotFound for a task that is not the actor's."""
+        async with self._counted(actor, request.task_id):
+            claimed = claim(actor, self._vouching, self._starters)
+            subject = await self._subjects.verify(request.user_token, request.kind) if request.user_token else None
+            return self._sign(await self._store.write(lambda writer: self._issue(writer, claimed, subject, request)))
+
+    async def start_and_issue(self, actor: Actor, start: StartRequest, issue: IssueRequest) -> IssuedToken:
+        """Start a task and issue its first token in one transaction: the one-step exchange of RFC 8693."""
+        async with self._counted(actor, issue.resource.text):
+            claimed = claim(actor, self._vouching, self._starters)
+            subject = await self._subjects.verify(start.user_token, start.kind)
+            committed = await self._store.write(lambda writer: self._both(writer, claimed, subject, start, issue))
+            return self._sign(committed)
+
+    # ---- inside the transaction
+
+    def _start(self, writer: Writer, claimed: Claim, subject: Subject, request: StartRequest) -> Task:
+        now = self._clock.now()
+        admitted = admit(writer, claimed, now)
+        digest = digest_of("start", subject, *_parts(request))
+        answers = Answers(writer, owner=admitted.owner, key=request.idempotency_key, digest=digest, now=now)
+        if (kept := answers.recall()) is not None:
+            known = writer.task(kept)
+            if known is None:
+                raise spent()
+            return known
+        task = self._new_task(writer, admitted, subject, request, now)
+        answers.keep(task.id)
+        failpoints.reach("exchange.before_commit")
+        return task
+
+    def _issue(self, writer: Writer, claimed: Claim, subject: Subject | None, request: IssueRequest) -> _Committed:
+        now = self._clock.now()
+        admitted = admit(writer, claimed, now)
+        lineage = writer.lineage(request.task_id)
+        if subject is not None:
+            require_same_user(own_task(lineage, admitted), subject)
+        # The state is judged before the key: a repeated request gets nothing from a task that has ended since.
+        grant = decide_issue(self._policy, admitted, lineage, request, now=now)
+        digest = digest_of("issue", subject, request.task_id, *_token_parts(request))
+        answers = Answers(writer, owner=admitted.owner, key=request.idempotency_key, digest=digest, now=now)
+        if (kept := answers.recall_claims()) is not None:
+            return _Committed(TaskClaims.parse(kept), kept)
+        committed = self._new_token(writer, admitted, lineage, grant, answers)
+        failpoints.reach("exchange.before_commit")
+        return committed
+
+    def _both(
+        self, writer: Writer, claimed: Claim, subject: Subject, start: StartRequest, issue: IssueRequest
+    ) -> _Committed:
+        now = self._clock.now()
+        admitted = admit(writer, claimed, now)
+        digest = digest_of("both", subject, *_parts(start), *_token_parts(issue))
+        answers = Answers(writer, owner=admitted.owner, key=start.idempotency_key, digest=digest, now=now)
+        if (kept := answers.recall_claims()) is not None:
+            again = _Committed(TaskClaims.parse(kept), kept)
+            decide_issue(self._policy, admitted, writer.lineage(again.claims.task.id), issue, now=now)
+            return again
+        task = self._new_task(writer, admitted, subject, start, now)
+        grant = decide_issue(self._policy, admitted, (task,), issue, now=now)
+        committed = self._new_token(writer, admitted, (task,), grant, answers)
+        failpoints.reach("exchange.before_commit")
+        return committed
+
+    def _new_task(
+        self, writer: Writer, admitted: Admitted, subject: Subject, request: StartRequest, now: datetime
+    ) -> Task:
+        task_id = self._ids.new("tsk", now)
+        task = decide_start(self._policy, admitted, subject, request, task_id=task_id, now=now)
+        writer.add_task(task)
+        writer.record(records.task_started(task, admitted.actor, admitted.entry.id, now))
+        writer.change(TASK_CHANGE, task.id, task.state.value)
+        return task
+
+    def _new_token(
+        self, writer: Writer, admitted: Admitted, lineage: Sequence[Task], grant: Grant, answers: Answers
+    ) -> _Committed:
+        """Write one token: what is committed is what will be signed."""
+        task, now = lineage[-1], answers.now
+        claims = issue_claims(
+            task,
+            issuer=self._issuer,
+            resource=grant.audience.resource,
+            authority=grant.authority,
+            cnf=Confirmation(admitted.actor.x5t, grant.session),
+            jti=self._ids.new("jti", now),
+            txn=self._ids.new("txn", now),
+            now=now,
+            ttl=grant.ttl,
+            not_after=grant.not_after,
+            ancestors=tuple(reversed(lineage[:-1])),
+        )
+        payload = claims.to_payload()
+        text = _text(payload)
+        row = TokenRow(
+            jti=claims.jti,
+            task_id=task.id,
+            root=task.root,
+            resource=claims.aud.text,
+            scope=claims.scope,
+            agent=task.agent,
+            session=admitted.session,
+            x5t=admitted.actor.x5t,
+            issued_at=datetime.fromtimestamp(claims.iat, UTC),
+            expires_at=datetime.fromtimestamp(claims.exp, UTC),
+            hash=records.sha256(text.encode()),
+        )
+        writer.add_token(row)
+        writer.record(records.token_issued(row, claims, admitted.actor, now))
+        answers.keep(text)
+        return _Committed(claims, payload)
+
+    # ---- after the commit
+
+    def _sign(self, committed: _Committed) -> IssuedToken:
+        failpoints.reach("exchange.after_commit")
+        signer, claims = self._keys.task_signer(), committed.claims
+        header = {"alg": signer.algorithm, "kid": signer.id, "typ": TOKEN_TYPE}
+        return IssuedToken(
+            access_token=jose.sign_compact(header, committed.payload, signer.sign),
+            issued_at=datetime.fromtimestamp(claims.iat, UTC),
+            expires_at=datetime.fromtimestamp(claims.exp, UTC),
+            scope=claims.scope,
+            authority=claims.authorization_details,
+            task_id=claims.task.id,
+            jti=claims.jti,
+        )
+
+    @asynccontextmanager
+    async def _counted(self, actor: Actor, subject: str) -> AsyncIterator[None]:
+        try:
+            async with self._refusals.recorded(Event.TOKEN_REFUSED, actor, subject):
+                yield
+        except BrokerError as error:
+            if self._count is not None:
+                self._count("unavailable" if isinstance(error, Unavailable) else "refused", error.reason)
+            raise
+        if self._count is not None:
+            self._count("issued", "")
+
+
+def _parts(request: StartRequest) -> tuple[str | int | None, ...]:
+    return request.authority.text(), request.purpose, request.ttl, request.supervision
+
+
+def _token_parts(request: IssueRequest) -> tuple[str | int | None, ...]:
+    return request.resource.text, request.scope, None if request.authority is None else request.authority.text()
+
+
+def _text(payload: Mapping[str, JsonValue]) -> str:
+    text = json.dumps(payload, separators=(",", ":"))
+    if len(text) > MAX_PAYLOAD:
+        raise PolicyDenied(
+            "the token would be too large",
+            code="invalid_authorization_details",
+            hint="ask for fewer details, or for those of one resource only",
+        )
+    return text

@@ -1,0 +1,94 @@
+"""What node agents tell of their workload sessions: which processes live, which leaf each holds, which are gone.
+
+A session that is gone ends its tasks in the same transaction. An agent speaks only for entries that it may serve, and only of
+its own sessions; what it says beyond that is left out and named, so that one stale line does not hold up the others.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Final
+
+from broker.clock import Clock
+from broker.errors import BrokerError, Conflict, Invalid, Refused
+from broker.server.store.ports import Store, Writer
+from broker.server.store.rows import SessionRow
+from broker.server.tasks import records
+from broker.server.tasks.admission import Vouching
+from broker.server.tasks.lifecycle import end_session
+from broker.spiffe import SpiffeId
+from broker.tasks.texts import THUMBPRINT, check_id
+
+MAX_REPORTED: Final = 10_000
+"""Sessions in one report: more than a node has processes with an identity."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReportedSession:
+    """One living session, in its node agent's words; raises Invalid."""
+
+    id: str
+    spiffe_id: SpiffeId
+    entry_id: str
+    x5t: str
+    not_after: datetime
+
+    def __post_init__(self) -> None:
+        """Check each field."""
+        check_id(self.id, "workload session id")
+        if THUMBPRINT.fullmatch(self.x5t) is None:
+            raise Invalid("the thumbprint is not a SHA-256 hash in base64url", code="invalid_thumbprint")
+
+
+class Sessions:
+    """Takes in the reports of node agents."""
+
+    def __init__(self, store: Store, clock: Clock, vouching: Vouching) -> None:
+        self._store = store
+        self._clock = clock
+        self._vouching = vouching
+
+    async def report(
+        self, agent: SpiffeId, current: Sequence[ReportedSession], ended: Sequence[str]
+    ) -> dict[str, BrokerError]:
+        """Take one report in, wholly or not at all; give the sessions that were left out, each with its reason.
+
+        Raises:
+            Invalid: the report is too long.
+            Unavailable: nothing of it was kept.
+        """
+        if len(current) + len(ended) > MAX_REPORTED:
+            raise Invalid(f"a report has at most {MAX_REPORTED} sessions", code="too_many_sessions")
+        left_out: dict[str, BrokerError] = {}
+        spoken_for: list[ReportedSession] = []
+        for session in current:
+            entry = self._vouching.authorized_entry(agent, session.entry_id)
+            if entry is None or entry.spiffe_id != session.spiffe_id:
+                left_out[session.id] = Refused(
+                    "this node agent may not speak for that entry", code="agent_not_authorized"
+                )
+            else:
+                spoken_for.append(session)
+        return left_out | await self._store.write(lambda writer: self._take(writer, agent, spoken_for, ended))
+
+    def _take(
+        self, writer: Writer, agent: SpiffeId, current: Sequence[ReportedSession], ended: Sequence[str]
+    ) -> dict[str, BrokerError]:
+        now = self._clock.now()
+        left_out: dict[str, BrokerError] = {}
+        # Ends first: a report may hold a new session of an entry whose old one is gone.
+        for session_id in ended:
+            end_session(writer, session_id, agent=agent, now=now)
+        for session in current:
+            known = writer.session(session.id)
+            row = SessionRow(
+                session.id, agent, session.spiffe_id, session.entry_id, session.x5t, session.not_after, now
+            )
+            try:
+                writer.put_session(row)
+            except Conflict as error:
+                left_out[session.id] = error
+                continue
+            if known is None:
+                writer.record(records.session_started(row))
+        return left_out

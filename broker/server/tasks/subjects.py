@@ -1,0 +1,234 @@
+"""The user's word: tokens of trusted OpenID issuers, judged strictly, before anything is decided by them.
+
+Invariants: the algorithm is one that this issuer's key is bound to, never the token's choice; the issuer is compared byte by
+byte; the token must be meant for us; a delegated token (``act``, ``may_act``) is never taken for the user's own
+(RFC 8693 §4.1, §4.4); a token that is bound to a key, or that is no access or ID token by its type, is refused. What the
+user permits beyond that, and what an agent may do with it, is decided elsewhere.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Final, overload
+
+from broker.clock import Clock
+from broker.errors import Invalid, InvalidToken
+from broker.server.tasks.config import SubjectIssuer, check_issuers
+from broker.server.tasks.issuer_keys import IssuerKeys
+from broker.spiffe import jose
+from broker.spiffe.jose import UnverifiedJws
+from broker.spiffe.strictjson import JsonValue
+from broker.tasks import Authority, Delegation
+from broker.tasks.texts import NAME
+
+LEEWAY: Final = 30
+"""Seconds by which the issuer's clock and ours may differ. Nothing is issued beyond ``exp`` itself."""
+MAX_AUDIENCES: Final = 16
+"""Audiences in one token: more is a list, not an address."""
+
+# Names of the signing certificate that some issuers put beside kid. They are never looked at.
+_HEADERS: Final = jose.DEFAULT_HEADERS | {"x5t", "x5t#S256"}
+_ACCESS: Final = frozenset({"at+jwt"})
+_PLAIN: Final = frozenset({"jwt", None})
+_SUBJECT: Final = re.compile(r"[\x21-\x7e]{1,255}")
+_SHORT: Final = NAME
+
+_VERIFIED: Final = object()
+
+
+class SubjectKind(StrEnum):
+    """What the caller says the token is; its content must agree (RFC 8693 §3)."""
+
+    ANY = "jwt"
+    ACCESS = "access_token"
+    ID = "id_token"
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A user and the word they gave, verified. Only :class:`Subjects` makes one.
+
+    ``user`` is the issuer's namespace and ``sub``; ``ceiling`` is what the token itself limits the delegation to (its own
+    ``authorization_details``), if it does.
+    """
+
+    user: str
+    issuer: str
+    client: str | None
+    session: str | None
+    acr: str | None
+    auth_time: datetime | None
+    expires_at: datetime
+    token_hash: str
+    ceiling: Authority | None
+    _made_by: object = field(repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Refuse any other maker."""
+        if self._made_by is not _VERIFIED:
+            raise TypeError("a Subject comes from Subjects.verify only")
+
+    def delegation(self) -> Delegation:
+        """Give the delegation that this token is."""
+        return Delegation(
+            issuer=self.issuer,
+            user=self.user,
+            client=self.client,
+            session=self.session,
+            acr=self.acr,
+            auth_time=self.auth_time,
+            expires_at=self.expires_at,
+            token_hash=self.token_hash,
+        )
+
+
+class Subjects:
+    """The trusted issuers and their keys. Close it with :meth:`aclose`."""
+
+    def __init__(self, issuers: Iterable[SubjectIssuer], clock: Clock) -> None:
+        """Prepare one guarded client for each issuer; raises Misconfigured."""
+        self._clock = clock
+        self._issuers = {one.issuer: (one, IssuerKeys(one, clock)) for one in check_issuers(issuers)}
+
+    async def aclose(self) -> None:
+        """Close the connections to the issuers."""
+        for _, keys in self._issuers.values():
+            await keys.aclose()
+
+    async def verify(self, token: str, kind: SubjectKind = SubjectKind.ANY) -> Subject:
+        """Judge a user's token. May ask the issuer for its keys: never call it within a transaction.
+
+        Raises:
+            Invalid: the token is delegated already, or not of the kind that was said.
+            InvalidToken: it is not a trusted issuer's valid token for us.
+            Unavailable: the issuer's keys cannot be had now.
+        """
+        jws = jose.parse_compact(token, allowed_headers=_HEADERS)
+        _check_type(jws, kind)
+        trusted = self._issuers.get(_text(jws.payload, "iss", _SHORT))
+        if trusted is None:
+            raise InvalidToken(
+                "the user token's issuer is not trusted here",
+                code="subject_issuer",
+                hint="an operator adds it under [[server.subjects]]",
+            )
+        issuer, keys = trusted
+        key = await keys.find(jws.kid)
+        jose.verify_signature(jws, key.key, key.algorithm)
+        return _judge(jws.payload, issuer, now=int(self._clock.now().timestamp()), token=token)
+
+
+def _check_type(jws: UnverifiedJws, kind: SubjectKind) -> None:
+    typ = jws.typ
+    if typ is not None:
+        if not typ.isascii():
+            raise InvalidToken("the user token's type is not accepted", code="token_type")
+        # RFC 8725 §3.11: a type without a slash stands for application/….
+        typ = typ.lower().removeprefix("application/")
+    wanted = _PLAIN if kind is SubjectKind.ID else _PLAIN | _ACCESS
+    if typ not in wanted:
+        raise InvalidToken(
+            "the user token's type is not accepted", code="token_type", hint="send an access token or an ID token"
+        )
+
+
+def _judge(payload: Mapping[str, JsonValue], issuer: SubjectIssuer, *, now: int, token: str) -> Subject:
+    _refuse_foreign_kinds(payload)
+    expires_at = _check_dates(payload, now)
+    client = _check_audience(payload, issuer)
+    for name, wanted in issuer.required_claims:
+        if payload.get(name) != wanted:
+            raise InvalidToken(f"the user token's claim {name} is not the required one", code="subject_claim")
+    sub = _text(payload, "sub", _SUBJECT)
+    if sub.startswith("spiffe://") or sub == issuer.issuer:
+        raise InvalidToken("the user token's subject is not a user", code="subject_not_user")
+    details = payload.get("authorization_details")
+    return Subject(
+        user=issuer.namespace + sub,
+        issuer=issuer.issuer,
+        client=client,
+        session=_optional(payload, "sid"),
+        acr=_optional(payload, "acr"),
+        auth_time=_moment(jose.numeric_date(payload, "auth_time", required=False)),
+        expires_at=_moment(expires_at),
+        token_hash="sha-256:" + jose.b64url_encode(hashlib.sha256(token.encode("ascii")).digest()),
+        # What we cannot read does not limit less: an unknown type refuses the token.
+        ceiling=None if details is None else Authority.parse(details),
+        _made_by=_VERIFIED,
+    )
+
+
+def _refuse_foreign_kinds(payload: Mapping[str, JsonValue]) -> None:
+    # NOTE(security): judged by content. Taking such a token without its actor would turn delegation into impersonation.
+    if "act" in payload or "may_act" in payload:
+        raise Invalid(
+            "the subject token is delegated already",
+            code="subject_delegated",
+            hint="send the user's own token: a delegated token cannot be exchanged again yet",
+        )
+    if "cnf" in payload:
+        raise InvalidToken("the user token is bound to another key", code="subject_bound")
+    if "events" in payload:
+        raise InvalidToken("a security event is not a user token", code="token_type")
+
+
+def _check_dates(payload: Mapping[str, JsonValue], now: int) -> int:
+    expires_at = jose.numeric_date(payload, "exp", required=True)
+    issued_at = jose.numeric_date(payload, "iat", required=True)
+    not_before = jose.numeric_date(payload, "nbf", required=False)
+    if now > expires_at + LEEWAY:
+        raise InvalidToken("the user token has expired", code="subject_expired", hint="get a new one from the issuer")
+    if issued_at > now + LEEWAY or (not_before is not None and not_before > now + LEEWAY):
+        raise InvalidToken("the user token is not valid yet", code="subject_not_yet", hint="compare the clocks")
+    if expires_at <= issued_at:
+        raise InvalidToken("the user token ends before it starts", code="token_claim_invalid")
+    return expires_at
+
+
+def _check_audience(payload: Mapping[str, JsonValue], issuer: SubjectIssuer) -> str | None:
+    """Refuse a token that is not for us, or was given to a client we do not know (OpenID Connect Core §3.1.3.7)."""
+    aud = payload.get("aud")
+    audiences = [aud] if isinstance(aud, str) else aud
+    if not isinstance(audiences, list) or not 0 < len(audiences) <= MAX_AUDIENCES:
+        raise InvalidToken("the user token has no audience", code="subject_audience")
+    if not any(isinstance(one, str) and one in issuer.audiences for one in audiences):
+        raise InvalidToken(
+            "the user token is not meant for this broker",
+            code="subject_audience",
+            hint="the application must ask its issuer for a token with the broker as its audience",
+        )
+    party, client_id = _optional(payload, "azp"), _optional(payload, "client_id")
+    if party is not None and client_id is not None and party != client_id:
+        raise InvalidToken("the user token names two clients", code="subject_client")
+    client = party or client_id
+    if client is None and len(audiences) > 1:
+        raise InvalidToken("the user token has several audiences and names no client", code="subject_client")
+    if client is not None and client not in issuer.audiences | issuer.clients:
+        raise InvalidToken(
+            "the user token was given to a client that is not accepted here",
+            code="subject_client",
+            hint="an operator adds it to clients under [[server.subjects]]",
+        )
+    return client
+
+
+@overload
+def _moment(seconds: int) -> datetime: ...
+@overload
+def _moment(seconds: int | None) -> datetime | None: ...
+def _moment(seconds: int | None) -> datetime | None:
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC)
+
+
+def _text(payload: Mapping[str, JsonValue], name: str, shape: re.Pattern[str]) -> str:
+    value = payload.get(name)
+    if not isinstance(value, str) or shape.fullmatch(value) is None:
+        raise InvalidToken(f"the user token's claim {name} is missing or not short text", code="token_claim_invalid")
+    return value
+
+
+def _optional(payload: Mapping[str, JsonValue], name: str) -> str | None:
+    return None if payload.get(name) is None else _text(payload, name, _SHORT)

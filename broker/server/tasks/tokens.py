@@ -1,0 +1,95 @@
+"""Our own tokens, read back: is this one alive, as a whole?
+
+*Alive* is the conjunction of everything that can end it: signature, time, its own row, its task and every ancestor, the
+tree's epoch, the user's delegation, the workload session, the entry behind it (RFC 7662 §2.2, tokens.md 7.2). Any one of
+them that fails gives the same answer, without a reason.
+"""
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from broker.clock import Clock
+from broker.errors import BrokerError, InvalidToken
+from broker.server.store.ports import Reader, Store
+from broker.server.store.rows import TokenRow
+from broker.server.tasks.admission import Starters
+from broker.server.tasks.config import Audiences
+from broker.server.tasks.exchange import TaskKeys
+from broker.spiffe import SpiffeId, jose
+from broker.tasks import TaskClaims, require_lineage_active, verify_task_token
+
+
+@dataclass(frozen=True, slots=True)
+class LiveToken:
+    """A token that was alive when it was asked about."""
+
+    claims: TaskClaims
+
+
+class TaskTokens:
+    """Judges tokens that this server issued."""
+
+    def __init__(
+        self, store: Store, keys: TaskKeys, clock: Clock, starters: Starters, audiences: Audiences, *, issuer: str
+    ) -> None:
+        self._store = store
+        self._keys = keys
+        self._clock = clock
+        self._starters = starters
+        self._audiences = audiences
+        self._issuer = issuer
+
+    def verify(self, token: str) -> TaskClaims:
+        """Check form, signature and issuer of one of our tokens, whatever its audience; raises InvalidToken."""
+        audience = jose.parse_compact(token).payload.get("aud")
+        if not isinstance(audience, str):
+            raise InvalidToken("the token's audience is not one text", code="token_audience")
+        now = self._clock.now()
+        # Compared with itself: the audience is what the caller asks about, not what it is.
+        verified = verify_task_token(token, self._keys.task_keys(), issuer=self._issuer, audience=audience, now=now)
+        return verified.claims
+
+    async def introspect(self, token: str, caller: SpiffeId) -> LiveToken | None:
+        """Give the token if it is alive and the caller may know: its own actor, or an introspector of its audience.
+
+        Raises:
+            Unavailable: nobody can tell now.
+        """
+        try:
+            claims = self.verify(token)
+            # An audience that is registered no longer has no living tokens, not even for their own actor.
+            audience = self._audiences.find(claims.aud)
+            if caller != claims.client_id and caller not in audience.introspectors:
+                return None
+        except BrokerError:
+            return None
+        now = self._clock.now()
+        alive = await self._store.read(lambda reader: self._is_alive(reader, claims, now))
+        return LiveToken(claims) if alive else None
+
+    def _is_alive(self, reader: Reader, claims: TaskClaims, now: datetime) -> bool:
+        row = reader.token(claims.jti)
+        if row is None or row.revoked_at is not None or now.timestamp() >= claims.exp:
+            return False
+        lineage = reader.lineage(row.task_id)
+        if not lineage or row.task_id != claims.task.id or reader.root_epoch(row.root) > claims.task.epoch:
+            return False
+        try:
+            require_lineage_active(lineage[-1], tuple(reversed(lineage[:-1])), now)
+        except BrokerError:
+            return False
+        return self._actor_stands(reader, row, now)
+
+    def _actor_stands(self, reader: Reader, row: TokenRow, now: datetime) -> bool:
+        """Tell whether the workload may still act: by the same rules as at issue."""
+        entry_ids = self._starters.entry_ids_of(row.agent)
+        if row.session is not None:
+            session = reader.session(row.session)
+            if session is None or session.ended_at is not None:
+                return False
+            node = reader.node(session.agent)
+            if node is None or node.banned:
+                return False
+            entry_ids = (session.entry_id,)
+        entries = (reader.entry(entry_id) for entry_id in entry_ids)
+        return any(entry is not None and entry.may_start_tasks and not entry.is_expired(now) for entry in entries)

@@ -1,0 +1,110 @@
+"""A real agent in this process, before a fake server: real sockets, real processes, real certificates."""
+
+import asyncio
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import grpc.aio
+
+from broker._proto.service import Stub
+from broker._proto.spiffe import workload_pb2
+from broker.agent.app import Agent
+from broker.agent.listener import WORKLOAD
+from broker.agent.settings import AgentSettings
+from tests.fakes.fake_server import TD, FakeServer, entry_message
+
+HEADER = (("workload.spiffe.io", "true"),)
+ME = f"unix:uid:{os.geteuid()}"
+
+
+async def until(condition, seconds: float = 10.0) -> None:
+    """Wait for a condition with a deadline."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        await asyncio.sleep(0.01)
+
+
+class RunningAgent:
+    """An agent that serves, and a channel to its socket."""
+
+    def __init__(self, agent: Agent, settings: AgentSettings, server: FakeServer) -> None:
+        self.agent, self.settings, self.server = agent, settings, server
+        self.stop = asyncio.Event()
+
+    @property
+    def socket(self) -> Path:
+        return self.settings.socket_path
+
+    @asynccontextmanager
+    async def channel(self) -> AsyncIterator[grpc.aio.Channel]:
+        options = (("grpc.use_local_subchannel_pool", 1),)
+        async with grpc.aio.insecure_channel(f"unix:{self.socket}", options=options) as channel:
+            yield channel
+
+    @asynccontextmanager
+    async def workload(self) -> AsyncIterator[Stub]:
+        async with self.channel() as channel:
+            yield Stub(channel, WORKLOAD)
+
+    async def x509(self) -> workload_pb2.X509SVIDResponse:
+        async with self.workload() as stub:
+            return await stub.FetchX509SVID(workload_pb2.X509SVIDRequest(), metadata=HEADER, timeout=10).read()
+
+    async def jwt(self, *audience: str, spiffe_id: str = "") -> workload_pb2.JWTSVIDResponse:
+        async with self.workload() as stub:
+            request = workload_pb2.JWTSVIDRequest(audience=audience, spiffe_id=spiffe_id)
+            return await stub.FetchJWTSVID(request, metadata=HEADER, timeout=10)
+
+
+@asynccontextmanager
+async def serving(
+    server: FakeServer, directory: Path, *, synced: bool = True, **changed
+) -> AsyncIterator[RunningAgent]:
+    values = {
+        "trust_domain": TD,
+        "server_address": "127.0.0.1",
+        "server_port": server.port or 1,
+        "runtime_dir": directory / "agent",
+        "join_token": "token-1",
+        "first_identity_wait": "300ms",
+    }
+    if not changed.get("insecure_bootstrap"):
+        values["trust_bundle_path"] = server.trust_file()
+    settings = AgentSettings(**(values | changed))
+    async with Agent(settings) as agent:
+        running = RunningAgent(agent, settings, server)
+        task = asyncio.create_task(agent.serve(running.stop))
+        try:
+            if synced:
+                ready = asyncio.create_task(until(lambda: agent.is_ready or task.done()))
+                await ready
+                if task.done():
+                    await task
+            running.task = task
+            yield running
+        finally:
+            running.stop.set()
+            with suppress(Exception, BaseExceptionGroup):
+                await task
+
+
+@asynccontextmanager
+async def estate(*, entries=(), **changed) -> AsyncIterator[RunningAgent]:
+    """A server and an agent in a short directory; by default one entry for this user."""
+    directory = Path(tempfile.mkdtemp(dir="/tmp"))
+    directory.chmod(0o755)
+    try:
+        async with FakeServer(directory) as server:
+            for entry in entries or (entry_message("e1", "/wl/me", [ME]),):
+                server.entries[entry.entry.id] = entry
+            async with serving(server, directory, **changed) as running:
+                running.directory = directory
+                yield running
+    finally:
+        shutil.rmtree(directory)

@@ -1,0 +1,163 @@
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from broker.errors import Misconfigured
+from broker.server.settings import ENVIRONMENT_PREFIX, ServerSettings, duration, load
+from broker.spiffe import SpiffeId, TrustDomain
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(text):
+        path = tmp_path / "server.toml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def environ(monkeypatch):
+    def set_variables(**variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        return variables
+
+    return set_variables
+
+
+def test_everything_has_a_default_that_works_and_a_description():
+    settings = ServerSettings()
+    assert settings.trust_domain == TrustDomain("example.org")
+    assert settings.socket_path == Path("/run/broker/server/private/api.sock")
+    assert settings.database_path == Path("/var/lib/broker/server/broker.db")
+    # Closed lists are empty, and deny.
+    assert (settings.subjects, settings.audiences, settings.admin_ids) == ((), (), ())
+
+    def check(model):
+        for name, field in model.model_fields.items():
+            assert field.description, name
+            for inner in (field.annotation, *getattr(field.annotation, "__args__", ())):
+                if hasattr(inner, "model_fields"):
+                    check(inner)
+
+    check(ServerSettings)
+
+
+def test_a_file_is_read(file):
+    settings = load(
+        file(
+            """
+            [server]
+            trust_domain = "a.example"
+            roles = ["identity"]
+            ca_ttl = "1h30m"
+            runtime_dir = "/run/x"
+            admin_ids = ["spiffe://a.example/admin"]
+            [server.store]
+            url = "sqlite:///srv/x.db"
+            [server.tasks]
+            token_ttl = "60s"
+            [[server.subjects]]
+            issuer = "https://idp.example/"
+            audiences = ["broker"]
+            [[server.audiences]]
+            resource = "https://tickets.example"
+            binding = ["x5t"]
+            [agent]
+            anything = true
+            """
+        ),
+        {},
+    )
+    assert settings.trust_domain.name == "a.example"
+    assert settings.roles == {"identity"}
+    assert settings.ca_ttl == timedelta(minutes=90)
+    assert settings.socket_path == Path("/run/x/private/api.sock")
+    assert settings.database_path == Path("/srv/x.db")
+    assert settings.admin_ids == (SpiffeId("spiffe://a.example/admin"),)
+    assert settings.tasks.token_ttl == timedelta(seconds=60)
+    assert settings.subjects[0].issuer == "https://idp.example/"
+    assert settings.audiences[0].binding == ("x5t",)
+
+
+def test_the_environment_wins_over_the_file(file, environ):
+    variables = environ(
+        BROKER_SERVER__TRUST_DOMAIN="b.example",
+        BROKER_SERVER__TASKS__TOKEN_TTL="2m",
+        BROKER_SERVER__AUDIENCES='[{"resource": "https://x.example"}]',
+        BROKER_SERVER_SOCKET="/elsewhere.sock",
+    )
+    settings = load(file('[server]\ntrust_domain = "a.example"\nca_ttl = "2h"'), variables)
+    assert settings.trust_domain.name == "b.example"
+    assert settings.ca_ttl == timedelta(hours=2)
+    assert settings.tasks.token_ttl == timedelta(minutes=2)
+    assert settings.audiences[0].resource == "https://x.example"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('[server]\ntrust_domian = "a"', ("server.trust_domian", "trust_domain")),
+        ("[server.tasks]\ntoken_tll = '3s'", ("server.tasks.token_tll", "token_ttl")),
+        ("[sever]\n", ("sever",)),
+        ("trust_domain = 'a'", ("trust_domain",)),
+        ("[server]\ntrust_domain = 'A'", ("server.trust_domain",)),
+        ("[server]\ntrust_domain = 1", ("server.trust_domain",)),
+        ("[server]\nca_ttl = 'soon'", ("server.ca_ttl",)),
+        ("[server]\nca_ttl = '0s'", ("server.ca_ttl",)),
+        ("[server]\nbind_port = 70000", ("server.bind_port",)),
+        ("[server]\nroles = []", ("server.roles",)),
+        ("[server]\nissuer = 'http://x'", ("server.issuer",)),
+        ("[server.keys]\nmanager = 'disk'", ("server.keys.manager", "memory")),
+        ("[server.store]\nurl = 'postgresql://x'", ("server.store.url",)),
+        ("[[server.audiences]]\nresource = 'https://x'\nbinding = ['bearer']", ("server.audiences.0.binding",)),
+        ("[server", ("TOML",)),
+    ],
+)
+def test_what_is_wrong_is_named_with_a_remedy(file, text, words):
+    with pytest.raises(Misconfigured) as caught:
+        load(file(text), {})
+    shown = f"{caught.value.message} {caught.value.hint}"
+    assert all(word in shown for word in words), shown
+    assert caught.value.hint
+
+
+def test_a_value_is_not_shown(file):
+    with pytest.raises(Misconfigured) as caught:
+        load(file("[server.store]\nurl = 'postgresql://user:secret@host/db'"), {})
+    assert "secret" not in f"{caught.value.message} {caught.value.hint}"
+
+
+def test_an_unknown_variable_is_refused(file):
+    with pytest.raises(Misconfigured) as caught:
+        load(file(""), {f"{ENVIRONMENT_PREFIX}TRUST_DOMIAN": "x"})
+    assert "trust_domain" in caught.value.hint
+
+
+def test_a_file_that_was_named_must_be_there(tmp_path):
+    with pytest.raises(Misconfigured):
+        load(tmp_path / "none.toml", {})
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90s", 90), ("10m", 600), ("1h30m", 5400), ("2d", 172800), (45, 45), (timedelta(seconds=5), 5)],
+)
+def test_durations(text, seconds):
+    assert duration(text).total_seconds() == seconds
+
+
+@pytest.mark.parametrize("text", ["", "0s", "5", "5 s", "-5s", "1s1h", "५s", "5s\n", True, 1.5, None, "99999d"])
+def test_what_is_no_duration(text):
+    with pytest.raises(ValueError, match="duration"):
+        duration(text)
+
+
+def test_a_variable_that_is_no_json_is_named_but_not_shown(environ):
+    with pytest.raises(Misconfigured) as caught:
+        load(None, environ(BROKER_SERVER__AUDIENCES="secret, not json"))
+    assert "audiences" in caught.value.message
+    assert "secret" not in caught.value.message
