@@ -1,0 +1,96 @@
+"""The settings files of an estate, as its operator would write them. Knows the names of settings, not what they do."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from broker.dev.issuer import AUDIENCE, LOOPBACK
+from broker.dev.layout import Layout
+
+TRUST_DOMAIN = "dev.test"
+NODE_ALIAS = f"spiffe://{TRUST_DOMAIN}/node/dev"
+"""The node's extra identity, the parent of entries: it stays the same when the agent joins anew."""
+
+DEFAULT_AUDIENCES = ("https://tickets.dev.test",)
+HEADER = "# Written by broker dev, and written again by the next `broker dev up`. Loopback only; not for production.\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What an estate is to be: the services that tokens are for, and how it treats those who come too early."""
+
+    audiences: Sequence[str] = field(default=DEFAULT_AUDIENCES)
+    first_identity_wait: str = "2s"
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """The TCP ports on loopback."""
+
+    server: int
+    issuer: int
+
+    @property
+    def server_url(self) -> str:
+        """The server, as it names itself in tokens."""
+        return f"https://localhost:{self.server}"
+
+    @property
+    def issuer_url(self) -> str:
+        """The development issuer."""
+        return f"https://{LOOPBACK}:{self.issuer}"
+
+
+def server_toml(layout: Layout, ports: Ports, plan: Plan) -> str:
+    """Write the server's settings."""
+    lines = [
+        HEADER,
+        "[server]",
+        f"trust_domain = {_text(TRUST_DOMAIN)}",
+        f"issuer = {_text(ports.server_url)}",
+        f"bind_address = {_text(LOOPBACK)}",
+        f"bind_port = {ports.server}",
+        f"data_dir = {_text(layout.data('server'))}",
+        f"runtime_dir = {_text(layout.runtime / 'server')}",
+        'log_format = "json"',
+        "",
+        "[server.operations]",
+        "enabled = false",
+        "",
+        "[server.tasks]",
+        'supervision = "attached"',
+        "allow_unsupervised = true",
+        "",
+        "[[server.subjects]]",
+        f"issuer = {_text(ports.issuer_url)}",
+        f"audiences = [{_text(AUDIENCE)}]",
+        f"ca_path = {_text(layout.issuer / 'ca.pem')}",
+    ]
+    for audience in plan.audiences:
+        lines += ["", "[[server.audiences]]", f"resource = {_text(audience)}", 'risk = "high"']
+    return "\n".join(lines) + "\n"
+
+
+def agent_toml(layout: Layout, ports: Ports, plan: Plan) -> str:
+    """Write the agent's settings."""
+    lines = [
+        HEADER,
+        "[agent]",
+        f"trust_domain = {_text(TRUST_DOMAIN)}",
+        f"server_address = {_text(LOOPBACK)}",
+        f"server_port = {ports.server}",
+        f"data_dir = {_text(layout.data('agent'))}",
+        f"runtime_dir = {_text(layout.runtime / 'agent')}",
+        f"trust_bundle_path = {_text(layout.bundle)}",
+        f"join_token_file = {_text(layout.join_token)}",
+        f"first_identity_wait = {_text(plan.first_identity_wait)}",
+        'log_format = "json"',
+        "",
+        "[agent.attestors.workload.unix]",
+        "discover_workload_path = true",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _text(value: object) -> str:
+    return json.dumps(str(value))  # a JSON string is a TOML basic string

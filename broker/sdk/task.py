@@ -1,0 +1,230 @@
+"""A task as a block: entering starts it, leaving ends it, and every token of it dies.
+
+Tokens are bound to this process's X.509-SVID. They are kept until shortly before they expire or until the SVID rotates, then
+asked for anew; there is nothing to refresh by hand.
+"""
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import grpc
+
+from broker._proto.broker.agent.v1 import tasks_pb2
+from broker._proto.broker.server.v1 import tasks_pb2 as server_pb2
+from broker._proto.service import ServiceBinding, Stub
+from broker.clock import Clock, SystemClock
+from broker.errors import BrokerError, PolicyDenied, Unavailable
+from broker.sdk.endpoint import CALL_SECONDS, SECURITY_HEADER
+from broker.spiffe import strictjson
+from broker.tasks import Authority, Resource
+from broker.tasks.verify import unverified_confirmation
+from broker.transport.rpc_errors import from_rpc_error
+
+if TYPE_CHECKING:
+    from broker.sdk.http import HttpClient
+    from broker.sdk.workload import Workload
+
+RENEW_BEFORE = 20.0
+"""Seconds before expiry at which a kept token is asked for anew: more than any leeway, less than any life."""
+
+ROTATION_SECONDS = 5.0
+"""How long a token may be ahead of the SVID stream when both rotate."""
+
+COMPLETE_SECONDS = 10.0
+"""How long leaving the block tries to end the task before it gives up and says so."""
+
+
+class Task:
+    """A running task. Made by entering the block of :meth:`broker.sdk.Workload.task`."""
+
+    def __init__(self, workload: "Workload", state: server_pb2.Task, *, clock: Clock) -> None:
+        """Hold the started task."""
+        self._workload = workload
+        self._state = state
+        self._clock = clock
+        self._api = Stub(workload.channel, ServiceBinding.of(tasks_pb2.DESCRIPTOR, "Tasks"))
+        self._kept: dict[tuple[str, str, str], tuple[server_pb2.IssuedToken, str]] = {}
+        self._asking = asyncio.Lock()
+        self.authority = Authority.parse(state.authorization_details)
+
+    @property
+    def id(self) -> str:
+        """The task's id."""
+        return self._state.id
+
+    @property
+    def user(self) -> str:
+        """On whose behalf it acts."""
+        return self._state.user
+
+    @property
+    def state(self) -> str:
+        """The state as last told by the server."""
+        return self._state.state
+
+    @property
+    def expires_at(self) -> int:
+        """The end at the latest, in seconds since 1970."""
+        return self._state.expires_at
+
+    async def token(
+        self, resource: str, *, scope: str = "", authorization_details: Sequence[Mapping[str, object]] | None = None
+    ) -> str:
+        """Give a token for this resource, bound to this process.
+
+        Raises:
+            Refused: the task has ended, or its authority does not reach that far.
+            Unavailable: agent or server cannot answer now.
+        """
+        wanted = _json(authorization_details) if authorization_details else ""
+        key = (Resource(resource).text, scope, wanted)
+        async with self._asking:
+            kept = self._kept.get(key)
+            if kept is not None and self._usable(*kept):
+                return kept[0].access_token
+            issued = await self._issue(
+                tasks_pb2.IssueTokenRequest(
+                    task_id=self.id,
+                    resource=resource,
+                    scope=scope,
+                    authorization_details=wanted,
+                    idempotency_key=secrets.token_urlsafe(16),
+                )
+            )
+            self._kept[key] = (issued, await self._settle(issued))
+            return issued.access_token
+
+    def resource_of(self, url: str) -> str:
+        """Find the task's resource that holds this URL: the longest of its locations that contains it.
+
+        Raises:
+            PolicyDenied: none of the task's locations contains it.
+        """
+        target = Resource(url.split("?", 1)[0].split("#", 1)[0])
+        holding = [r for r in self.authority.resources() if r.contains(target)]
+        if not holding:
+            raise PolicyDenied(
+                f"no location of this task contains {target.text}",
+                code="invalid_target",
+                hint="name it in authorization_details when the task starts",
+            )
+        return max(holding, key=lambda r: len(r.text)).text
+
+    def http(self, **options: Any) -> "HttpClient":
+        """Give an httpx2 client: mTLS with this process's SVID, and the right token on each request."""
+        from broker.sdk.http import http_client  # noqa: PLC0415 - httpx2 is an extra
+
+        return http_client(self._workload, self, **options)
+
+    async def complete(self) -> None:
+        """End the task now. Ending twice is fine."""
+        request = tasks_pb2.CompleteTaskRequest(task_id=self.id, idempotency_key=f"complete-{self.id}")
+        self._state = await self._call("CompleteTask", request)
+        self._kept.clear()
+
+    async def _settle(self, issued: server_pb2.IssuedToken) -> str:
+        """Wait until this process holds the certificate that the token is bound to; give its thumbprint."""
+        x5t = unverified_confirmation(issued.access_token).x5t
+        current = self._workload.current
+        if current is None or current.x5t != x5t:
+            await self._workload.wait_for_x5t(x5t, timeout=ROTATION_SECONDS)
+        return x5t
+
+    def _usable(self, issued: server_pb2.IssuedToken, x5t: str) -> bool:
+        current = self._workload.current
+        fresh = issued.expires_at - self._clock.now().timestamp() > RENEW_BEFORE
+        return fresh and current is not None and current.x5t == x5t
+
+    async def _issue(self, request: tasks_pb2.IssueTokenRequest) -> server_pb2.IssuedToken:
+        for attempt in (1, 2):
+            try:
+                issued: server_pb2.IssuedToken = await self._call("IssueToken", request)
+            except Unavailable:
+                # The same key: if the first one was committed, this gives the same token and is charged once.
+                if attempt == 2:
+                    raise
+            else:
+                return issued
+        raise AssertionError("unreachable")
+
+    async def _call(self, method: str, request: object) -> Any:
+        try:
+            return await getattr(self._api, method)(request, metadata=SECURITY_HEADER, timeout=CALL_SECONDS)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from None
+
+
+class TaskBlock:
+    """What :meth:`broker.sdk.Workload.task` gives: nothing is started before ``async with``."""
+
+    def __init__(
+        self,
+        workload: "Workload",
+        *,
+        user_token: str,
+        purpose: str,
+        authorization_details: Sequence[Mapping[str, object]],
+        ttl: int,
+        limits: Mapping[str, object],
+        supervision: str,
+        idempotency_key: str,
+        clock: Clock | None = None,
+    ) -> None:
+        """Hold the request."""
+        self._workload = workload
+        self._clock = clock or SystemClock()
+        self._request = tasks_pb2.StartTaskRequest(
+            user_token=user_token,
+            purpose=purpose,
+            authorization_details=_json(authorization_details),
+            ttl=ttl,
+            limits=_json(limits) if limits else "",
+            supervision=supervision,
+            idempotency_key=idempotency_key or secrets.token_urlsafe(16),
+        )
+        self._task: Task | None = None
+
+    async def __aenter__(self) -> Task:
+        """Start the task."""
+        stub = Stub(self._workload.channel, ServiceBinding.of(tasks_pb2.DESCRIPTOR, "Tasks"))
+        try:
+            state = await stub.StartTask(self._request, metadata=SECURITY_HEADER, timeout=CALL_SECONDS)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from None
+        self._task = Task(self._workload, state, clock=self._clock)
+        return self._task
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End the task, also when the block was left by an error or by cancellation."""
+        assert self._task is not None
+        ending = asyncio.ensure_future(self._end(self._task))
+        try:
+            await asyncio.shield(ending)
+        except asyncio.CancelledError:
+            with contextlib.suppress(BrokerError):
+                await ending
+            raise
+        except BrokerError:
+            if error is None:
+                raise
+
+    async def _end(self, task: Task) -> None:
+        try:
+            async with asyncio.timeout(COMPLETE_SECONDS):
+                await task.complete()
+        except TimeoutError:
+            raise Unavailable(
+                "the end of the task was not confirmed in time",
+                code="end_unconfirmed",
+                hint="it ends with this process, or when it expires",
+            ) from None
+
+
+def _json(value: object) -> str:
+    return strictjson.canonical(value).decode()

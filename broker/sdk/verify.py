@@ -1,0 +1,231 @@
+"""For services: accept a task token, or say why not.
+
+The order is cheapest first: freshness of the feed, the cache by the token's SHA-256, structure, signature, claims, the
+certificate on this connection, the binding, the state of the task. The state is asked on every call, also when everything
+else is remembered: a token whose task has ended is dead at the next call after the frame.
+"""
+
+import asyncio
+import hashlib
+import ssl
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+from broker.clock import Clock, SystemClock
+from broker.errors import InvalidToken, Refused, Unavailable
+from broker.sdk.feed import FeedState, Risk
+from broker.sdk.subscription import FeedSubscription
+from broker.sdk.workload import Workload
+from broker.spiffe import SpiffeId, verify_x509_svid
+from broker.spiffe.jose import PublicKey
+from broker.tasks import (
+    LEEWAY,
+    Authority,
+    AuthorizationDetail,
+    BindingMatch,
+    PeerEvidence,
+    Resource,
+    VerifiedToken,
+    check_binding,
+    verify_task_token,
+)
+from broker.tasks.keyset import read_keys
+from broker.transport.tls import SvidPeer, peer_chain
+
+TOKENS_REMEMBERED = 10_000
+"""Tokens whose signature is not checked twice: some ten megabytes at the most."""
+
+PEERS_REMEMBERED = 4_096
+"""Client certificates whose chain is not checked twice."""
+
+FIRST_SNAPSHOT_SECONDS = 15.0
+"""How long discovery waits for the feed before it gives up."""
+
+Connection = ssl.SSLObject | ssl.SSLSocket | Sequence[bytes] | MutableMapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who calls, for whom, within what: the answer of :meth:`TokenVerifier.verify`."""
+
+    user: str
+    agent: SpiffeId
+    task: str
+    token: VerifiedToken
+    binding: BindingMatch
+    authority: Authority
+
+    async def check(
+        self, action: str, *, resource: str | None = None, enforced: Iterable[str] = ()
+    ) -> AuthorizationDetail:
+        """Require that the task's authority reaches this action, on the thing named ``resource``; give what allows it.
+
+        ``enforced`` names the constraints that the service judges itself: a detail with others allows nothing.
+
+        Raises:
+            PolicyDenied: it does not reach that far (``insufficient_authorization``).
+        """
+        return self.authority.require(action, self.token.claims.aud, resource, enforced=enforced)
+
+
+@dataclass(frozen=True, slots=True)
+class _Peer:
+    evidence: PeerEvidence
+    not_after: float
+    bundles: object
+
+
+class TokenVerifier:
+    """Verifies task tokens for one audience against the live feed. Make it with :meth:`discover`."""
+
+    def __init__(self, workload: Workload, issuer: str, audience: Resource, risk: Risk, clock: Clock) -> None:
+        """Prepare; :meth:`discover` or ``async with`` connects it."""
+        self._workload = workload
+        self._issuer = issuer
+        self._audience = audience
+        self._risk = risk
+        self._clock = clock
+        self._owns_workload = False
+        self._tokens: OrderedDict[bytes, VerifiedToken] = OrderedDict()
+        self._peers: OrderedDict[bytes, _Peer] = OrderedDict()
+        self._keys: Mapping[str, PublicKey] = {}
+        self.feed = FeedState()
+        self._subscription = FeedSubscription(workload.channel, self.feed, clock, self._keys_changed)
+
+    @classmethod
+    async def discover(
+        cls,
+        issuer: str,
+        *,
+        audience: str,
+        workload: Workload | None = None,
+        risk: Risk = Risk.HIGH,
+        clock: Clock | None = None,
+        timeout: float = FIRST_SNAPSHOT_SECONDS,  # noqa: ASYNC109
+    ) -> Self:
+        """Connect to the feed through the node agent and wait for the first snapshot.
+
+        ``issuer`` must be the feed's issuer, exactly. Without ``workload`` one is opened on ``SPIFFE_ENDPOINT_SOCKET``.
+
+        Raises:
+            Unavailable: no snapshot in time.
+            Refused: the feed is another issuer's.
+        """
+        owned = workload is None
+        if workload is None:
+            workload = await Workload.connect().__aenter__()
+        verifier = cls(workload, issuer, Resource(audience), risk, clock or SystemClock())
+        verifier._owns_workload = owned
+        try:
+            await verifier._start(timeout)
+        except BaseException:
+            await verifier.aclose()
+            raise
+        return verifier
+
+    async def __aenter__(self) -> Self:
+        """Use as a block; leaving it closes the feed."""
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the feed."""
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close the feed, and the workload connection where this verifier opened it. Nothing verifies afterwards."""
+        await self._subscription.stop()
+        self.feed = FeedState()
+        if self._owns_workload:
+            await self._workload.__aexit__(None, None, None)
+
+    async def verify(self, token: str, connection: Connection) -> Caller:
+        """Accept the token on this connection, or raise.
+
+        ``connection`` is the TLS connection, its certificates as DER (leaf first), or the ASGI scope.
+
+        Raises:
+            InvalidToken: not a token of this issuer for this audience, or expired.
+            Refused: bound to somebody else, or its task, session or user has ended.
+            Unavailable: the verifier does not know enough to accept.
+        """
+        return self.verify_now(token, connection)
+
+    def verify_now(self, token: str, connection: Connection) -> Caller:
+        """Do the same without a coroutine: nothing here waits."""
+        self.feed.require_fresh(self._clock.monotonic(), self._risk)
+        verified = self._verified(token)
+        claims = verified.claims
+        self.feed.require_alive(
+            root=verified.root,
+            epoch=verified.epoch,
+            task=verified.task_id,
+            session=claims.cnf.session,
+            jti=verified.jti,
+        )
+        match = check_binding(claims.cnf, verified.agent, self._evidence_of(connection))
+        return Caller(claims.sub, verified.agent, verified.task_id, verified, match, claims.authorization_details)
+
+    def _verified(self, token: str) -> VerifiedToken:
+        digest = hashlib.sha256(token.encode()).digest()
+        known = self._tokens.get(digest)
+        now = self._clock.now()
+        if known is not None:
+            if now.timestamp() <= known.claims.exp + LEEWAY:
+                return known
+            del self._tokens[digest]
+            raise InvalidToken("the token has expired", code="token_expired", hint="ask for a new one")
+        verified = verify_task_token(token, self._keys, issuer=self._issuer, audience=self._audience, now=now)
+        self._tokens[digest] = verified
+        if len(self._tokens) > TOKENS_REMEMBERED:
+            self._tokens.popitem(last=False)
+        return verified
+
+    def _evidence_of(self, connection: Connection) -> PeerEvidence:
+        if isinstance(connection, MutableMapping):
+            peer = connection.get("extensions", {}).get("broker.peer")
+            return PeerEvidence.from_svid(peer.svid) if isinstance(peer, SvidPeer) else self._evidence(())
+        if isinstance(connection, ssl.SSLObject | ssl.SSLSocket):
+            return self._evidence(peer_chain(connection))
+        return self._evidence(connection)
+
+    def _evidence(self, chain: Sequence[bytes]) -> PeerEvidence:
+        if not chain:
+            raise Refused("the connection has no client certificate", code="binding_missing", hint="use mutual TLS")
+        bundles = self._workload.bundles
+        known = self._peers.get(chain[0])
+        now = self._clock.now()
+        if known is not None and known.bundles is bundles and now.timestamp() < known.not_after:
+            return known.evidence
+        svid = verify_x509_svid(chain, bundles, now=now)
+        evidence = PeerEvidence.from_svid(svid)
+        self._peers[chain[0]] = _Peer(evidence, svid.expires_at.timestamp(), bundles)
+        if len(self._peers) > PEERS_REMEMBERED:
+            self._peers.popitem(last=False)
+        return evidence
+
+    def _keys_changed(self) -> None:
+        self._keys = read_keys(self.feed.keys)
+        self._tokens.clear()  # a key that is gone must not live on in what it signed
+
+    async def _start(self, timeout: float) -> None:  # noqa: ASYNC109
+        try:
+            async with asyncio.timeout(timeout):
+                await self._workload.identity(timeout=timeout)
+                await self._subscription.start()
+        except TimeoutError:
+            raise Unavailable(
+                "the feed sent no snapshot in time",
+                code="feed_unknown",
+                hint="is the node agent connected to the server?",
+            ) from None
+        if self.feed.issuer != self._issuer:
+            raise Refused(
+                f"this node's feed belongs to the issuer {self.feed.issuer}, not {self._issuer}",
+                code="issuer_mismatch",
+                hint="configure the issuer exactly as the server names it",
+            )

@@ -1,0 +1,34 @@
+"""A whole estate of real processes: server, node agent, OpenID issuer, an agent pod, a service."""
+
+from collections.abc import AsyncIterator
+
+import pytest
+
+from broker.dev import demo_identity, demo_task
+from broker.dev.stage import Stage
+
+STORY = (
+    demo_identity.estate,
+    demo_identity.entries,
+    demo_identity.attestation,
+    demo_task.user,
+    demo_task.task,
+    demo_task.token,
+)
+
+
+@pytest.fixture
+async def estate() -> AsyncIterator[Stage]:
+    """The programs run; nobody is registered."""
+    async with Stage() as stage:
+        await demo_identity.estate(stage)
+        yield stage
+
+
+@pytest.fixture
+async def stage() -> AsyncIterator[Stage]:
+    """The pod holds a token of a running task, and the service runs."""
+    async with Stage() as stage:
+        for act in STORY:
+            await act(stage)
+        yield stage

@@ -1,0 +1,201 @@
+"""The verifier: what it accepts, what it refuses, and that remembering never outlives an end."""
+
+import json
+
+import pytest
+
+from broker._proto.broker.server.v1 import feed_pb2
+from broker.errors import BrokerError, InvalidSvid, InvalidToken, PolicyDenied, Refused, Unavailable
+from broker.sdk.feed import Risk
+from broker.spiffe.jose import b64url_decode, b64url_encode
+from broker.tasks import BindingMatch
+from tests.unit.sdk.world import World, frame, heartbeat, snapshot
+from tests.unit.tasks.world import AGENT, TokenKey
+from tests.unit.transport.pki import Authority
+
+
+@pytest.fixture
+def world() -> World:
+    made = World()
+    made.hear(snapshot(made.key))
+    return made
+
+
+def refused(world: World, token: str, chain=None) -> BrokerError:
+    with pytest.raises(BrokerError) as caught:
+        world.verifier.verify_now(token, world.identity.chain_der if chain is None else chain)
+    return caught.value
+
+
+async def test_a_good_token_names_user_agent_and_task(world: World) -> None:
+    caller = await world.verifier.verify(world.token(), world.identity.chain_der)
+    assert (caller.user, caller.agent, caller.task) == ("usr_1", AGENT, "tsk_1")
+    assert caller.binding is BindingMatch.X5T
+    await caller.check("ticket.read")
+    with pytest.raises(PolicyDenied) as denied:
+        await caller.check("ticket.delete")
+    assert denied.value.reason == "insufficient_authorization"
+
+
+@pytest.mark.bears("V09", "RV07")
+def test_before_the_first_snapshot_nothing_is_accepted() -> None:
+    world = World()
+    error = refused(world, world.token())
+    assert isinstance(error, Unavailable)
+    assert error.reason == "feed_unknown"
+
+
+def test_a_snapshot_in_pages_counts_only_when_it_is_whole() -> None:
+    world = World()
+    world.hear(snapshot(world.key, more=True))
+    assert refused(world, world.token()).reason == "feed_unknown"
+    world.hear(heartbeat())
+    assert refused(world, world.token()).reason == "feed_unknown"
+    world.hear(snapshot(world.key))
+    world.verifier.verify_now(world.token(), world.identity.chain_der)
+
+
+@pytest.mark.bears("JW22")
+@pytest.mark.parametrize(
+    ("members", "code"),
+    [
+        ({"kind": "subtree", "root": "tsk_1", "epoch": 1}, "task_ended"),
+        ({"kind": "task", "task": "tsk_1"}, "task_ended"),
+        ({"kind": "session", "session": "ws_1"}, "session_ended"),
+        ({"kind": "token", "jti": "jti_1"}, "token_revoked"),
+    ],
+)
+def test_an_end_reaches_a_token_that_is_remembered(world: World, members, code: str) -> None:
+    token = world.token()
+    world.verifier.verify_now(token, world.identity.chain_der)
+    world.hear(frame(2, **members))
+    assert refused(world, token).reason == code
+
+
+def test_an_end_of_another_task_reaches_nobody_else(world: World) -> None:
+    token = world.token()
+    for number, members in enumerate(
+        (
+            {"kind": "subtree", "root": "tsk_2", "epoch": 9},
+            {"kind": "task", "task": "tsk_2"},
+            {"kind": "session", "session": "ws_2"},
+        ),
+        2,
+    ):
+        world.hear(frame(number, **members))
+    world.verifier.verify_now(token, world.identity.chain_der)
+
+
+@pytest.mark.bears("RV08")
+def test_an_older_frame_revives_nothing(world: World) -> None:
+    token = world.token()
+    world.hear(frame(2, kind="subtree", root="tsk_1", epoch=5))
+    world.hear(frame(3, kind="subtree", root="tsk_1", epoch=0))
+    assert refused(world, token).reason == "task_ended"
+
+
+def test_a_frame_of_an_unknown_kind_is_not_taken_for_nothing(world: World) -> None:
+    with pytest.raises(Unavailable) as caught:
+        world.hear(frame(2, kind="planet"))
+    assert caught.value.reason == "feed_unknown_frame"
+
+
+@pytest.mark.bears("RV07", "V08")
+@pytest.mark.parametrize(
+    ("risk", "silence", "code"),
+    [
+        (Risk.HIGH, 2.9, None),
+        (Risk.HIGH, 3.1, "feed_stale"),
+        (Risk.HIGH, 31, "feed_partitioned"),
+        (Risk.NORMAL, 3.1, None),
+        (Risk.NORMAL, 31, "feed_partitioned"),
+        (Risk.LOW, 31, "feed_partitioned"),
+    ],
+)
+def test_silence_is_not_good_news(risk: Risk, silence: float, code: str | None) -> None:
+    world = World(risk=risk)
+    world.hear(snapshot(world.key))
+    token = world.token()
+    world.clock.step(silence)
+    if code is None:
+        world.verifier.verify_now(token, world.identity.chain_der)
+    else:
+        assert refused(world, token).reason == code
+        world.hear(heartbeat())
+        world.verifier.verify_now(token, world.identity.chain_der)
+
+
+@pytest.mark.bears("SP09", "X03")
+def test_another_instance_of_the_same_identity_is_refused(world: World) -> None:
+    other = world.authority.issue(AGENT.path)
+    error = refused(world, world.token(), other.chain_der)
+    assert (type(error), error.reason) == (Refused, "binding_mismatch")
+
+
+def test_no_certificate_is_refused(world: World) -> None:
+    assert refused(world, world.token(), ()).reason == "binding_missing"
+    scope = {"type": "http", "headers": [], "extensions": {}}
+    assert refused(world, world.token(), scope).reason == "binding_missing"
+
+
+@pytest.mark.bears("SP03", "PB12")
+def test_a_certificate_under_another_trust_domains_authority_is_refused(world: World) -> None:
+    forged = Authority("other.example").issue(f"spiffe://example.org{AGENT.path}")
+    assert isinstance(refused(world, world.token(), forged.chain_der), InvalidSvid)
+
+
+@pytest.mark.bears("PB02")
+@pytest.mark.parametrize("claim", ["cnf", "aud", "exp", "task", "act", "client_id", "jti", "sub"])
+def test_a_token_of_ours_without_a_claim_is_refused(world: World, claim: str) -> None:
+    payload = json.loads(b64url_decode(world.token().split(".")[1]))
+    del payload[claim]
+    assert refused(world, world.key.token(payload)).reason == "token_claim_missing"
+
+
+def test_a_changed_claim_breaks_the_signature(world: World) -> None:
+    head, body, signature = world.token().split(".")
+    payload = json.loads(b64url_decode(body)) | {"sub": "usr_2"}
+    changed = f"{head}.{b64url_encode(json.dumps(payload).encode())}.{signature}"
+    assert refused(world, changed).reason == "token_signature"
+
+
+@pytest.mark.bears("JW20", "V06")
+def test_a_remembered_token_expires_and_never_comes_back(world: World) -> None:
+    token = world.token()
+    world.verifier.verify_now(token, world.identity.chain_der)
+    for _ in range(4):
+        world.clock.step(60)
+        world.hear(heartbeat())
+    assert refused(world, token).reason == "token_expired"
+    assert refused(world, token).reason == "token_expired"
+
+
+@pytest.mark.bears("JW21")
+def test_a_key_that_is_withdrawn_dies_with_all_it_signed(world: World) -> None:
+    token = world.token()
+    world.verifier.verify_now(token, world.identity.chain_der)
+    world.hear(frame(2, kind="keys", keys=snapshot(TokenKey("k2")).snapshot.keys))
+    assert refused(world, token).reason == "token_key_unknown"
+
+
+def test_the_wrong_audience_and_issuer_are_refused(world: World) -> None:
+    assert refused(world, world.token(issuer="https://broker.example.org:8443/")).reason == "token_issuer"
+    payload = json.loads(b64url_decode(world.token().split(".")[1])) | {"aud": "https://other.example.org"}
+    assert isinstance(refused(world, world.key.token(payload)), InvalidToken)
+
+
+def test_what_is_dead_is_forgotten_only_after_its_tokens() -> None:
+    world = World()
+    world.hear(snapshot(world.key))
+    state = world.verifier.feed
+    ended = feed_pb2.FeedMessage(
+        seq=2, store="s1", frame=feed_pb2.Frame(seq=2, kind="task", task="tsk_1", forget_at=100)
+    )
+    state.apply(ended, monotonic=0, now=50)
+    for number in range(3, 300):
+        state.apply(heartbeat(number), monotonic=0, now=99)
+    with pytest.raises(Refused):
+        state.require_alive(root="tsk_1", epoch=0, task="tsk_1", session=None, jti="j")
+    for number in range(300, 600):
+        state.apply(heartbeat(number), monotonic=0, now=101)
+    state.require_alive(root="tsk_1", epoch=0, task="tsk_1", session=None, jti="j")
