@@ -33,7 +33,7 @@ FIRST_IDENTITY_WAIT = "500ms"
 """A stranger waits this long for an entry before it is denied: the audience of a demo waits with it."""
 
 
-class NotHeld(BrokerError):  # noqa: N818 - named for what happened, as the whole tree is
+class NotHeld(BrokerError):
     """A step of the demo did not come out as it must."""
 
     code = "step_failed"

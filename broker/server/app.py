@@ -26,7 +26,6 @@ from broker.server.api.http.app import create_app
 from broker.server.authority.authorities import Authorities
 from broker.server.authority.rotation import Rotation, RotationRules
 from broker.server.authority.server_svid import ServerNames, ServerSvid
-from broker.server.hardening import harden
 from broker.server.identity_half import IdentityHalf, Service, identity_half
 from broker.server.operations import Operations
 from broker.server.settings import ServerSettings
@@ -40,6 +39,7 @@ from broker.telemetry.log import get_logger
 from broker.telemetry.metrics import Metrics
 from broker.transport.callers import CallerIndex
 from broker.transport.grpc_server import CallGuard, PrivateGrpcServer
+from broker.transport.hardening import harden
 from broker.transport.tls import ContextSource, SvidPeer, TlsPeer, roots_of, server_context
 from broker.transport.tls_listener import TlsListener
 from broker.transport.unix_listener import UnixListener

@@ -9,6 +9,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import InitVar, dataclass, field
+from operator import is_
 from typing import Final, Self
 
 from broker.errors import Invalid, InvalidJson, PolicyDenied
@@ -112,6 +113,8 @@ class AuthorizationDetail:
             locations: tuple[Resource, ...] = (resource,)
         else:
             locations = tuple(location for location in self.locations if resource.contains(location))
+        if locations == self.locations:
+            return self
         return self._with(locations=locations) if locations else None
 
     def only(self, actions: tuple[str, ...]) -> "AuthorizationDetail":
@@ -183,6 +186,8 @@ class Authority:
 
     def narrow(self, requested: "Authority") -> "Authority":
         """Give what is requested if all of it is part of this; raises PolicyDenied, never gives less or more."""
+        if requested is self:
+            return self
         for detail in requested.details:
             if not any(mine.covers(detail) for mine in self.details):
                 raise PolicyDenied(
@@ -195,6 +200,8 @@ class Authority:
     def for_resource(self, resource: Resource) -> "Authority":
         """Keep what concerns one resource; raises PolicyDenied (``invalid_target``) when nothing is left."""
         details = [narrowed for detail in self.details if (narrowed := detail.at(resource)) is not None]
+        if len(details) == len(self.details) and all(map(is_, details, self.details)):
+            return self
         return _some(details, "nothing of this authority concerns the resource", "invalid_target")
 
     def for_scope(self, scope: str) -> "Authority":

@@ -65,7 +65,7 @@ _BEFORE: Final = {
 class Task:
     """One task of one agent for one user; raises Invalid. ``depth`` is 0 for a root, whose ``root`` is its own id.
 
-    ``session`` is the workload session that started it. ``epoch`` is its root's epoch when it was made: a token of a
+    ``session`` is the workload session that it is attached to, None where nobody supervises it. ``epoch`` is its root's epoch when it was made: a token of a
     lower epoch than the root's present one is dead.
     """
 

@@ -93,7 +93,7 @@ async def test_the_python_is_what_a_reader_types(estate: Stage, monkeypatch: pyt
     body = "\n".join(
         " " * 4 + line for line in (agent.rstrip() + "\n" + inner + "\n        await verifier.aclose()").splitlines()
     )
-    exec(f"async def story():\n{body}\n", names)  # noqa: S102 - the README's own lines
+    exec(f"async def story():\n{body}\n", names)
     async with asyncio.timeout(60):
         await names["story"]()  # type: ignore[operator]
     assert "alice spiffe://dev.test/agent/triage tsk_" in capsys.readouterr().out

@@ -19,11 +19,11 @@ _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
 
 
-class Duplicate(Exception):  # noqa: N818  (a condition that the tables translate, never shown)
+class Duplicate(Exception):
     """A row with this key, or these unique columns, is there already."""
 
 
-class Dangling(Exception):  # noqa: N818
+class Dangling(Exception):
     """The row refers to one that is not there."""
 
 

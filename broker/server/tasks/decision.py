@@ -103,8 +103,7 @@ def own_task(lineage: Sequence[Task], caller: Caller) -> Task:
     if not lineage or lineage[-1].agent != caller.actor.spiffe_id:
         raise task_unknown()
     task = lineage[-1]
-    is_attached = task.supervision is Supervision.ATTACHED
-    if is_attached and task.session is not None and task.session != caller.session:
+    if task.session is not None and task.session != caller.session:
         raise Refused(
             "the task belongs to another process of this workload",
             code="session_mismatch",

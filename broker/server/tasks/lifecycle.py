@@ -21,7 +21,7 @@ from broker.server.tasks.config import MAX_TOKEN_TTL
 from broker.server.tasks.decision import own_task, task_unknown
 from broker.server.tasks.requests import Actor, check_key
 from broker.spiffe import SpiffeId
-from broker.tasks import LEEWAY, Cause, State, Supervision, Task
+from broker.tasks import LEEWAY, Cause, State, Task
 from broker.tasks import end as ended
 from broker.tasks.texts import check_purpose
 
@@ -163,7 +163,7 @@ def revoke_token(writer: Writer, row: TokenRow, *, by: str, now: datetime) -> in
 def end_session(writer: Writer, session_id: str, *, agent: SpiffeId, now: datetime) -> bool:
     """End a workload session and every task attached to it; False when it is unknown, another agent's, or over.
 
-    An unsupervised task outlives its process; the tokens that the process held die with the session's frame.
+    An unsupervised task has no session and outlives its process; the tokens that the process held die with the session's frame.
     """
     known = writer.session(session_id)
     if known is None or known.agent != agent or writer.end_session(session_id, now) is None:

@@ -13,6 +13,7 @@ from broker.registry.entry import Entry
 from broker.server.store.sql import (
     Duplicate,
     Row,
+    Sql,
     SqlTables,
     Value,
     digest,
@@ -24,7 +25,7 @@ from broker.server.store.sql import (
     text_list,
     text_set,
 )
-from broker.server.store.tables.known import Known
+from broker.server.store.tables.known import KEPT_ROWS, Known, Remembered
 from broker.spiffe import Selector, SpiffeId
 
 _COLUMNS: Final = (
@@ -50,10 +51,15 @@ _REMOVE: Final = "DELETE FROM entries WHERE id = ?"
 class EntryReading(SqlTables):
     """Reads entries."""
 
+    def __init__(self, sql: Sql) -> None:
+        """Start with nothing parsed."""
+        super().__init__(sql)
+        self._entries: Remembered[Row, Entry] = Remembered(lambda row: _read(row, Known()), KEPT_ROWS)
+
     def entry(self, entry_id: str) -> Entry | None:
         """Give one entry, or None."""
         row = self._sql.row(_ONE, (entry_id,))
-        return None if row is None else _read(row, Known())
+        return None if row is None else self._entries.read(row)
 
     def similar_entry(self, spiffe_id: SpiffeId, parent_id: SpiffeId, selectors: frozenset[Selector]) -> Entry | None:
         """Give the entry with exactly this identity, parent and selectors, or None."""

@@ -7,8 +7,8 @@ from typing import Final
 
 from broker.errors import Conflict, Refused
 from broker.server.store.rows import JoinToken, Node
-from broker.server.store.sql import Duplicate, Row, SqlTables, micros, moment, text_set
-from broker.server.store.tables.known import Known
+from broker.server.store.sql import Duplicate, Row, Sql, SqlTables, micros, moment, text_set
+from broker.server.store.tables.known import KEPT_ROWS, Known, Remembered
 from broker.spiffe import SpiffeId
 
 _COLUMNS: Final = "id, attestation_type, serial, new_serial, expires_at, selectors, banned, reattestable, agent_version"
@@ -29,10 +29,15 @@ _TAKE_ADMISSION: Final = "DELETE FROM join_tokens WHERE token_hash = ? AND expir
 class NodeReading(SqlTables):
     """Reads nodes."""
 
+    def __init__(self, sql: Sql) -> None:
+        """Start with nothing parsed."""
+        super().__init__(sql)
+        self._nodes: Remembered[Row, Node] = Remembered(lambda row: _read(row, Known()), KEPT_ROWS)
+
     def node(self, agent_id: SpiffeId) -> Node | None:
         """Give one node, or None."""
         row = self._sql.row(_ONE, (str(agent_id),))
-        return None if row is None else _read(row, Known())
+        return None if row is None else self._nodes.read(row)
 
     def nodes(self) -> tuple[Node, ...]:
         """Give all nodes by SPIFFE ID."""

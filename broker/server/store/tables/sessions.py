@@ -7,7 +7,8 @@ from typing import Final
 
 from broker.errors import Conflict
 from broker.server.store.rows import SessionRow
-from broker.server.store.sql import Row, SqlTables, micros, micros_or_none, moment, moment_or_none
+from broker.server.store.sql import Row, Sql, SqlTables, micros, micros_or_none, moment, moment_or_none
+from broker.server.store.tables.known import KEPT_ROWS, Remembered
 from broker.spiffe import SpiffeId
 
 _COLUMNS: Final = "id, agent, spiffe_id, entry_id, x5t, not_after, started_at, ended_at"
@@ -30,15 +31,20 @@ _END: Final = "UPDATE sessions SET ended_at = ? WHERE id = ? AND ended_at IS NUL
 class SessionReading(SqlTables):
     """Reads sessions."""
 
+    def __init__(self, sql: Sql) -> None:
+        """Start with nothing parsed."""
+        super().__init__(sql)
+        self._sessions: Remembered[Row, SessionRow] = Remembered(_read, KEPT_ROWS)
+
     def session(self, session_id: str) -> SessionRow | None:
         """Give one session, living or ended, or None."""
         row = self._sql.row(_ONE, (session_id,))
-        return None if row is None else _read(row)
+        return None if row is None else self._sessions.read(row)
 
     def session_by_x5t(self, x5t: str) -> SessionRow | None:
         """Give the session that holds this leaf now: living before ended, the youngest first; or None."""
         row = self._sql.row(_BY_X5T, (x5t,))
-        return None if row is None else _read(row)
+        return None if row is None else self._sessions.read(row)
 
     def sessions_of_agent(self, agent: SpiffeId) -> tuple[SessionRow, ...]:
         """Give the living sessions of a node agent, oldest first."""

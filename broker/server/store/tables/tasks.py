@@ -87,8 +87,9 @@ class TaskReading(SqlTables):
         """Start with nothing parsed."""
         super().__init__(sql)
         self._known: dict[str, Task] = {}
-        self._authority: Remembered[Authority] = Remembered(Authority.parse, KEPT_PARSED)
-        self._delegation: Remembered[Delegation] = Remembered(_read_delegation, KEPT_PARSED)
+        self._tasks: Remembered[Row, Task] = Remembered(self._read, KEPT_PARSED)
+        self._authority: Remembered[str, Authority] = Remembered(Authority.parse, KEPT_PARSED)
+        self._delegation: Remembered[str, Delegation] = Remembered(_read_delegation, KEPT_PARSED)
 
     def task(self, task_id: str) -> Task | None:
         """Give one task, or None."""
@@ -110,7 +111,12 @@ class TaskReading(SqlTables):
 
     def lineage(self, task_id: str) -> tuple[Task, ...]:
         """Give the task and its ancestors, root first; empty when it is unknown."""
-        return tuple(self._read(row) for row in self._sql.rows(_UP, (task_id,)))
+        row = self._sql.row(_ONE, (task_id,))
+        if row is None:
+            return ()
+        task = self._tasks.read(row)
+        # A root has nobody above it, which most tasks are: the walk is dearer than the look.
+        return (task,) if task.parent is None else tuple(map(self._tasks.read, self._sql.rows(_UP, (task_id,))))
 
     def subtree(self, task_id: str) -> tuple[Task, ...]:
         """Give the task and all its descendants, by depth; empty when it is unknown."""

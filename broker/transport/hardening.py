@@ -1,4 +1,4 @@
-"""What the server's process does to itself before it makes a key: no core dumps, no tracing by its own user."""
+"""What a program of ours does to itself before it makes a key: no core dumps, no tracing by its own user."""
 
 import ctypes
 import resource
@@ -11,9 +11,9 @@ _PR_SET_DUMPABLE: Final = 4  # prctl(2)
 
 
 def harden() -> None:
-    """Forbid core dumps and tracing, and raise the limit of open files. Call once, in the server's own process."""
+    """Forbid core dumps and tracing, and raise the limit of open files. Call once, in the program's own process."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
-        raise Misconfigured("the kernel does not let the server forbid core dumps", code="not_hardened")
+        raise Misconfigured("the kernel does not let this process forbid core dumps", code="not_hardened")
     raise_file_limit()

@@ -1,0 +1,1 @@
+"""Node attestors: each file holds both halves, the node's evidence and the server's judgement."""

@@ -1,0 +1,1 @@
+"""Workload attestors: each describes one process by selectors."""

@@ -1,0 +1,1 @@
+"""The node agent: attests local processes and serves them identities, tasks and the revocation feed over one socket."""

@@ -1,0 +1,1 @@
+"""What the agent's public socket offers, one module per service."""

@@ -1,0 +1,51 @@
+"""The revocation feed for verifiers on this node (``broker.agent.v1.Feed``). Only for callers that have an identity."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import suppress
+
+from broker._proto.broker.server.v1 import feed_pb2
+from broker._proto.service import Context
+from broker.agent.cache import EstateCache
+from broker.agent.entitlement import Entitlement
+from broker.agent.feed import FeedRelay, Listener
+from broker.agent.workloads import Caller
+from broker.errors import Invalid
+
+
+class FeedApi:
+    """The method of ``broker.agent.v1.Feed``."""
+
+    def __init__(self, entitlement: Entitlement, relay: FeedRelay, cache: EstateCache) -> None:
+        self._entitlement = entitlement
+        self._relay = relay
+        self._cache = cache
+
+    async def Subscribe(  # noqa: N802 - the RPC's name
+        self, requests: AsyncIterator[feed_pb2.SubscribeRequest], context: Context, caller: Caller
+    ) -> AsyncIterator[feed_pb2.FeedMessage]:
+        """Stream the feed after the caller's cursor; its further messages acknowledge what it applied."""
+        session, _ = await self._entitlement.of(caller)
+        first = await anext(requests, None)
+        if first is None:
+            raise Invalid("say first what you have applied", code="cursor_missing")
+        with self._relay.joined() as listener, session.listening(self._cache) as bell:
+            listener.bell = bell  # one bell for both: the feed's news, and the session's end
+            listener.store, listener.sent, listener.acked = first.store, first.acked, first.acked
+            reader = asyncio.create_task(self._read(requests, listener), name="feed-listener")
+            try:
+                while True:
+                    self._entitlement.check(session)
+                    self._entitlement.required(session)
+                    for message in self._relay.pending(listener):
+                        yield message
+                    await bell.wait(None)
+            finally:
+                reader.cancel()
+                await asyncio.gather(reader, return_exceptions=True)
+
+    async def _read(self, requests: AsyncIterator[feed_pb2.SubscribeRequest], listener: Listener) -> None:
+        # A verifier that ends its half goes on listening; one that sends nonsense only loses its acknowledgements.
+        with suppress(Invalid):
+            async for request in requests:
+                self._relay.acknowledge(listener, request.store, request.acked)

@@ -1,0 +1,279 @@
+"""The agent, put together: every object is made here, every loop runs under one task group, and nothing else decides.
+
+The socket listens before the server has been reached, so that workloads are told UNAVAILABLE rather than nothing.
+"""
+
+import asyncio
+import random
+import signal
+from collections.abc import Callable
+from types import TracebackType
+from typing import Final, Self
+
+import grpc.aio
+
+from broker.agent.api.feed import FeedApi
+from broker.agent.api.tasks import TasksApi
+from broker.agent.api.workload import WorkloadApi
+from broker.agent.bootstrap import NodeIdentity, join
+from broker.agent.cache import EstateCache
+from broker.agent.entitlement import Entitlement
+from broker.agent.feed import FeedRelay
+from broker.agent.identity_file import IdentityFile
+from broker.agent.listener import FEED, TASKS, WORKLOAD, PublicSocket
+from broker.agent.refusal_log import RefusalLog
+from broker.agent.reports import SessionReports
+from broker.agent.sessions import Sessions
+from broker.agent.settings import AgentSettings
+from broker.agent.signing import Signing
+from broker.agent.svids import SvidKeeper
+from broker.agent.sync import Sync
+from broker.agent.trust import read_trust_bundle
+from broker.agent.upstream import Upstream
+from broker.agent.workloads import Workloads
+from broker.attestation.catalogue import Catalogue
+from broker.attestation.process import require_procfs
+from broker.clock import Clock, SystemClock
+from broker.errors import BrokerError, Misconfigured
+from broker.spiffe import Bundle, SpiffeId
+from broker.telemetry.log import get_logger
+from broker.transport.dialer import SpiffeDialer
+from broker.transport.hardening import harden
+
+SERVER_PATH: Final = "/spire/server"
+CLOCK_LOOK: Final = 5.0  # seconds between looks for a stepped clock
+CLOCK_STEP: Final = 2.0  # seconds of difference that count as a step
+GRACE: Final = 3.0  # seconds for calls in progress at the end; all of it stays below the ten that operators expect
+
+_log = get_logger("agent.app")
+
+
+class Agent:
+    """A node agent: ``async with Agent(settings) as agent: await agent.serve(stop)``."""
+
+    def __init__(
+        self, settings: AgentSettings, *, catalogue: Catalogue | None = None, clock: Clock | None = None
+    ) -> None:
+        """Read nothing and open nothing yet."""
+        self._settings = settings
+        self._clock = clock or SystemClock()
+        self._catalogue = catalogue or Catalogue(frozenset(settings.attestors.trusted_distributions))
+        self._chance = random.SystemRandom()
+        self._is_joined = False
+        self._known_as: SpiffeId | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether workloads can be answered: joined, and told the estate."""
+        return self._is_joined and self.cache.is_synced
+
+    async def __aenter__(self) -> Self:
+        """Make everything and listen; raises Misconfigured."""
+        settings = self._settings
+        require_procfs()
+        self._store = store = IdentityFile(settings.private_dir)
+        store.prepare()
+        try:
+            return await self._start(store)
+        except BaseException:
+            store.release()
+            raise
+
+    async def _start(self, store: IdentityFile) -> Self:
+        settings = self._settings
+        self.cache = EstateCache(settings.trust_domain)
+        self.node = self._node(store)
+        if self.node.load() and self.node.bundle is not None:
+            self._known_as = self.node.id
+            self.cache.start_with(self.node.bundle)
+        elif self.node.bundle is None and not settings.insecure_bootstrap:
+            raise Misconfigured(
+                "the agent does not know which server to trust",
+                code="no_trust_bundle",
+                hint="set trust_bundle_path; or, for a trial, insecure_bootstrap = true",
+            )
+        self._dialer = self._dial()
+        channel = await self._dialer.__aenter__()
+        try:
+            self._assemble(channel)
+            await self._socket.start()
+        except BaseException:
+            await self._dialer.__aexit__(None, None, None)
+            raise
+        _log.info("agent_listening", socket=str(settings.socket_path), trust_domain=str(settings.trust_domain))
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop serving and let go of everything, within a few seconds."""
+        await self._socket.stop(GRACE)
+        self.sessions.end_all()
+        await self.svids.close()
+        await self._signing.close()
+        await self._dialer.__aexit__(kind, error, trace)
+        self._store.release()
+        _log.info("agent_stopped")
+
+    async def serve(self, stop: asyncio.Event) -> None:
+        """Join, sync and serve until ``stop``; raises the BrokerError that forbids to join."""
+        async with asyncio.TaskGroup() as group:
+            loops = [
+                group.create_task(self._live(), name="live"),
+                group.create_task(self.svids.maintain(), name="spares"),
+                group.create_task(self._watch_clock(), name="clock"),
+            ]
+            await stop.wait()
+            for loop in loops:
+                loop.cancel()
+
+    async def _live(self) -> None:
+        await join(self.node, self.upstream)
+        self._is_joined = True
+        if self.node.bundle is not None and self.cache.own_bundle is None:
+            self.cache.start_with(self.node.bundle)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self.sync.run(), name="sync")
+            group.create_task(self.node.keep(self.upstream, self._chance.random), name="identity")
+            group.create_task(self.reports.run(), name="reports")
+            group.create_task(self.relay.run(), name="feed")
+
+    async def _watch_clock(self) -> None:
+        wall, steady = self._clock.now(), self._clock.monotonic()
+        while True:
+            await asyncio.sleep(CLOCK_LOOK)
+            wall_now, steady_now = self._clock.now(), self._clock.monotonic()
+            # A stepped clock or a suspended machine: what streams wait for by time may be due already.
+            if abs((wall_now - wall).total_seconds() - (steady_now - steady)) > CLOCK_STEP:
+                _log.warning("clock_stepped", seconds=round((wall_now - wall).total_seconds() - (steady_now - steady)))
+                self.cache.ring_all()
+            wall, steady = wall_now, steady_now
+
+    def _node(self, store: IdentityFile) -> NodeIdentity:
+        settings = self._settings
+        table: dict[str, object] = {}
+        if settings.attestors.node == "join_token":
+            table = {"join_token": settings.join_token, "join_token_file": settings.join_token_file}
+        trusted: Bundle | None = None
+        if settings.trust_bundle_path is not None:
+            trusted = read_trust_bundle(settings.trust_bundle_path, settings.trust_domain)
+        return NodeIdentity(
+            settings.trust_domain,
+            store,
+            self._catalogue.node_agent(settings.attestors.node, table),
+            self._clock,
+            bundle=trusted,
+            on_change=self._identity_changed,
+            on_lost=self._identity_lost,
+        )
+
+    def _dial(self) -> SpiffeDialer:
+        settings = self._settings
+        unsafe: Callable[[tuple[bytes, ...]], None] | None = None
+        if settings.insecure_bootstrap:
+            _log.warning("insecure_bootstrap", hint="whoever answers first is trusted: set trust_bundle_path")
+            unsafe = _unsafe_trust_anybody
+        return SpiffeDialer(
+            settings.server,
+            identity=lambda: self.node.tls,
+            bundles=lambda: self.node.bundles,
+            expect=SpiffeId.of(settings.trust_domain, SERVER_PATH),
+            clock=self._clock,
+            unsafe_accept_any_server=unsafe,
+            directory=settings.private_dir,
+        )
+
+    def _assemble(self, channel: grpc.aio.Channel) -> None:
+        settings, cache, clock = self._settings, self.cache, self._clock
+        self.upstream = upstream = Upstream(channel)
+        self.reports = SessionReports(upstream)
+        self.sessions = sessions = Sessions(cache, clock, on_identities_ended=self.reports.ended)
+        self.sync = Sync(
+            upstream, cache, on_online=self._online, on_bundle=self._bundle, on_refused=self._watch_refused
+        )
+        self._signing = Signing(upstream, cache, clock, self._chance)
+        self.svids = svids = SvidKeeper(
+            self._signing,
+            cache,
+            clock,
+            is_online=lambda: self.sync.is_online,
+            share_when_offline=settings.share_when_offline,
+            on_new_leaf=self.reports.leaf,
+        )
+        self.relay = FeedRelay(upstream, clock)
+        refused = RefusalLog(get_logger("agent.refusals"), clock)
+        attestors, broken = self._catalogue.workload(settings.attestors.workload)
+        for one in broken:
+            _log.error("attestor_unavailable", attestor=one.name, reason=one.reason)
+        self.workloads = workloads = Workloads(attestors, sessions, refused)
+        entitlement = Entitlement(workloads, sessions, cache, settings.first_identity_wait.total_seconds())
+        self._socket = PublicSocket(
+            settings.socket_path,
+            settings.private_dir / "grpc",
+            workloads,
+            {
+                WORKLOAD.name: WorkloadApi(entitlement, svids, cache, clock),
+                TASKS.name: TasksApi(entitlement, svids, upstream),
+                FEED.name: FeedApi(entitlement, self.relay, cache),
+            },
+            is_ready=lambda: self.is_ready,
+            refused=refused,
+        )
+
+    def _identity_changed(self) -> None:
+        if self.node.id != self._known_as:
+            # Another agent has other entries: nothing of the old one's may stay by way of its cursor.
+            self._known_as = self.node.id
+            self.sync.begin_anew()
+        self._dialer.reconnect()
+
+    def _identity_lost(self) -> None:
+        self.cache.withdraw()
+        self.svids.forget()
+        for session in self.sessions:
+            self.sessions.entries(session)
+
+    def _online(self) -> None:
+        self.reports.again(identity for session in self.sessions for identity in session.identities.values())
+        # Shared spares are replaced now, failed rotations tried again.
+        self.cache.ring_all()
+
+    def _bundle(self, bundle: Bundle) -> None:
+        self.node.follow(bundle)
+
+    def _watch_refused(self, error: BrokerError) -> None:
+        if error.reason == "agent_not_active":
+            # The stream is older than the newest SVID.
+            self._dialer.reconnect()
+        self.node.refused(error)
+
+
+def run(settings: AgentSettings) -> None:
+    """Run an agent until SIGTERM or SIGINT; raises BrokerError when it cannot start or may not join."""
+    harden()
+    asyncio.run(_run(settings))
+
+
+async def _run(settings: AgentSettings) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    try:
+        async with Agent(settings) as agent:
+            await agent.serve(stop)
+    except BaseExceptionGroup as group:
+        # One cause is enough to say what to do; the others follow from it.
+        refusals, defects = group.split(BrokerError)
+        if refusals is None or defects is not None:
+            raise
+        raise _first(refusals) from None
+
+
+def _first(group: BaseExceptionGroup[BrokerError]) -> BrokerError:
+    inner = group.exceptions[0]
+    return _first(inner) if isinstance(inner, BaseExceptionGroup) else inner
+
+
+def _unsafe_trust_anybody(chain: tuple[bytes, ...]) -> None:
+    del chain

@@ -1,0 +1,264 @@
+"""The agent's own identity: how it gets one, keeps it, renews it at half-life, and loses it when it is banned.
+
+Node attestation is SPIRE's: AttestAgent with evidence and a certificate request, challenges answered by the attestor,
+renewal by RenewAgent. A new SVID is stored before it is used, because the server drops the old one at the new one's
+first use. Whom the agent serves is not known here.
+"""
+
+import asyncio
+from collections.abc import Callable
+from datetime import datetime
+from typing import Final
+
+import grpc.aio
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from broker._proto.spire.api.server.agent.v1 import agent_pb2
+from broker._proto.spire.api.server.bundle.v1 import bundle_pb2
+from broker._proto.spire.api.types import attestation_pb2, x509svid_pb2
+from broker.agent import wire
+from broker.agent.backoff import Backoff
+from broker.agent.identity_file import IdentityFile, StoredIdentity
+from broker.agent.upstream import RPC_TIMEOUT, Upstream, answered
+from broker.attestation.contract import NodeAgentAttestor
+from broker.clock import Clock
+from broker.errors import BrokerError, InvalidJson, InvalidSvid, NotAttested, Refused, Unavailable
+from broker.spiffe import Bundle, BundleSet, SpiffeId, TrustDomain, X509Svid, verify_x509_svid
+from broker.telemetry.log import get_logger
+from broker.transport.rpc_errors import from_rpc_error
+from broker.transport.tls import TlsIdentity
+
+AGENT_PATH: Final = "/spire/agent"
+HALF_LIFE: Final = 0.5
+JITTER: Final = 0.1  # of the half-life: a fleet that joined together does not renew together
+CHECK_EVERY: Final = 5.0  # seconds: the wall clock may jump, so it is asked rather than slept towards
+LOST_CODES: Final = frozenset({"agent_banned", "agent_not_attested", "agent_evicted"})
+"""What the server says when this agent's identity is worth nothing any more."""
+
+_log = get_logger("agent.bootstrap")
+
+
+class NodeIdentity:
+    """The agent's key, SVID and bundle. ``on_change`` is called after each change of the TLS identity, ``on_lost`` when it is gone."""
+
+    def __init__(
+        self,
+        trust_domain: TrustDomain,
+        store: IdentityFile,
+        attestor: NodeAgentAttestor,
+        clock: Clock,
+        *,
+        bundle: Bundle | None,
+        on_change: Callable[[], None],
+        on_lost: Callable[[], None],
+    ) -> None:
+        """``bundle`` None: nobody is trusted yet (insecure bootstrap), or only what is stored is."""
+        self.trust_domain = trust_domain
+        self._store = store
+        self._attestor = attestor
+        self._clock = clock
+        self._on_change = on_change
+        self._on_lost = on_lost
+        self._tls: TlsIdentity | None = None
+        self._svid: X509Svid | None = None
+        self._bundle = bundle
+        self._reattestable = False
+        self._renew_at: datetime | None = None
+
+    @property
+    def bundles(self) -> BundleSet:
+        """What the server is judged by."""
+        return BundleSet() if self._bundle is None else BundleSet.of(self._bundle)
+
+    @property
+    def bundle(self) -> Bundle | None:
+        """The trust domain's own bundle, as far as it is known."""
+        return self._bundle
+
+    @property
+    def tls(self) -> TlsIdentity | None:
+        """What the agent presents; None before attestation and after its SVID has expired."""
+        return self._tls if self._svid is not None and self._clock.now() < self._svid.expires_at else None
+
+    @property
+    def id(self) -> SpiffeId | None:
+        """The agent's SPIFFE ID."""
+        return None if self._svid is None else self._svid.id
+
+    def load(self) -> bool:
+        """Take up what an earlier run stored, and say whether it is usable; what is not is left for attestation."""
+        try:
+            stored = self._store.load(self.trust_domain)
+            if stored is None:
+                return False
+            svid = _judged(stored.tls.chain_der, stored.tls.key, stored.bundles, self._clock.now())
+        except (InvalidJson, InvalidSvid) as error:
+            _log.warning("stored_identity_unusable", code=error.reason, reason=error.message)
+            return False
+        # The stored bundle was followed to the present; the one in the settings may be years old.
+        self._bundle, self._reattestable = stored.bundle, stored.reattestable
+        self._hold(stored.tls, svid)
+        return True
+
+    def follow(self, bundle: Bundle) -> None:
+        """Take over the trust domain's bundle as the server tells it over a verified connection, and store it."""
+        if bundle == self._bundle or not bundle.x509_authorities:
+            return
+        self._bundle = bundle
+        self._keep()
+
+    async def attest(self, upstream: Upstream) -> None:
+        """Prove this node and take the identity that the server gives; raises BrokerError."""
+        evidence = await self._attestor.evidence()
+        key = ec.generate_private_key(ec.SECP256R1())
+        params = agent_pb2.AttestAgentRequest.Params(
+            data=attestation_pb2.AttestationData(type=evidence.type, payload=evidence.payload),
+            params=agent_pb2.AgentX509SVIDParams(csr=_csr(key)),
+        )
+        try:
+            async with asyncio.timeout(RPC_TIMEOUT):
+                result = await self._converse(upstream, params)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from error
+        except TimeoutError:
+            raise Unavailable("the server did not answer the attestation in time") from None
+        if self._bundle is None:
+            self._bundle = await _fetch_bundle(upstream, self.trust_domain)
+        self._reattestable = result.reattestable
+        self._take(key, result.svid)
+        _log.info("node_attested", agent=str(self.id), attestor=evidence.type)
+
+    async def renew(self, upstream: Upstream) -> None:
+        """Replace the SVID by a new one with a new key; raises BrokerError."""
+        if self._reattestable:
+            await self.attest(upstream)
+            return
+        key = ec.generate_private_key(ec.SECP256R1())
+        response: agent_pb2.RenewAgentResponse = await answered(
+            upstream.agent.RenewAgent(
+                agent_pb2.RenewAgentRequest(params=agent_pb2.AgentX509SVIDParams(csr=_csr(key))), timeout=RPC_TIMEOUT
+            )
+        )
+        self._take(key, response.svid)
+        _log.info("agent_svid_renewed", agent=str(self.id))
+
+    def lose(self) -> None:
+        """The server wants this agent no more: delete its key and SVID."""
+        self._store.remove()
+        self._tls = self._svid = self._renew_at = None
+        self._on_lost()
+        self._on_change()
+
+    async def keep(self, upstream: Upstream, chance: Callable[[], float]) -> None:
+        """Renew at half-life, and join again when the SVID is lost or has expired; runs until cancelled."""
+        backoff = Backoff()
+        delay = CHECK_EVERY
+        while True:
+            await asyncio.sleep(delay)
+            now = self._clock.now()
+            if self._renew_at is None and self._svid is not None:
+                self._renew_at = now + (self._svid.expires_at - now) * HALF_LIFE * (1 + JITTER * (2 * chance() - 1))
+            if self.tls is not None and self._renew_at is not None and now < self._renew_at:
+                continue
+            try:
+                await (self.renew(upstream) if self.tls is not None else self.attest(upstream))
+                backoff.reset()
+                delay = CHECK_EVERY
+            except BrokerError as error:
+                self.refused(error)
+                _log.error(
+                    "agent_identity_not_renewed",
+                    code=error.reason,
+                    reason=error.message,
+                    hint=error.hint or "if it does not recover: give the agent a new join token",
+                )
+                delay = backoff.next()
+
+    def refused(self, error: BrokerError) -> None:
+        """Note what the server said of this agent: an identity that it no longer accepts is deleted at once."""
+        if error.reason in LOST_CODES and self._tls is not None:
+            _log.error("agent_identity_lost", code=error.reason, reason=error.message)
+            self.lose()
+
+    async def _converse(
+        self, upstream: Upstream, params: agent_pb2.AttestAgentRequest.Params
+    ) -> agent_pb2.AttestAgentResponse.Result:
+        call = upstream.agent.AttestAgent(timeout=RPC_TIMEOUT)
+        try:
+            await call.write(agent_pb2.AttestAgentRequest(params=params))
+            while True:
+                response = await call.read()
+                if response is grpc.aio.EOF:
+                    raise NotAttested("the server ended the attestation without a result")
+                if response.WhichOneof("step") == "result":
+                    result: agent_pb2.AttestAgentResponse.Result = response.result
+                    return result
+                answer = await self._attestor.respond(response.challenge)
+                await call.write(agent_pb2.AttestAgentRequest(challenge_response=answer))
+        finally:
+            call.cancel()
+
+    def _take(self, key: ec.EllipticCurvePrivateKey, told: x509svid_pb2.X509SVID) -> None:
+        tls = TlsIdentity(tuple(told.cert_chain), key)
+        svid = _judged(tls.chain_der, key, self.bundles, self._clock.now())
+        if svid.id.trust_domain != self.trust_domain:
+            raise InvalidSvid("the server gave an identity of another trust domain", code="svid_wrong_id")
+        self._hold(tls, svid)
+        self._keep()
+        self._on_change()
+
+    def _hold(self, tls: TlsIdentity, svid: X509Svid) -> None:
+        self._tls, self._svid, self._renew_at = tls, svid, None
+
+    def _keep(self) -> None:
+        if self._tls is None or self._bundle is None:
+            return
+        try:
+            self._store.store(StoredIdentity(self._tls, self._bundle, self._reattestable))
+        except OSError as error:
+            # Served all the same: only a restart would need a new token.
+            _log.error("identity_not_stored", reason=error.strerror or "")
+
+
+async def join(node: NodeIdentity, upstream: Upstream) -> None:
+    """Attest until it succeeds, waiting while the server is away; raises Refused and what else will not pass by itself."""
+    backoff = Backoff()
+    while node.tls is None:
+        try:
+            await node.attest(upstream)
+        except Unavailable as error:
+            _log.warning("server_unavailable", code=error.reason, reason=error.message)
+            await asyncio.sleep(backoff.next())
+
+
+async def _fetch_bundle(upstream: Upstream, trust_domain: TrustDomain) -> Bundle:
+    told = wire.bundle(
+        await answered(upstream.bundle.GetBundle(bundle_pb2.GetBundleRequest(), timeout=RPC_TIMEOUT))
+    ).bundle
+    if told.trust_domain != trust_domain or not told.x509_authorities:
+        raise Refused("the server is of another trust domain", code="wrong_trust_domain", hint="check trust_domain")
+    return told
+
+
+def _csr(key: ec.EllipticCurvePrivateKey) -> bytes:
+    csr = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).sign(key, hashes.SHA256())
+    return csr.public_bytes(Encoding.DER)
+
+
+def _judged(chain: tuple[bytes, ...], key: object, bundles: BundleSet, now: datetime) -> X509Svid:
+    """Verify an SVID of an agent and that the key is its own; raises InvalidSvid."""
+    svid = verify_x509_svid(chain, bundles, now=now)
+    if not svid.id.path.startswith(f"{AGENT_PATH}/"):
+        raise InvalidSvid("it is not the identity of an agent", code="svid_wrong_id")
+    ours = key.public_key() if isinstance(key, ec.EllipticCurvePrivateKey) else None
+    theirs = svid.leaf.public_key()
+    if ours is None or not isinstance(theirs, ec.EllipticCurvePublicKey) or _spki(ours) != _spki(theirs):
+        raise InvalidSvid("it is the identity of another key", code="svid_wrong_key")
+    return svid
+
+
+def _spki(key: ec.EllipticCurvePublicKey) -> bytes:
+    return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)

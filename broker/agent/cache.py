@@ -1,0 +1,179 @@
+"""What the agent knows of the estate: its entries and the bundles, as the server last told them.
+
+Streams wait on a :class:`Bell`. A bell says that something may concern its listener, never what, and any number of
+changes is one ring: however slow a stream is, nothing piles up behind it. Knows no processes and no SVIDs.
+"""
+
+import asyncio
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from broker.agent.wire import ToldBundle
+from broker.registry import Entry, EntryIndex, oldest_of_each_hint
+from broker.spiffe import Bundle, BundleSet, Selector, TrustDomain
+
+
+@dataclass(slots=True, eq=False)
+class Bell:
+    """Rings when a stream should look again. ``selectors`` None: it hears everything."""
+
+    selectors: frozenset[Selector] | None = None
+    _rung: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def ring(self) -> None:
+        """Wake the listener, now or at its next wait."""
+        self._rung.set()
+
+    async def wait(self, seconds: float | None) -> bool:
+        """Wait for a ring, at most so long; give whether it rang. The ring is used up."""
+        if not self._rung.is_set():
+            try:
+                async with asyncio.timeout(seconds):
+                    await self._rung.wait()
+            except TimeoutError:
+                return False
+        self._rung.clear()
+        return True
+
+
+class EstateCache:
+    """Entries and bundles of this agent. Changed by one writer on the event loop, read by everybody there."""
+
+    def __init__(self, trust_domain: TrustDomain) -> None:
+        self.trust_domain = trust_domain
+        self.version = 0  # grows with every change
+        self.is_synced = False  # whether a whole snapshot has been applied
+        self._index = EntryIndex()
+        self._bundles = BundleSet()
+        self._told: dict[TrustDomain, ToldBundle] = {}
+        self._bells: set[Bell] = set()
+        self._written: dict[tuple[str, TrustDomain], bytes] = {}
+
+    @property
+    def bundles(self) -> BundleSet:
+        """Every bundle that is known, the trust domain's own included once there is one."""
+        return self._bundles
+
+    @property
+    def own_bundle(self) -> Bundle | None:
+        """The bundle of the agent's own trust domain."""
+        return self._bundles.get(self.trust_domain)
+
+    def is_tainted(self, authority: object) -> bool:
+        """Say whether the server wants nothing signed by this own authority in use."""
+        told = self._told.get(self.trust_domain)
+        return told is not None and authority in told.tainted
+
+    def is_tainted_kid(self, kid: str) -> bool:
+        """Say the same of a JWT authority's key ID."""
+        told = self._told.get(self.trust_domain)
+        return told is not None and kid in told.tainted_kids
+
+    def x509_der(self, bundle: Bundle) -> bytes:
+        """Write a bundle's X.509 authorities for the Workload API; written once per change."""
+        key = ("x509", bundle.trust_domain)
+        if key not in self._written:
+            self._written[key] = bundle.x509_der()
+        return self._written[key]
+
+    def jwks(self, bundle: Bundle) -> bytes:
+        """Write a bundle's JWT authorities for the Workload API; written once per change."""
+        key = ("jwt", bundle.trust_domain)
+        if key not in self._written:
+            self._written[key] = bundle.jwks().encode()
+        return self._written[key]
+
+    def entry(self, entry_id: str) -> Entry | None:
+        """Find an entry by its id."""
+        return self._index.get(entry_id)
+
+    def __len__(self) -> int:
+        """How many entries are known."""
+        return len(self._index)
+
+    def match(self, selectors: frozenset[Selector], now: datetime) -> tuple[Entry, ...]:
+        """Give the entries a workload with these selectors may hold, oldest first, hints unique."""
+        found = self._index.match(selectors, now)
+        # Node aliases name nodes; entries with store_svid are not for this API.
+        return oldest_of_each_hint(entry for entry in found if not entry.is_alias and not entry.store_svid)
+
+    def replace(self, entries: Iterable[Entry], bundles: Iterable[ToldBundle]) -> None:
+        """Put a snapshot in the place of everything."""
+        # An entry that is the same stays the same object: what is held by it need not be compared field by field.
+        before = self._index
+        self._index = EntryIndex(_the_known_one(before.get(entry.id), entry) for entry in entries)
+        self._told = {told.bundle.trust_domain: told for told in bundles}
+        self._bundles = BundleSet(told.bundle for told in self._told.values())
+        self.is_synced = True
+        self._changed(None)
+
+    def apply(
+        self,
+        *,
+        upserted: Iterable[Entry] = (),
+        deleted: Iterable[str] = (),
+        bundles: Iterable[ToldBundle] = (),
+        deleted_bundles: Iterable[TrustDomain] = (),
+    ) -> None:
+        """Apply a delta. The own trust domain's bundle cannot be deleted."""
+        touched: list[Entry] = []
+        for entry in upserted:
+            touched.append(entry)
+            if (replaced := self._index.add(entry)) is not None:
+                touched.append(replaced)
+        touched += filter(None, map(self._index.remove, deleted))
+        before = dict(self._told)
+        for told in bundles:
+            self._told[told.bundle.trust_domain] = told
+        for name in deleted_bundles:
+            if name != self.trust_domain:
+                self._told.pop(name, None)
+        if self._told != before:
+            self._bundles = BundleSet(told.bundle for told in self._told.values())
+            self._changed(None)
+        elif touched:
+            self._changed(touched)
+
+    def start_with(self, bundle: Bundle) -> None:
+        """Know the own bundle before the first snapshot."""
+        self._told[self.trust_domain] = ToldBundle(bundle, frozenset(), frozenset())
+        self._bundles = BundleSet(told.bundle for told in self._told.values())
+        self._changed(None)
+
+    def withdraw(self) -> None:
+        """Forget every entry: this agent may serve nobody. Bundles stay."""
+        self._index = EntryIndex()
+        self._changed(None)
+
+    def ring_all(self) -> None:
+        """Have every listener look again, for instance because the wall clock was stepped."""
+        for bell in self._bells:
+            bell.ring()
+
+    @contextmanager
+    def listening(self, selectors: frozenset[Selector] | None = None) -> Iterator[Bell]:
+        """Listen to changes of bundles and of those entries that these selectors earn (None: of all)."""
+        bell = Bell(selectors)
+        self._bells.add(bell)
+        try:
+            yield bell
+        finally:
+            self._bells.discard(bell)
+
+    def _changed(self, entries: list[Entry] | None) -> None:
+        self.version += 1
+        if entries is None:
+            self._written.clear()
+        for bell in self._bells:
+            if entries is None or bell.selectors is None or _earns_any(bell.selectors, entries):
+                bell.ring()
+
+
+def _earns_any(selectors: frozenset[Selector], entries: list[Entry]) -> bool:
+    return any(entry.selectors <= selectors for entry in entries)
+
+
+def _the_known_one(known: Entry | None, told: Entry) -> Entry:
+    return known if known is not None and known == told else told

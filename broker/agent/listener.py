@@ -1,0 +1,102 @@
+"""The public socket: the kernel says who calls, the guard says what an error looks like, the services answer.
+
+Every method but health's needs the security header, exactly once, before anything else is looked at.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Final
+
+from broker._proto.broker.agent.v1 import feed_pb2, tasks_pb2
+from broker._proto.grpc.health.v1 import health_pb2
+from broker._proto.service import ServiceBinding, handler, service_names
+from broker._proto.spiffe import workload_pb2
+from broker.agent.api.health import HealthApi
+from broker.agent.refusal_log import RefusalLog
+from broker.agent.workloads import Caller, Workloads
+from broker.errors import BrokerError, Invalid
+from broker.transport.acceptor import connection_room
+from broker.transport.callers import CallerIndex
+from broker.transport.grpc_server import CallGuard, Metadata, PrivateGrpcServer
+from broker.transport.unix_listener import MAX_CONNECTIONS, UnixListener
+
+WORKLOAD: Final = ServiceBinding.of(workload_pb2.DESCRIPTOR, "SpiffeWorkloadAPI")
+TASKS: Final = ServiceBinding.of(tasks_pb2.DESCRIPTOR, "Tasks")
+FEED: Final = ServiceBinding.of(feed_pb2.DESCRIPTOR, "Feed")
+HEALTH: Final = ServiceBinding.of(health_pb2.DESCRIPTOR, "Health")
+
+SECURITY_HEADER: Final = "workload.spiffe.io"  # SPIFFE_Workload_Endpoint section 3
+SOCKET_MODE: Final = 0o777  # whoever may connect is told apart by the kernel, not by permissions
+FDS_PER_PROCESS: Final = 8  # the connection's four, and the descriptors of /proc and pidfd that attestation holds
+
+
+def require_security_header(path: str, metadata: Metadata) -> None:
+    """Refuse a call without ``workload.spiffe.io: true``, exactly once; health is for everybody. Raises Invalid."""
+    if path.startswith(f"/{HEALTH.name}/"):
+        return
+    if [value for name, value in metadata if name == SECURITY_HEADER] != ["true"]:
+        raise Invalid("security header missing from request", code="security_header_missing")
+
+
+class PublicSocket:
+    """The listener and the private gRPC server behind it. ``async with`` serves."""
+
+    def __init__(
+        self,
+        path: Path,
+        private: Path,
+        workloads: Workloads,
+        services: Mapping[str, object],
+        *,
+        is_ready: Callable[[], bool],
+        refused: RefusalLog,
+    ) -> None:
+        """``services``: an object per full service name of WORKLOAD, TASKS and FEED; ``private``: for the gRPC socket."""
+        self._refused = refused
+        bindings = [binding for binding in (WORKLOAD, TASKS, FEED) if binding.name in services]
+        health = HealthApi(service_names(bindings), is_ready)
+        index: CallerIndex[Caller] = CallerIndex()
+        # Everybody who can connect may call; what each is given depends on what was attested.
+        access = {method.path: _anybody for binding in (*bindings, HEALTH) for method in binding.methods.values()}
+        guard = CallGuard(index, access, preflight=require_security_header, on_refusal=self._call_refused)
+        handlers = [
+            *(handler(binding, services[binding.name], guard) for binding in bindings),
+            handler(HEALTH, health, guard),
+        ]
+        self._grpc = PrivateGrpcServer(private / "s", handlers)
+        self._listener = UnixListener(
+            path,
+            mode=SOCKET_MODE,
+            backend=self._grpc.path,
+            index=index,
+            admit=workloads.admit,
+            on_closed=workloads.closed,
+            on_refusal=self._not_admitted,
+            max_connections=connection_room(MAX_CONNECTIONS, FDS_PER_PROCESS),
+        )
+        workloads.drop = self._listener.drop
+
+    @property
+    def connections(self) -> int:
+        """How many connections are open."""
+        return self._listener.connections
+
+    async def start(self) -> None:
+        """Serve; raises Misconfigured where the socket cannot be made safely."""
+        await self._grpc.start()
+        await self._listener.start()
+
+    async def stop(self, grace: float) -> None:
+        """Take no more callers, let calls end for ``grace`` seconds, then end them."""
+        await self._listener.stop()
+        await self._grpc.stop(grace)
+
+    def _call_refused(self, path: str, caller: Caller | None, error: BrokerError) -> None:
+        self._refused("call_refused", method=path, pid=caller.process.pid if caller else None, code=error.reason)
+
+    def _not_admitted(self, error: BrokerError) -> None:
+        self._refused("connection_refused", code=error.reason, reason=error.message, hint=error.hint)
+
+
+def _anybody(caller: Caller) -> None:
+    del caller

@@ -1,0 +1,98 @@
+"""Tells the server which workload sessions live, and which have ended: at once, in order, until it has heard.
+
+One request at a time; what happens meanwhile goes with the next. After a reconnection everything current is told again.
+"""
+
+import asyncio
+from collections.abc import Iterable
+from typing import Final
+
+from broker._proto.broker.server.v1 import sessions_pb2
+from broker.agent.backoff import Backoff
+from broker.agent.sessions import Identity
+from broker.agent.upstream import RPC_TIMEOUT, Upstream, answered
+from broker.errors import BrokerError
+from broker.telemetry.log import get_logger
+
+MAX_REPORT: Final = 2000  # sessions in one request: some 300 bytes each, far below gRPC's 4 MiB
+MAX_ENDED: Final = 100_000  # untold ends kept while the server is away; above that it learns by expiry
+
+_log = get_logger("agent.reports")
+
+
+def session_message(identity: Identity) -> sessions_pb2.WorkloadSession:
+    """Write an identity that holds a leaf of its own as the server's message."""
+    held = identity.x509
+    if held is None or held.shared:
+        raise ValueError("only an identity with a leaf of its own is reported")
+    return sessions_pb2.WorkloadSession(
+        id=identity.id,
+        spiffe_id=str(identity.entry.spiffe_id),
+        entry_id=identity.entry.id,
+        x5t=held.svid.x5t,
+        not_after=int(held.svid.not_after.timestamp()),
+    )
+
+
+class SessionReports:
+    """What is still to be told. :meth:`run` tells it."""
+
+    def __init__(self, upstream: Upstream) -> None:
+        self._upstream = upstream
+        self._current: dict[str, sessions_pb2.WorkloadSession] = {}
+        self._ended: dict[str, None] = {}
+        self._news = asyncio.Event()
+
+    def leaf(self, identity: Identity) -> None:
+        """An identity holds a new leaf."""
+        self._current[identity.id] = session_message(identity)
+        self._news.set()
+
+    def ended(self, identities: Iterable[Identity]) -> None:
+        """These are over."""
+        for identity in identities:
+            self._current.pop(identity.id, None)
+            self._ended[identity.id] = None
+        while len(self._ended) > MAX_ENDED:
+            del self._ended[next(iter(self._ended))]
+        self._news.set()
+
+    def again(self, identities: Iterable[Identity]) -> None:
+        """Tell all of these anew: the server may be another one."""
+        for identity in identities:
+            if identity.x509 is not None and not identity.x509.shared:
+                self.leaf(identity)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the server has heard everything."""
+        return not self._current and not self._ended
+
+    async def run(self) -> None:
+        """Tell the server; runs until cancelled."""
+        backoff = Backoff()
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            while not self.is_settled:
+                try:
+                    await self.tell()
+                    backoff.reset()
+                except BrokerError as error:
+                    _log.warning("sessions_not_reported", code=error.reason, count=len(self._ended))
+                    await asyncio.sleep(backoff.next())
+
+    async def tell(self) -> None:
+        """Tell one request's worth; what was not heard is kept. Raises BrokerError."""
+        current = list(self._current.values())[:MAX_REPORT]
+        ended = list(self._ended)[:MAX_REPORT]
+        await answered(
+            self._upstream.sessions.ReportSessions(
+                sessions_pb2.ReportSessionsRequest(current=current, ended=ended), timeout=RPC_TIMEOUT
+            )
+        )
+        for message in current:
+            if self._current.get(message.id) is message:
+                del self._current[message.id]
+        for session_id in ended:
+            self._ended.pop(session_id, None)

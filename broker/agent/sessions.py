@@ -1,0 +1,187 @@
+"""Workload sessions: one attested process instance each, from its attestation to its end.
+
+A session is shared by the connections of its process. It ends when the process exits, or is no longer the program that
+was attested; then everything held for it is dropped and the server is told at once. Session ids are per identity of the
+process: 128 random bits, never used twice. Knows no attestors and no wire.
+"""
+
+import asyncio
+import secrets
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from broker.agent.cache import Bell, EstateCache
+from broker.agent.holdings import JwtHolding, X509Holding
+from broker.attestation.process import Process
+from broker.clock import Clock
+from broker.errors import NotAttested
+from broker.registry import Entry
+from broker.spiffe import Selector
+
+FULL_CHECK_EVERY: Final = 1.0  # seconds; between full checks only exit, executable and effective ids are looked at
+ID_BYTES: Final = 16
+MAX_JWTS: Final = 64  # per session; each is about 1 KiB
+
+
+@dataclass(slots=True, eq=False)
+class Identity:
+    """One SPIFFE ID of one session, under its own session id."""
+
+    id: str
+    entry: Entry
+    x509: X509Holding | None = None
+    retry_at: float = 0.0  # monotonic: after a failed rotation, not before then
+
+
+@dataclass(slots=True, eq=False)
+class WorkloadSession:
+    """One attested process instance and what is held for it."""
+
+    process: Process
+    selectors: frozenset[Selector]
+    checked_at: float
+    identities: dict[str, Identity] = field(default_factory=dict)  # by entry id
+    jwts: "OrderedDict[tuple[str, tuple[str, ...]], JwtHolding]" = field(default_factory=OrderedDict)
+    pending: dict[object, "asyncio.Task[Any]"] = field(default_factory=dict)  # signing under way
+    connections: int = 0
+    is_ended: bool = False
+    matched_version: int = -1
+    matched: tuple[Entry, ...] = ()
+    bells: set[Bell] = field(default_factory=set)
+
+    @contextmanager
+    def listening(self, cache: EstateCache) -> Iterator[Bell]:
+        """Listen to what concerns this session: the cache, and its own end."""
+        with cache.listening(self.selectors) as bell:
+            self.bells.add(bell)
+            try:
+                yield bell
+            finally:
+                self.bells.discard(bell)
+
+    def identity(self, entry: Entry) -> Identity:
+        """Give the identity that this session has by an entry, new or known."""
+        identity = self.identities.get(entry.id)
+        if identity is None or identity.entry.spiffe_id != entry.spiffe_id:
+            identity = self.identities[entry.id] = Identity(f"ws_{secrets.token_urlsafe(ID_BYTES)}", entry)
+        identity.entry = entry
+        return identity
+
+    def remember(self, key: tuple[str, tuple[str, ...]], jwt: JwtHolding) -> None:
+        """Keep a JWT-SVID; the one unused for longest makes room."""
+        self.jwts[key] = jwt
+        self.jwts.move_to_end(key)
+        while len(self.jwts) > MAX_JWTS:
+            self.jwts.popitem(last=False)
+
+
+class Sessions:
+    """Every living session, by process."""
+
+    def __init__(
+        self, cache: EstateCache, clock: Clock, *, on_identities_ended: Callable[[list[Identity]], None]
+    ) -> None:
+        """``on_identities_ended`` is called when a session ends or loses an identity, with those that had a leaf."""
+        self._cache = cache
+        self._clock = clock
+        self._on_identities_ended = on_identities_ended
+        self._by_process: dict[tuple[int, int], WorkloadSession] = {}
+
+    def __len__(self) -> int:
+        return len(self._by_process)
+
+    def __iter__(self) -> Iterator[WorkloadSession]:
+        return iter(tuple(self._by_process.values()))
+
+    def of(self, process: Process) -> WorkloadSession | None:
+        """Find the session of the same process with the same facts. One whose process has changed since is ended."""
+        session = self._by_process.get(_key(process))
+        if session is None:
+            return None
+        if session.process.facts != process.facts:
+            self.end(session)
+            return None
+        try:
+            self.check(session, fully=True)
+        except NotAttested:
+            return None
+        return session
+
+    def start(self, process: Process, selectors: frozenset[Selector]) -> WorkloadSession:
+        """Begin the session of a process that was attested a moment ago; the session owns ``process`` from now on."""
+        session = WorkloadSession(process, selectors, self._clock.monotonic())
+        if (before := self._by_process.get(_key(process))) is not None:
+            self.end(before)
+        self._by_process[_key(process)] = session
+        asyncio.get_running_loop().add_reader(process.pidfd, self.end, session)
+        return session
+
+    def check(self, session: WorkloadSession, *, fully: bool = False) -> None:
+        """Raise NotAttested unless the process is still the one that was attested; a session that is not, ends."""
+        if session.is_ended:
+            raise NotAttested("the session has ended", code="session_ended")
+        now = self._clock.monotonic()
+        try:
+            if fully or now - session.checked_at >= FULL_CHECK_EVERY:
+                session.process.still_same()
+                session.checked_at = now
+            else:
+                session.process.still_there()
+        except NotAttested:
+            self.end(session)
+            raise
+
+    def entries(self, session: WorkloadSession) -> tuple[Entry, ...]:
+        """Give the entries that the session earns now; what it earns no longer is withdrawn from it."""
+        now = self._clock.now()
+        if session.matched_version == self._cache.version and not any(one.is_expired(now) for one in session.matched):
+            return session.matched
+        session.matched = self._cache.match(session.selectors, now)
+        session.matched_version = self._cache.version
+        self._withdraw(session, {entry.id: entry for entry in session.matched})
+        return session.matched
+
+    def release(self, session: WorkloadSession) -> None:
+        """Take one connection away; a session without connections that was never given anything is let go."""
+        session.connections -= 1
+        if session.connections <= 0 and not session.identities and not session.jwts:
+            self.end(session)
+
+    def end(self, session: WorkloadSession) -> None:
+        """End a session: its streams wake and find out, the server is told. Harmless when repeated."""
+        if session.is_ended:
+            return
+        session.is_ended = True
+        asyncio.get_running_loop().remove_reader(session.process.pidfd)
+        if self._by_process.get(_key(session.process)) is session:
+            del self._by_process[_key(session.process)]
+        self._withdraw(session, {})
+        session.jwts.clear()
+        session.process.close()
+        for bell in session.bells:
+            bell.ring()
+
+    def end_all(self) -> None:
+        """End every session, as the agent stops."""
+        for session in self:
+            self.end(session)
+
+    def _withdraw(self, session: WorkloadSession, kept: dict[str, Entry]) -> None:
+        gone = [
+            identity
+            for entry_id, identity in session.identities.items()
+            if entry_id not in kept or kept[entry_id].spiffe_id != identity.entry.spiffe_id
+        ]
+        for identity in gone:
+            del session.identities[identity.entry.id]
+        for key in [key for key in session.jwts if key[0] not in kept]:
+            del session.jwts[key]
+        if reported := [identity for identity in gone if identity.x509 is not None and not identity.x509.shared]:
+            self._on_identities_ended(reported)
+
+
+def _key(process: Process) -> tuple[int, int]:
+    return process.pid, process.facts.start_time

@@ -1,0 +1,70 @@
+"""The server, as the agent calls it: one stub per service over one channel, deadlines, and errors of our own kind.
+
+Who the server is was settled by the dialer. What it answers is judged by whoever asked.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Final, TypeVar
+
+import grpc.aio
+
+from broker._proto.broker.server.v1 import feed_pb2, sessions_pb2, tasks_pb2, watch_pb2
+from broker._proto.service import ServiceBinding, Stub
+from broker._proto.spire.api.server.agent.v1 import agent_pb2
+from broker._proto.spire.api.server.bundle.v1 import bundle_pb2
+from broker._proto.spire.api.server.svid.v1 import svid_pb2
+from broker.errors import Unavailable
+from broker.transport.rpc_errors import from_rpc_error
+
+T = TypeVar("T")
+
+QUICK_FAILURE: Final = 1.0  # seconds: a failure that took longer was no mere change of connections
+RECONNECT_PAUSE: Final = 0.05
+RPC_TIMEOUT: Final = 30.0  # seconds: a server that accepts and never answers must not hold anything for longer
+
+AGENT: Final = ServiceBinding.of(agent_pb2.DESCRIPTOR, "Agent")
+BUNDLE: Final = ServiceBinding.of(bundle_pb2.DESCRIPTOR, "Bundle")
+SVID: Final = ServiceBinding.of(svid_pb2.DESCRIPTOR, "SVID")
+WATCH: Final = ServiceBinding.of(watch_pb2.DESCRIPTOR, "Watch")
+SESSIONS: Final = ServiceBinding.of(sessions_pb2.DESCRIPTOR, "Sessions")
+TASKS: Final = ServiceBinding.of(tasks_pb2.DESCRIPTOR, "Tasks")
+FEED: Final = ServiceBinding.of(feed_pb2.DESCRIPTOR, "Feed")
+
+
+class Upstream:
+    """Stubs of every service that the agent uses."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        """Use this channel for all; nothing is sent yet."""
+        self.agent = Stub(channel, AGENT)
+        self.bundle = Stub(channel, BUNDLE)
+        self.svid = Stub(channel, SVID)
+        self.watch = Stub(channel, WATCH)
+        self.sessions = Stub(channel, SESSIONS)
+        self.tasks = Stub(channel, TASKS)
+        self.feed = Stub(channel, FEED)
+
+
+async def answered_once_more(call: Callable[[], Awaitable[T]]) -> T:
+    """As :func:`answered`, with a second attempt where the connection went: for calls that may be repeated.
+
+    Each new SVID of the agent means a new connection, and what was under way on the old one is lost.
+    """
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    try:
+        return await answered(call())
+    except Unavailable:
+        if loop.time() - began > QUICK_FAILURE:
+            raise
+    await asyncio.sleep(RECONNECT_PAUSE)
+    return await answered(call())
+
+
+async def answered(call: Awaitable[T]) -> T:
+    """Wait for an answer; a failed call raises the BrokerError that the server meant (``Unavailable``, ``Refused`` …)."""
+    try:
+        return await call
+    except grpc.aio.AioRpcError as error:
+        raise from_rpc_error(error) from error

@@ -1,0 +1,161 @@
+"""From a connection to an attested session: snapshot at accept, attest at the first call, compare afterwards.
+
+Nothing that a caller sends is looked at. Outward every refusal is the same sentence; the reason goes to the log.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from broker.agent.refusal_log import RefusalLog
+from broker.agent.sessions import Sessions, WorkloadSession
+from broker.attestation.contract import AttestorFailed, WorkloadAttestor
+from broker.attestation.process import Process
+from broker.errors import BrokerError, NoIdentity, NotAttested, Unavailable
+from broker.spiffe import Selector
+from broker.telemetry.log import get_logger
+from broker.transport.peercred import KernelPeer
+
+NO_IDENTITY: Final = "no identity issued"
+ATTESTATION_FAILED: Final = "workload attestation failed"
+ATTEST_TIMEOUT: Final = 10.0  # seconds for all attestors together; each has its own, shorter one
+CLOSE_AFTER: Final = 0.2  # seconds for the refusal to be read before a changed process's connection is closed
+MAX_ATTESTATIONS: Final = 64  # at once: a storm of callers waits here, not in threads
+
+_log = get_logger("agent.workloads")
+
+
+@dataclass(slots=True, eq=False)
+class Caller:
+    """What is behind one connection: a process, and its session once it has been attested."""
+
+    process: Process
+    session: WorkloadSession | None = None
+    is_closed: bool = False
+    is_released: bool = False
+    attesting: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+class Workloads:
+    """Attests callers. Made with the attestors in use.
+
+    ``drop`` closes the connections that a predicate names; it is set by whoever listens.
+    """
+
+    def __init__(self, attestors: Sequence[WorkloadAttestor], sessions: Sessions, refused: RefusalLog) -> None:
+        self._attestors = tuple(attestors)
+        self._sessions = sessions
+        self._refused = refused
+        self.drop: Callable[[Callable[[Caller], bool]], object] = _nothing_to_drop
+        self._room = asyncio.Semaphore(MAX_ATTESTATIONS)
+
+    def admit(self, peer: KernelPeer) -> Caller:
+        """Snapshot the process at accept; raises NotAttested. Does not block."""
+        return Caller(Process.open(pid=peer.pid, uid=peer.uid, gid=peer.gid, pidfd=peer.pidfd))
+
+    def closed(self, caller: Caller) -> None:
+        """The connection is gone."""
+        caller.is_closed = True
+        if not caller.attesting.locked():
+            self._let_go(caller)
+
+    async def session_of(self, caller: Caller) -> WorkloadSession:
+        """Give the session behind a connection, attesting it at its first call, and check that it still holds.
+
+        Raises NoIdentity, in the same words whatever the cause, or Unavailable where attestation itself failed.
+        """
+        try:
+            session = caller.session
+            if session is None:
+                session = await self._attested(caller)
+            self._sessions.check(session)
+        except NotAttested as error:
+            raise self._outward(caller, error) from error
+        return session
+
+    def check(self, session: WorkloadSession) -> None:
+        """Check fully, as before every message of a stream; raises NoIdentity."""
+        try:
+            self._sessions.check(session, fully=True)
+        except NotAttested as error:
+            self._close_soon(lambda caller: caller.session is session)
+            raise NoIdentity(NO_IDENTITY) from error
+
+    async def _attested(self, caller: Caller) -> WorkloadSession:
+        async with caller.attesting:
+            try:
+                if caller.session is None and not caller.is_closed:
+                    async with self._room:
+                        await self._attest(caller)
+            finally:
+                if caller.is_closed:
+                    self._let_go(caller)
+            if caller.session is None or caller.is_closed:
+                raise NotAttested("the connection is closed", code="connection_closed")
+            return caller.session
+
+    async def _attest(self, caller: Caller) -> None:
+        process = caller.process
+        process.still_same()
+        session = self._sessions.of(process)
+        if session is None:
+            selectors = await self._describe(process)
+            # Whatever the attestors looked at was this process only if it still is.
+            process.still_same()
+            if caller.is_closed:
+                return
+            # Another connection of the same process may have been faster.
+            session = self._sessions.of(process)
+            if session is None:
+                session = self._sessions.start(process, selectors)
+                _log.debug("workload_attested", pid=process.pid, uid=process.uid, count=len(selectors))
+        if session.process is not process:
+            process.close()
+        session.connections += 1
+        caller.session = session
+
+    async def _describe(self, process: Process) -> frozenset[Selector]:
+        try:
+            async with asyncio.timeout(ATTEST_TIMEOUT):
+                found = await asyncio.gather(
+                    *(attestor.attest(process) for attestor in self._attestors), return_exceptions=True
+                )
+        except TimeoutError:
+            raise AttestorFailed("the attestors did not answer in time", code="attestor_timeout") from None
+        selectors: frozenset[Selector] = frozenset()
+        for attestor, answer in zip(self._attestors, found, strict=True):
+            if isinstance(answer, BrokerError):
+                # NOTE(security): without one attestor's selectors the rest could match a weaker entry than intended.
+                raise answer
+            if isinstance(answer, BaseException):
+                _log.error("attestor_defect", attestor=attestor.name, exc_info=answer)
+                raise AttestorFailed(f"the attestor {attestor.name} failed") from answer
+            selectors |= answer
+        return selectors
+
+    def _close_soon(self, predicate: Callable[[Caller], bool]) -> None:
+        # What it is now may be entitled, too: it is attested anew, on a connection that is its own.
+        asyncio.get_running_loop().call_later(CLOSE_AFTER, lambda: self.drop(predicate))
+
+    def _let_go(self, caller: Caller) -> None:
+        if caller.is_released:
+            return
+        caller.is_released = True
+        if caller.session is None:
+            caller.process.close()
+        else:
+            self._sessions.release(caller.session)
+
+    def _outward(self, caller: Caller, error: NotAttested) -> BrokerError:
+        process = caller.process
+        self._refused("workload_refused", pid=process.pid, uid=process.uid, code=error.reason, hint=error.hint)
+        if error.reason in {"process_changed", "session_ended"}:
+            self._close_soon(lambda other: other is caller)
+        if isinstance(error, AttestorFailed) or error.reason == "process_unreadable":
+            return Unavailable(ATTESTATION_FAILED, code="attestation_failed")
+        return NoIdentity(NO_IDENTITY)
+
+
+def _nothing_to_drop(predicate: Callable[[Caller], bool]) -> None:
+    del predicate

@@ -1,0 +1,77 @@
+"""Blocking reads on behalf of callers who may be hostile: files on hung file systems, slow user databases.
+
+Each read is a daemon thread, so that one that never returns cannot hold up the agent's exit. A place is freed when the
+thread ends, not when its caller gives up, and no user holds more than a few: one user's hung files starve only that
+user. Knows nothing of what is read.
+"""
+
+import asyncio
+import threading
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TypeVar
+
+T = TypeVar("T")
+
+MAX_READS = 32  # threads at once
+MAX_READS_PER_USER = 4
+Abandoned = Callable[[], bool]
+
+
+class BlockingReads:
+    """Runs work in threads, at most ``MAX_READS`` and ``MAX_READS_PER_USER`` at a time. One event loop only."""
+
+    def __init__(self) -> None:
+        self._running = 0
+        self._by_user: Counter[int] = Counter()
+        self._waiting: list[asyncio.Future[None]] = []
+
+    async def run(self, uid: int, work: Callable[[Abandoned], T]) -> T:
+        """Give what ``work`` returns, or raise what it raises; it should stop when the function it is given says so."""
+        loop = asyncio.get_running_loop()
+        while self._running >= MAX_READS or self._by_user[uid] >= MAX_READS_PER_USER:
+            turn = loop.create_future()
+            self._waiting.append(turn)
+            await turn
+        self._running += 1
+        self._by_user[uid] += 1
+        answer: asyncio.Future[T] = loop.create_future()
+
+        def finish(result: T | None, error: BaseException | None) -> None:
+            self._free(uid)
+            if answer.done():
+                return
+            if error is not None:
+                answer.set_exception(error)
+            else:
+                answer.set_result(result)  # type: ignore[arg-type]  # None only where T is None
+
+        threading.Thread(target=_work, args=(loop, work, answer.cancelled, finish), daemon=True).start()
+        return await answer
+
+    def _free(self, uid: int) -> None:
+        self._running -= 1
+        self._by_user[uid] -= 1
+        if not self._by_user[uid]:
+            del self._by_user[uid]
+        waiting, self._waiting = self._waiting, []
+        for turn in waiting:
+            if not turn.done():
+                turn.set_result(None)
+
+
+def _work(
+    loop: asyncio.AbstractEventLoop,
+    work: Callable[[Abandoned], T],
+    abandoned: Abandoned,
+    finish: Callable[[T | None, BaseException | None], None],
+) -> None:
+    result: T | None = None
+    error: BaseException | None = None
+    try:
+        result = work(abandoned)
+    except BaseException as raised:  # noqa: BLE001 - carried to the caller, whatever it is
+        error = raised
+    with suppress(RuntimeError):  # the loop may be closed by the time that a hung read returns
+        loop.call_soon_threadsafe(finish, result, error)

@@ -1,0 +1,61 @@
+"""How an error of ours looks to a gRPC caller: the one table, and the details that machines read.
+
+Anything that is not a BrokerError is a defect: the caller sees a reference number, the log the kind and the place.
+"""
+
+import secrets
+import traceback
+
+import grpc
+
+from broker._proto.google.protobuf import any_pb2
+from broker._proto.google.rpc import error_details_pb2, status_pb2
+from broker.errors import (
+    BrokerError,
+    Conflict,
+    Invalid,
+    NotFound,
+    Refused,
+    Unavailable,
+)
+
+DOMAIN = "broker"
+DETAILS_KEY = "grpc-status-details-bin"
+MAX_MESSAGE = 1024  # characters of a message or hint on the wire: it shares a header block of 8 KiB
+
+_TABLE: tuple[tuple[type[BrokerError], grpc.StatusCode], ...] = (
+    (Refused, grpc.StatusCode.PERMISSION_DENIED),
+    (Invalid, grpc.StatusCode.INVALID_ARGUMENT),
+    (NotFound, grpc.StatusCode.NOT_FOUND),
+    (Conflict, grpc.StatusCode.ALREADY_EXISTS),
+    (Unavailable, grpc.StatusCode.UNAVAILABLE),
+)
+
+
+def status_code(error: BrokerError) -> grpc.StatusCode:
+    """Give the gRPC status of an error; the most general one is INTERNAL."""
+    if error.reason == "stale_version":
+        return grpc.StatusCode.ABORTED
+    return next((code for kind, code in _TABLE if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
+
+
+def status_details(error: BrokerError) -> bytes:
+    """Encode a google.rpc.Status with one ErrorInfo: reason = our stable code, domain ``broker``, metadata ``hint``."""
+    info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)
+    if error.hint:
+        info.metadata["hint"] = error.hint[:MAX_MESSAGE]
+    packed = any_pb2.Any()
+    packed.Pack(info)
+    number: int = status_code(error).value[0]
+    return status_pb2.Status(code=number, message=error.message[:MAX_MESSAGE], details=[packed]).SerializeToString()
+
+
+def new_reference() -> str:
+    """Make a number that joins what a caller saw with a line of our log."""
+    return secrets.token_hex(6)
+
+
+def place_of(error: BaseException) -> str:
+    """Say what kind of defect happened where, without its text: that may hold a token."""
+    steps = traceback.extract_tb(error.__traceback__)[-4:]
+    return f"{type(error).__name__} at " + " > ".join(f"{step.name}:{step.lineno}" for step in steps)

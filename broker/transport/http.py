@@ -1,0 +1,221 @@
+"""HTTP/1.1 on a transport that somebody else accepted, by uvicorn's protocol class, with the TLS peer in the scope.
+
+Bounds what uvicorn leaves open: the size of a head and of a body, and the time a request may take to arrive. Knows
+nothing of what the app does.
+"""
+
+import asyncio
+import logging
+import traceback
+from collections.abc import Callable
+from email.utils import format_datetime
+from typing import Any
+
+from typing_extensions import override
+from uvicorn.config import Config
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+from uvicorn.server import ServerState
+
+from broker.clock import Clock
+from broker.transport.tls import TlsPeer
+
+PEER_EXTENSION = "broker.peer"
+
+MAX_HEAD_BYTES = 32 * 1024  # request line and headers: room for a token and a proxy's additions
+MAX_HEADERS = 100
+MAX_BODY_BYTES = 1024 * 1024  # forms and JSON of our endpoints are a few KiB
+REQUEST_DEADLINE = 20.0  # seconds from a request's first byte (or the connection) to its last
+KEEP_ALIVE = 15  # seconds an idle connection waits for its next request
+
+_LOG = logging.getLogger("broker.transport.http")
+
+
+def _quiet(record: logging.LogRecord) -> bool:
+    """Keep what strangers send and what exceptions say out of the log."""
+    if record.exc_info and record.exc_info[1]:
+        error = record.exc_info[1]
+        where = "; ".join(f"{step.name}:{step.lineno}" for step in traceback.extract_tb(error.__traceback__)[-4:])
+        record.msg, record.args = "defect in an HTTP handler: %s at %s", (type(error).__name__, where)
+        record.exc_info = record.exc_text = None
+    return record.levelno > logging.WARNING
+
+
+_LOG.addFilter(_quiet)
+
+
+class _Excess(Exception):
+    """A limit was passed."""
+
+
+class _PeerProtocol(HttpToolsProtocol):
+    """One connection."""
+
+    def __init__(self, door: "HttpDoor", peer: TlsPeer, on_closed: Callable[[], None] | None) -> None:
+        super().__init__(config=door.config, server_state=door.state, app_state={})
+        self.logger = _LOG
+        self.access_log = False
+        self._door = door
+        self._peer = peer
+        self._on_closed = on_closed
+        self._in_head = True
+        self._head_bytes = self._header_bytes = self._body_bytes = 0
+        self._status = 400
+        self._deadline: asyncio.TimerHandle | None = None
+
+    @override
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._arm()
+
+    @override
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._disarm()
+        super().connection_lost(exc)
+        self._unset_keepalive_if_required()
+        self._door.gone()
+        if self._on_closed:
+            self._on_closed()
+
+    @override
+    def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        if self._in_head:
+            self._head_bytes += len(data)
+        super().data_received(data)
+        # The parser tells of a header only when it is whole: one without an end is seen here.
+        if self._in_head and self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+            self._status = 431
+            self.send_400_response("")
+
+    @override
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        extensions: dict[str, Any] = self.scope.setdefault("extensions", {})
+        extensions[PEER_EXTENSION] = self._peer
+        self._header_bytes = self._body_bytes = 0
+        self._door.date()
+        self._arm()
+
+    @override
+    def on_url(self, url: bytes) -> None:
+        self._head(len(url))
+        super().on_url(url)
+
+    @override
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._head(len(name) + len(value))
+        if len(self.headers) >= MAX_HEADERS:
+            self._exceed(431)
+        super().on_header(name, value)
+
+    @override
+    def on_headers_complete(self) -> None:
+        self._in_head, self._head_bytes = False, 0
+        super().on_headers_complete()
+
+    @override
+    def on_body(self, body: bytes) -> None:
+        self._body_bytes += len(body)
+        if self._body_bytes > MAX_BODY_BYTES:
+            self._exceed(413)
+        super().on_body(body)
+
+    @override
+    def on_message_complete(self) -> None:
+        self._in_head, self._head_bytes = True, 0
+        self._disarm()
+        super().on_message_complete()
+
+    @override
+    def send_400_response(self, msg: str) -> None:
+        cycle: RequestResponseCycle | None = self.cycle  # None before the first request, whatever uvicorn declares
+        if cycle is not None and not cycle.response_complete:
+            cycle.disconnected = True
+            cycle.message_event.set()
+            if cycle.response_started:
+                self.transport.abort()
+                return
+        self.transport.write(STATUS_LINE[self._status] + b"connection: close\r\ncontent-length: 0\r\n\r\n")
+        self.transport.close()
+
+    def _head(self, size: int) -> None:
+        self._header_bytes += size
+        if self._header_bytes > MAX_HEAD_BYTES:
+            self._exceed(431)
+
+    def _exceed(self, status: int) -> None:
+        self._status = status
+        raise _Excess
+
+    def _arm(self) -> None:
+        if self._deadline is None:
+            self._deadline = self.loop.call_later(REQUEST_DEADLINE, self.abort)
+
+    def _disarm(self) -> None:
+        if self._deadline:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def abort(self) -> None:
+        """End the connection now."""
+        self.transport.abort()
+
+
+class HttpDoor:
+    """Serves one ASGI app on transports that a listener accepted."""
+
+    def __init__(self, app: Any, clock: Clock) -> None:
+        """``app`` finds the peer in ``scope["extensions"]["broker.peer"]``; no lifespan events are sent to it."""
+        self.config = Config(
+            app,
+            http=HttpToolsProtocol,
+            ws="none",
+            lifespan="off",
+            interface="asgi3",
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,  # nobody may say for another who it is: the peer is the TLS peer
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE,
+            reset_contextvars=True,
+        )
+        self.config.load()
+        self.state = ServerState()
+        self._clock = clock
+        self._idle = asyncio.Event()
+        self._second = -1
+
+    def protocol(self, peer: TlsPeer, on_closed: Callable[[], None] | None = None) -> asyncio.Protocol:
+        """Make the protocol of one connection: ``transport.set_protocol(p); p.connection_made(transport)``."""
+        return _PeerProtocol(self, peer, on_closed)
+
+    async def stop(self, grace: float) -> None:
+        """Close idle connections, let requests in progress end for ``grace`` seconds, abort the rest."""
+        connections = list(self.state.connections)
+        for connection in connections:
+            connection.shutdown()
+        try:
+            async with asyncio.timeout(grace):
+                while self.state.connections:
+                    self._idle.clear()
+                    await self._idle.wait()
+        except TimeoutError:
+            for connection in list(self.state.connections):
+                connection.transport.abort()
+        tasks = list(self.state.tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def gone(self) -> None:
+        """One connection was lost."""
+        self._idle.set()
+
+    def date(self) -> None:
+        """Keep the Date header of responses at the current second (RFC 9110 section 6.6.1)."""
+        now = self._clock.now()
+        second = int(now.timestamp())
+        if second != self._second:
+            self._second = second
+            self.state.default_headers[:] = [(b"date", format_datetime(now, usegmt=True).encode("ascii"))]

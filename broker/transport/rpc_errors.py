@@ -1,0 +1,56 @@
+"""A failed call, seen from the client: from gRPC's status back to this product's errors.
+
+The counterpart of the server's table. The stable code travels as ``google.rpc.ErrorInfo.reason``; a peer that sends none
+(SPIRE's server, another agent) is judged by the status alone.
+"""
+
+from collections.abc import Mapping
+
+import grpc
+
+from broker._proto.google.rpc import error_details_pb2, status_pb2
+from broker.errors import BrokerError, Conflict, Invalid, NoIdentity, NotFound, Refused, Unavailable
+
+ERROR_DOMAIN = "broker"
+NO_IDENTITY_TEXT = "no identity issued"
+_DETAILS_KEY = "grpc-status-details-bin"
+
+_ERRORS: Mapping[grpc.StatusCode, type[BrokerError]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: Invalid,
+    grpc.StatusCode.PERMISSION_DENIED: Refused,
+    grpc.StatusCode.UNAUTHENTICATED: Refused,
+    grpc.StatusCode.FAILED_PRECONDITION: Refused,
+    grpc.StatusCode.NOT_FOUND: NotFound,
+    grpc.StatusCode.ALREADY_EXISTS: Conflict,
+    grpc.StatusCode.ABORTED: Conflict,
+    grpc.StatusCode.UNAVAILABLE: Unavailable,
+    grpc.StatusCode.DEADLINE_EXCEEDED: Unavailable,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: Unavailable,
+}
+
+
+def from_rpc_error(error: grpc.aio.AioRpcError) -> BrokerError:
+    """Give the error that the other side meant: its class by the status, its code and hint by the details."""
+    kind = _ERRORS.get(error.code(), BrokerError)
+    text = error.details() or error.code().name
+    if kind is Refused and text == NO_IDENTITY_TEXT:
+        kind = NoIdentity
+    code, hint = _error_info(error)
+    return kind(text, code=code, hint=hint)
+
+
+def _error_info(error: grpc.aio.AioRpcError) -> tuple[str | None, str]:
+    for key, value in error.trailing_metadata() or ():
+        if key != _DETAILS_KEY:
+            continue
+        status = status_pb2.Status()
+        info = error_details_pb2.ErrorInfo()
+        try:
+            status.ParseFromString(value if isinstance(value, bytes) else value.encode())
+        except ValueError:
+            return None, ""
+        for detail in status.details:
+            is_info = detail.TypeName() == error_details_pb2.ErrorInfo.DESCRIPTOR.full_name
+            if is_info and detail.Unpack(info) and info.domain == ERROR_DOMAIN:
+                return info.reason, info.metadata.get("hint", "")
+    return None, ""

@@ -1,0 +1,198 @@
+"""A Unix socket whose callers the kernel identifies: accept, read the peer, admit, splice to the private gRPC server.
+
+A connection lives no longer than the process that made it: when its pidfd becomes readable the connection is aborted,
+whoever else still holds the socket. What a process may do is not known here.
+"""
+
+import asyncio
+import logging
+import socket
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from broker.errors import BrokerError, NotAttested, Refused
+from broker.transport.acceptor import Acceptor, connection_room
+from broker.transport.callers import CallerIndex
+from broker.transport.flood import FrameMeter
+from broker.transport.peercred import KernelPeer, read_kernel_peer
+from broker.transport.socket_path import ClaimedSocket, claim_socket
+from broker.transport.splice import Backend, Splice
+
+_LOG = logging.getLogger(__name__)
+C = TypeVar("C")
+
+MAX_CONNECTIONS = 16_384  # a node runs a few thousand processes; less where descriptors are fewer
+FDS_PER_CONNECTION = 4  # accepted, pidfd, dialled, and gRPC's own end
+SHARE_OF_ONE_UID = 0.75  # of the room: one user that opens connections without end leaves places for the others
+
+
+class Connection(Generic[C]):
+    """One spliced connection and the process behind it."""
+
+    def __init__(self, peer: KernelPeer, caller: C, name: str) -> None:
+        """Made by the listener."""
+        self.peer = peer
+        self.caller = caller
+        self.name = name
+        self.splice: Splice
+        self.is_open = True
+
+    def abort(self) -> None:
+        """End it at once; data in flight is lost."""
+        self.splice.abort()
+
+
+class UnixListener(Generic[C]):
+    """Accepts on a Unix socket, asks the kernel who it is, and splices the bytes to the private gRPC server."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        mode: int,
+        backend: Path,
+        index: CallerIndex[C],
+        admit: Callable[[KernelPeer], C],
+        on_closed: Callable[[C], None] | None = None,
+        on_refusal: Callable[[BrokerError], None] | None = None,
+        directory_mode: int = 0o755,
+        max_connections: int = MAX_CONNECTIONS,
+    ) -> None:
+        """``admit`` runs on the event loop at accept and must not block: snapshot facts there, attest at the first call.
+
+        It may raise Refused: the connection is closed. The pidfd belongs to the connection (dup it to keep it longer);
+        ``on_closed(caller)`` is called once after the connection ended, however it ended.
+        """
+        self._path, self._mode, self._directory_mode = path, mode, directory_mode
+        self._backend = Backend(backend)
+        self._index = index
+        self._admit = admit
+        self._on_closed = on_closed
+        self._on_refusal = on_refusal
+        self._max_connections = max_connections
+        self._room = self._room_of_uid = 0
+        self._open: set[Connection[C]] = set()
+        self._of_uid: Counter[int] = Counter()
+        self._emptied = asyncio.Event()
+        self._setups: set[asyncio.Task[None]] = set()
+        self._claimed: ClaimedSocket | None = None
+        self._acceptor: Acceptor | None = None
+
+    @property
+    def connections(self) -> int:
+        """How many connections are open."""
+        return len(self._open)
+
+    def drop(self, predicate: Callable[[C], bool]) -> int:
+        """Abort connections whose caller matches; gives their number."""
+        matching = [connection for connection in self._open if predicate(connection.caller)]
+        for connection in matching:
+            connection.abort()
+        return len(matching)
+
+    async def start(self) -> None:
+        """Claim the path and listen. Raises Misconfigured: ``socket_path_unsafe``, ``socket_in_use``."""
+        self._room = connection_room(self._max_connections, FDS_PER_CONNECTION)
+        self._room_of_uid = max(1, int(self._room * SHARE_OF_ONE_UID))
+        self._claimed = claim_socket(self._path, mode=self._mode, directory_mode=self._directory_mode)
+        self._acceptor = Acceptor(self._claimed.listening, self._accepted, lambda: len(self._open) < self._room)
+        self._acceptor.start()
+
+    async def stop(self) -> None:
+        """Stop accepting, end all connections, remove the socket. Harmless when repeated."""
+        if self._acceptor is None or self._claimed is None:
+            return
+        self._acceptor.close()
+        self._claimed.release()
+        self._acceptor = self._claimed = None
+        for setup in list(self._setups):
+            setup.cancel()
+        await asyncio.gather(*self._setups, return_exceptions=True)
+        self.drop(lambda _: True)
+        if self._open:
+            self._emptied.clear()
+            await self._emptied.wait()
+
+    def _accepted(self, accepted: socket.socket) -> None:
+        try:
+            peer = read_kernel_peer(accepted)
+        except NotAttested as error:
+            accepted.close()
+            self._refused(error)
+            return
+        try:
+            self._require_room(peer.uid)
+            caller = self._admit(peer)
+        except BrokerError as error:
+            accepted.close()
+            peer.close()
+            self._refused(error)
+            return
+        except BaseException:
+            accepted.close()
+            peer.close()
+            raise
+        self._begin(accepted, Connection(peer, caller, self._index.admit(caller)))
+
+    def _require_room(self, uid: int) -> None:
+        if self._of_uid[uid] >= self._room_of_uid:
+            raise Refused(f"uid {uid} has too many connections", code="too_many_connections")
+
+    def _begin(self, accepted: socket.socket, connection: Connection[C]) -> None:
+        loop = asyncio.get_running_loop()
+        connection.splice = Splice(
+            self._backend.buffer, lambda error: self._ended(connection, error), FrameMeter(loop.time)
+        )
+        self._open.add(connection)
+        self._of_uid[connection.peer.uid] += 1
+        loop.add_reader(connection.peer.pidfd, connection.abort)
+        setup = loop.create_task(self._join(accepted, connection))
+        self._setups.add(setup)
+        setup.add_done_callback(lambda done: self._joined(done, accepted, connection))
+
+    async def _join(self, accepted: socket.socket, connection: Connection[C]) -> None:
+        loop = asyncio.get_running_loop()
+        await loop.connect_accepted_socket(lambda: connection.splice.front, accepted)
+        await self._backend.join(connection.splice, connection.name)
+
+    def _joined(self, setup: asyncio.Task[None], accepted: socket.socket, connection: Connection[C]) -> None:
+        # Here and not in the task itself: a task that is cancelled before its first step runs nothing of its own.
+        self._setups.discard(setup)
+        error = None if setup.cancelled() else setup.exception()
+        if error is None and not setup.cancelled():
+            return
+        connection.abort()
+        if connection.splice.front.transport is None:
+            accepted.close()
+            self._ended(connection, None)
+        if isinstance(error, BrokerError):
+            self._refused(error)
+        elif error:
+            _LOG.error("defect while a connection was set up: %s", type(error).__name__)
+
+    def _ended(self, connection: Connection[C], error: Exception | None) -> None:
+        if not connection.is_open:
+            return
+        connection.is_open = False
+        self._index.forget(connection.name)
+        asyncio.get_running_loop().remove_reader(connection.peer.pidfd)
+        connection.peer.close()
+        self._open.discard(connection)
+        if not self._open:
+            self._emptied.set()
+        self._of_uid[connection.peer.uid] -= 1
+        if not self._of_uid[connection.peer.uid]:
+            del self._of_uid[connection.peer.uid]
+        if isinstance(error, BrokerError):
+            self._refused(error)
+        if self._acceptor:
+            self._acceptor.resume()
+        if self._on_closed:
+            self._on_closed(connection.caller)
+
+    def _refused(self, error: BrokerError) -> None:
+        _LOG.debug("refused at the socket: %s", error.reason)
+        if self._on_refusal:
+            self._on_refusal(error)

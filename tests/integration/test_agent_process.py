@@ -1,0 +1,197 @@
+"""The agent as a process of its own: it stops, hardens itself, and survives the races that need it stopped."""
+
+import asyncio
+import os
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+
+from broker._proto.grpc.health.v1 import health_pb2
+from broker._proto.service import Stub
+from broker._proto.spiffe import workload_pb2
+from broker.agent.listener import HEALTH, WORKLOAD
+from tests.fakes.fake_server import FakeServer, entry_message
+from tests.fakes.processes import agent_process, held_connection, reap, spawn_as
+from tests.fakes.running_agent import HEADER, ME, until
+
+SLEEP = str(Path(shutil.which("sleep")).resolve())
+PATH = "/SpiffeWorkloadAPI/FetchX509SVID"
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: chosen process ids")
+
+
+class Running:
+    def __init__(self, process, server: FakeServer, directory: Path) -> None:
+        self.process, self.server, self.directory = process, server, directory
+        self.socket = directory / "agent" / "public" / "api.sock"
+
+    def channel(self, path: Path | None = None):
+        return grpc.aio.insecure_channel(
+            f"unix:{path or self.socket}", options=(("grpc.use_local_subchannel_pool", 1),)
+        )
+
+    async def fetch(self, path: Path | None = None):
+        async with self.channel(path) as channel:
+            call = channel.unary_stream(PATH, response_deserializer=workload_pb2.X509SVIDResponse.FromString)
+            try:
+                return await call(b"", metadata=HEADER, timeout=5).read()
+            except grpc.aio.AioRpcError as error:
+                return error.code()
+
+
+@asynccontextmanager
+async def running(*, ready: bool = True, **settings):
+    directory = Path(tempfile.mkdtemp(dir="/tmp"))
+    directory.chmod(0o755)
+    try:
+        async with FakeServer(directory) as server:
+            server.entries["e1"] = entry_message("e1", "/wl/me", [ME])
+            values = {
+                "trust_domain": "example.org",
+                "server_port": server.port,
+                "runtime_dir": str(directory / "agent"),
+                "trust_bundle_path": str(server.trust_file()),
+                "join_token": "token-1",
+                "first_identity_wait": "200ms",
+            }
+            text = "[agent]\n" + "".join(f"{name} = {value!r}\n" for name, value in (values | settings).items())
+            async with agent_process(directory, text) as process:
+                it = Running(process, server, directory)
+                await until(lambda: it.socket.exists() or process.returncode is not None, 20)
+                if ready and process.returncode is None:
+                    async with it.channel() as channel:
+                        watching = Stub(channel, HEALTH).Watch(health_pb2.HealthCheckRequest(), wait_for_ready=True)
+                        while (await asyncio.wait_for(watching.read(), 20)).status != 1:
+                            pass
+                yield it
+    finally:
+        shutil.rmtree(directory)
+
+
+@pytest.mark.bears("W16")
+async def test_it_stops_within_ten_seconds_with_streams_open_and_removes_its_socket() -> None:
+    async with running() as agent, agent.channel() as channel:
+        stub = Stub(channel, WORKLOAD)
+        calls = [stub.FetchX509SVID(workload_pb2.X509SVIDRequest(), metadata=HEADER) for _ in range(50)]
+        assert all(await asyncio.gather(*(call.read() for call in calls)))
+        agent.process.send_signal(signal.SIGTERM)
+        agent.process.send_signal(signal.SIGTERM)
+        assert await asyncio.wait_for(agent.process.wait(), 10) == 0
+        assert not agent.socket.exists()
+
+
+@pytest.mark.bears("W15", "W16", "O02")
+async def test_killed_and_started_again_it_serves_without_a_new_token() -> None:
+    async with running() as agent:
+        assert (await agent.fetch()).svids
+        agent.process.kill()
+        await agent.process.wait()
+        assert agent.socket.exists()  # left behind, and safely replaced
+        async with agent_process(agent.directory, (agent.directory / "agent.toml").read_text()) as again:
+            agent.process = again
+            async with agent.channel() as channel:
+                call = Stub(channel, WORKLOAD).FetchX509SVID(workload_pb2.X509SVIDRequest(), metadata=HEADER)
+                async with asyncio.timeout(20):
+                    while True:
+                        try:
+                            assert (await call.read()).svids
+                            break
+                        except grpc.aio.AioRpcError:
+                            await asyncio.sleep(0.1)
+                            call = Stub(channel, WORKLOAD).FetchX509SVID(
+                                workload_pb2.X509SVIDRequest(), metadata=HEADER
+                            )
+            assert agent.server.attestations == ["token-1"]
+
+
+@pytest.mark.bears("A25")
+async def test_its_memory_is_closed_to_its_own_user() -> None:
+    async with running() as agent:
+        directory = Path(f"/proc/{agent.process.pid}")
+        limits = (directory / "limits").read_text()
+        (line,) = [line for line in limits.splitlines() if line.startswith("Max core file size")]
+        assert line.split()[4:6] == ["0", "0"]
+        # A process that is not dumpable belongs to root in /proc.
+        assert (directory / "environ").stat().st_uid == 0
+        assert "token-1" not in (directory / "cmdline").read_text() if os.geteuid() == 0 else True
+        agent.process.send_signal(signal.SIGABRT)
+        await agent.process.wait()
+        assert not list(Path.cwd().glob("core*"))
+
+
+async def test_a_refused_join_is_an_error_that_ends_it() -> None:
+    async with running(ready=False, join_token="wrong") as agent:
+        assert await asyncio.wait_for(agent.process.wait(), 20) == 1
+        said = agent.process.log.read_text()
+        assert "the join token is unknown, expired or used" in said
+        assert "wrong" not in said
+
+
+@needs_root
+@pytest.mark.bears("A03")
+@pytest.mark.parametrize("same_program", [True, False], ids=["same program", "other program"])
+async def test_a_process_id_recycled_before_accept_gives_nothing(same_program: bool) -> None:
+    async with running() as agent:
+        agent.process.send_signal(signal.SIGSTOP)
+        async with held_connection(agent.socket, agent.directory / "r", "exit") as held:
+            await held.act()
+            await until(lambda: held.process.returncode is not None)
+            # The very program that the entry is for, under the number that the socket still names.
+            spawn_as(
+                held.pid,
+                [os.path.realpath("/proc/self/exe"), "-I", "-S", "-c", "import time; time.sleep(60)"]
+                if same_program
+                else [SLEEP, "60"],
+            )
+            try:
+                agent.process.send_signal(signal.SIGCONT)
+                assert await agent.fetch(held.relay) in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.PERMISSION_DENIED}
+                assert (await agent.fetch()).svids  # and everybody else is served
+                assert len(agent.server.sessions) <= 1
+            finally:
+                reap(held.pid)
+
+
+@needs_root
+@pytest.mark.bears("A03")
+async def test_the_harness_breaks_an_agent_that_trusts_the_number() -> None:
+    """The positive control: SO_PEERCRED alone would have named the recycled process as the caller."""
+    directory = Path(tempfile.mkdtemp(dir="/tmp"))
+    naive = socket.socket(socket.AF_UNIX)
+    naive.bind(str(directory / "naive"))
+    naive.listen()
+    try:
+        async with held_connection(directory / "naive", directory / "r", "exit") as held:
+            await held.act()
+            await until(lambda: held.process.returncode is not None)
+            spawn_as(held.pid, [SLEEP, "60"])
+            try:
+                accepted, _ = naive.accept()
+                pid, _, _ = struct.unpack("iII", accepted.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+                await until(lambda: os.readlink(f"/proc/{pid}/exe") == SLEEP)  # the victim, to whoever trusts it
+                accepted.close()
+            finally:
+                reap(held.pid)
+    finally:
+        naive.close()
+        shutil.rmtree(directory)
+
+
+async def test_two_agents_do_not_share_a_socket() -> None:
+    async with running() as agent:
+        script = "import os,sys\nfrom pathlib import Path\nfrom broker.agent.app import run\nfrom broker.agent.settings import load\nrun(load(Path(sys.argv[1]), os.environ))"
+        second = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", script, str(agent.directory / "agent.toml"), stderr=subprocess.PIPE
+        )
+        _, said = await asyncio.wait_for(second.communicate(), 20)
+        assert second.returncode == 1
+        assert b"another agent holds" in said
+        assert (await agent.fetch()).svids

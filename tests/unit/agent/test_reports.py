@@ -1,0 +1,102 @@
+"""What the server is told of sessions: everything, in order, until it has heard."""
+
+import pytest
+
+from broker._proto.broker.server.v1 import sessions_pb2
+from broker.agent import reports as module
+from broker.agent.reports import SessionReports, session_message
+from broker.agent.sessions import Identity
+from broker.errors import Unavailable
+from tests.fakes.running_agent import estate, until
+
+
+class Leaf:
+    shared = False
+
+    class svid:  # noqa: N801
+        x5t = "x5t"
+
+        class not_after:  # noqa: N801
+            @staticmethod
+            def timestamp() -> float:
+                return 99.5
+
+
+def identity(number: int, entry) -> Identity:
+    return Identity(f"ws_{number}", entry, Leaf())
+
+
+class Server:
+    """Answers, or is away."""
+
+    def __init__(self) -> None:
+        self.heard: list[sessions_pb2.ReportSessionsRequest] = []
+        self.is_away = False
+
+    @property
+    def sessions(self) -> "Server":
+        return self
+
+    async def ReportSessions(self, request, timeout):
+        if self.is_away:
+            raise Unavailable("away")
+        self.heard.append(request)
+
+
+@pytest.fixture
+async def entry():
+    async with estate() as agent:
+        yield agent.agent.cache.entry("e1")
+
+
+async def test_what_was_not_heard_is_kept_and_an_end_overtakes_its_beginning(entry) -> None:
+    server = Server()
+    reports = SessionReports(server)
+    one, two = identity(1, entry), identity(2, entry)
+    reports.leaf(one)
+    reports.leaf(two)
+    server.is_away = True
+    with pytest.raises(Unavailable):
+        await reports.tell()
+    reports.ended([one])
+    server.is_away = False
+    await reports.tell()
+    (request,) = server.heard
+    assert [message.id for message in request.current] == ["ws_2"]
+    assert list(request.ended) == ["ws_1"]
+    assert request.current[0] == sessions_pb2.WorkloadSession(
+        id="ws_2", spiffe_id=str(entry.spiffe_id), entry_id="e1", x5t="x5t", not_after=99
+    )
+    assert reports.is_settled
+
+
+async def test_long_reports_are_cut_and_the_untold_is_bounded(entry, monkeypatch) -> None:
+    monkeypatch.setattr(module, "MAX_REPORT", 2)
+    monkeypatch.setattr(module, "MAX_ENDED", 5)
+    server = Server()
+    reports = SessionReports(server)
+    reports.again(identity(n, entry) for n in range(3))
+    while not reports.is_settled:
+        await reports.tell()
+    assert [len(request.current) for request in server.heard] == [2, 1]
+    reports.ended(identity(n, entry) for n in range(9))
+    assert list(reports._ended) == [f"ws_{n}" for n in range(4, 9)]
+
+
+async def test_after_a_reconnection_the_living_are_told_again() -> None:
+    async with estate() as agent:
+        await agent.x509()
+        await until(lambda: len(agent.server.sessions) == 1)
+        agent.server.sessions.clear()
+        agent.server.drop()
+        await until(lambda: len(agent.server.sessions) == 1)
+
+
+async def test_a_shared_leaf_is_nobodys(entry) -> None:
+    shared = Leaf()
+    shared.shared = True
+    with pytest.raises(ValueError, match="its own"):
+        session_message(Identity("ws_1", entry, shared))
+    reports = SessionReports(Server())
+    reports.again([Identity("ws_1", entry, shared), Identity("ws_2", entry)])
+    assert reports.is_settled

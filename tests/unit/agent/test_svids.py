@@ -1,0 +1,303 @@
+"""SVIDs of sessions: own keys, rotation, spares, outages, and nothing expired or forged."""
+
+import asyncio
+from datetime import timedelta
+
+import grpc
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from broker._proto.spiffe import workload_pb2
+from broker.agent import svids as module
+from broker.spiffe import SpiffeId, TrustDomain
+from broker.spiffe.x509svid import split_der
+from tests.fakes.fake_server import TD, FakeCa, entry_message
+from tests.fakes.processes import held_connection
+from tests.fakes.running_agent import HEADER, ME, RunningAgent, estate, until
+
+
+def serial(svid) -> int:
+    return x509.load_der_x509_certificate(split_der(svid.x509_svid)[0]).serial_number
+
+
+async def stream(stub):
+    call = stub.FetchX509SVID(workload_pb2.X509SVIDRequest(), metadata=HEADER)
+    return call, await asyncio.wait_for(call.read(), 5)
+
+
+async def of_another_process(agent: RunningAgent, number: int = 1):
+    """What another process of the same user is given; it ends afterwards."""
+    async with held_connection(agent.socket, agent.directory / f"r{number}", "stay") as held:
+        return await fetched(held)
+
+
+async def fetched(held):
+    async with grpc.aio.insecure_channel(
+        f"unix:{held.relay}", options=(("grpc.use_local_subchannel_pool", 1),)
+    ) as channel:
+        call = channel.unary_stream(
+            "/SpiffeWorkloadAPI/FetchX509SVID", response_deserializer=workload_pb2.X509SVIDResponse.FromString
+        )
+        return await asyncio.wait_for(call(b"", metadata=HEADER).read(), 5)
+
+
+async def test_connections_of_one_process_share_and_processes_do_not() -> None:
+    async with estate() as agent:
+        first, again = await agent.x509(), await agent.x509()
+        other = await of_another_process(agent)
+        assert first == again
+        assert serial(first.svids[0]) != serial(other.svids[0])
+        assert first.svids[0].x509_svid_key != other.svids[0].x509_svid_key
+
+
+async def test_the_spare_answers_the_next_process_without_the_server() -> None:
+    async with estate() as agent:
+        await agent.x509()
+        await until(lambda: "e1" in agent.agent.svids._spares)
+        spare = agent.agent.svids._spares["e1"]
+        agent.server.sign_gate.clear()  # whoever needs the server now waits
+        other = await of_another_process(agent)
+        assert other.svids[0].x509_svid == spare.chain_der
+        agent.server.sign_gate.set()
+        await until(lambda: agent.agent.svids._spares.get("e1") not in {None, spare})
+
+
+async def test_requests_of_one_moment_go_in_one_batch() -> None:
+    entries = [entry_message(f"e{n}", f"/wl/{n}", [ME]) for n in range(40)]
+    async with estate(entries=entries) as agent:
+        response = await agent.x509()
+        assert len(response.svids) == 40
+        assert agent.server.batches[0] == 40
+        assert len({one.x509_svid_key for one in response.svids}) == 40
+
+
+async def test_rotation_at_half_life_reaches_the_open_stream() -> None:
+    async with estate() as agent, agent.workload() as stub:
+        agent.server.svid_ttl = timedelta(seconds=4)
+        call, first = await stream(stub)
+        began = asyncio.get_running_loop().time()
+        second = await asyncio.wait_for(call.read(), 8)
+        assert 1.0 < asyncio.get_running_loop().time() - began < 3.2
+        assert serial(first.svids[0]) != serial(second.svids[0])
+        assert first.svids[0].x509_svid_key != second.svids[0].x509_svid_key
+        await until(lambda: agent.agent.reports.is_settled)
+        (session,) = agent.server.sessions.values()
+        assert (
+            session.not_after
+            == x509.load_der_x509_certificate(split_der(second.svids[0].x509_svid)[0]).not_valid_after_utc.timestamp()
+        )
+
+
+async def test_a_changed_entry_is_signed_anew() -> None:
+    async with estate() as agent, agent.workload() as stub:
+        call, first = await stream(stub)
+        changed = entry_message("e1", "/wl/me", [ME], revision=1)
+        changed.entry.dns_names.append("me.example.org")
+        agent.server.put(changed)
+        second = await asyncio.wait_for(call.read(), 5)
+        assert serial(first.svids[0]) != serial(second.svids[0])
+        moved = entry_message("e1", "/wl/moved", [ME], revision=2)
+        agent.server.put(moved)
+        third = await asyncio.wait_for(call.read(), 5)
+        assert third.svids[0].spiffe_id == "spiffe://example.org/wl/moved"
+        # The old identity is over for the server, too.
+        await until(lambda: len(agent.server.ended) == 1)
+
+
+@pytest.mark.bears("K04")
+async def test_a_tainted_authority_is_left_and_a_removed_one_is_not_served() -> None:
+    async with estate() as agent, agent.workload() as stub:
+        old = agent.server.ca
+        call, first = await stream(stub)
+        token = (await agent.jwt("a")).svids[0].svid
+        new = FakeCa()
+        agent.server.ca, agent.server.more_authorities = new, (old,)
+        agent.server.push_bundles(new.message((old,), tainted=True))
+        second = await asyncio.wait_for(call.read(), 5)
+        while serial(second.svids[0]) == serial(first.svids[0]):
+            second = await asyncio.wait_for(call.read(), 5)
+        assert x509.load_der_x509_certificate(split_der(second.svids[0].x509_svid)[0]).issuer == new.root.subject
+        # The JWT key of the old authority is gone from the bundle: its tokens are not handed out any more.
+        agent.server.push_bundles(new.message())
+        await until(lambda: old.kid not in agent.agent.cache.own_bundle.jwt_authorities)
+        assert (await agent.jwt("a")).svids[0].svid != token
+
+
+@pytest.mark.bears("O01")
+async def test_in_an_outage_what_is_valid_is_served_and_nothing_after_its_end() -> None:
+    async with estate(share_when_offline=False) as agent, agent.workload() as stub:
+        agent.server.svid_ttl = timedelta(seconds=5)
+        agent.server.jwt_ttl = timedelta(seconds=5)
+        call, first = await stream(stub)
+        token = (await agent.jwt("a")).svids[0].svid
+        await agent.server.listener.stop()
+        assert (await agent.x509()).svids[0] == first.svids[0]
+        assert (await agent.jwt("a")).svids[0].svid == token
+        end = x509.load_der_x509_certificate(split_der(first.svids[0].x509_svid)[0]).not_valid_after_utc
+        with pytest.raises(grpc.aio.AioRpcError) as ended:
+            await asyncio.wait_for(call.read(), 10)
+        assert ended.value.code() == grpc.StatusCode.UNAVAILABLE
+        assert agent.server.ca.clock.now() >= end
+        for attempt in (agent.x509(), agent.jwt("a")):
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await attempt
+            assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
+
+
+@pytest.mark.bears("O01", "O02")
+async def test_a_process_that_restarts_in_an_outage_shares_the_spare_until_the_server_is_back() -> None:
+    async with estate() as agent:
+        mine = await agent.x509()
+        await until(lambda: "e1" in agent.agent.svids._spares and agent.agent.reports.is_settled)
+        await agent.server.__aexit__()
+        await until(lambda: not agent.agent.sync.is_online)
+        async with (
+            held_connection(agent.socket, agent.directory / "r1", "stay") as one,
+            held_connection(agent.socket, agent.directory / "r2", "stay") as two,
+        ):
+            first, second = await fetched(one), await fetched(two)
+            assert first == second != mine
+            assert len(agent.agent.sessions) == 3
+            # A shared SVID is nobody's own: the server is not told, and no task may hang on it.
+            assert len(agent.server.sessions) == 1
+            async with agent.server:
+                await until(lambda: agent.agent.sync.is_online)
+                for session in agent.agent.sessions:
+                    entries = agent.agent.sessions.entries(session)
+                    for identity in await agent.agent.svids.x509(session, entries):
+                        assert not identity.x509.shared
+                await until(lambda: len(agent.server.sessions) == 3)
+        await agent.server.__aenter__()
+
+
+async def test_without_leave_to_share_a_new_process_is_told_to_wait() -> None:
+    async with estate(share_when_offline=False) as agent:
+        await agent.x509()
+        await until(lambda: "e1" in agent.agent.svids._spares)
+        await agent.server.listener.stop()
+        await until(lambda: not agent.agent.sync.is_online)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await of_another_process(agent)
+        assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
+
+
+def other_id(server):
+    return lambda entry, key: [server.ca.leaf(SpiffeId.of(TD, "/wl/victim"), key)]
+
+
+def other_key(server):
+    return lambda entry, key: [
+        server.ca.leaf(SpiffeId.of(TD, "/wl/me"), ec.generate_private_key(ec.SECP256R1()).public_key())
+    ]
+
+
+def ten_years(server):
+    return lambda entry, key: [server.ca.leaf(SpiffeId.of(TD, "/wl/me"), key, timedelta(days=3650))]
+
+
+def other_ca(server):
+    return lambda entry, key: [FakeCa().leaf(SpiffeId.of(TD, "/wl/me"), key)]
+
+
+def other_domain(server):
+    return lambda entry, key: [FakeCa(TrustDomain("other.example")).leaf(SpiffeId("spiffe://other.example/wl/me"), key)]
+
+
+def rubbish(server):
+    return lambda entry, key: [b"rubbish"]
+
+
+def nothing(server):
+    return lambda entry, key: []
+
+
+@pytest.mark.bears("O06")
+@pytest.mark.parametrize("forge", [other_id, other_key, ten_years, other_ca, other_domain, rubbish, nothing])
+async def test_a_server_that_signs_wrongly_is_not_believed(forge) -> None:
+    async with estate() as agent:
+        agent.server.forge = forge(agent.server)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await agent.x509()
+        assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
+        assert not agent.server.sessions
+
+
+@pytest.mark.bears("O06")
+async def test_a_wrong_jwt_svid_is_not_handed_on() -> None:
+    me, victim = SpiffeId.of(TD, "/wl/me"), SpiffeId.of(TD, "/wl/victim")
+    async with estate() as agent:
+        for forge in [
+            lambda entry, audience: agent.server.ca.token(victim, audience),
+            lambda entry, audience: agent.server.ca.token(me, [*audience, "more"]),
+            lambda entry, audience: agent.server.ca.token(me, ["other"]),
+            lambda entry, audience: agent.server.ca.token(me, audience, timedelta(days=3650)),
+            lambda entry, audience: agent.server.ca.token(me, audience, timedelta(hours=-1)),
+            lambda entry, audience: FakeCa().token(me, audience),
+            lambda entry, audience: "",
+        ]:
+            agent.server.forge_jwt = forge
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await agent.jwt("a")
+            assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
+
+
+async def test_jwt_svids_are_cached_per_session_and_audience_set_until_half_life() -> None:
+    async with estate() as agent:
+        agent.server.jwt_ttl = timedelta(seconds=6)
+        first = (await agent.jwt("a", "b")).svids[0].svid
+        assert (await agent.jwt("b", "a", "a")).svids[0].svid == first
+        assert (await agent.jwt("a")).svids[0].svid != first
+        assert agent.server.jwts_signed == 2
+
+        async def renewed() -> str:
+            return (await agent.jwt("a", "b")).svids[0].svid
+
+        began = asyncio.get_running_loop().time()
+        while (second := await renewed()) == first:
+            await asyncio.sleep(0.05)
+        assert 2 < asyncio.get_running_loop().time() - began < 5
+        # Past its half-life and the server hangs: the old one is served, within a second.
+        agent.server.sign_gate.clear()
+        until_half = asyncio.get_running_loop().time() + 3.2
+        while asyncio.get_running_loop().time() < until_half:
+            began = asyncio.get_running_loop().time()
+            assert await renewed() == second
+            assert asyncio.get_running_loop().time() - began < module.JWT_REFRESH + 0.5
+            await asyncio.sleep(0.05)
+        agent.server.sign_gate.set()
+
+
+@pytest.mark.bears("O06")
+async def test_a_server_that_hangs_does_not_hold_an_open_stream_from_ending(monkeypatch) -> None:
+    async with estate() as agent, agent.workload() as stub:
+        agent.server.sign_gate.clear()
+        call = stub.FetchX509SVID(workload_pb2.X509SVIDRequest(), metadata=HEADER, timeout=1)
+        with pytest.raises(grpc.aio.AioRpcError) as ended:
+            await call.read()
+        assert ended.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        # What that call began is used by the next.
+        agent.server.sign_gate.set()
+        assert (await agent.x509()).svids
+        assert sum(agent.server.batches) <= 2  # the SVID and the spare
+
+
+async def test_spares_of_forgotten_entries_are_dropped(monkeypatch) -> None:
+    async with estate() as agent:
+        await agent.x509()
+        await until(lambda: "e1" in agent.agent.svids._spares)
+        agent.server.remove("e1")
+        await until(lambda: len(agent.agent.cache) == 0)
+        agent.agent.svids.tidy()
+        assert agent.agent.svids._spares == {}
+
+
+async def test_an_old_spare_is_replaced_by_tidying() -> None:
+    async with estate() as agent:
+        agent.server.svid_ttl = timedelta(seconds=3)
+        await agent.x509()
+        await until(lambda: "e1" in agent.agent.svids._spares)
+        spare = agent.agent.svids._spares["e1"]
+        await until(lambda: agent.server.ca.clock.now() > spare.rotate_at)
+        agent.agent.svids.tidy()
+        await until(lambda: agent.agent.svids._spares["e1"] is not spare)

@@ -1,0 +1,53 @@
+"""Calls to the server: errors of our own kind, and a second attempt where a connection went."""
+
+import grpc
+import pytest
+
+from broker.agent import upstream as module
+from broker.agent.upstream import answered, answered_once_more
+from broker.errors import Refused, Unavailable
+
+
+def failure(code: grpc.StatusCode):
+    return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), details="words")
+
+
+class Calls:
+    def __init__(self, *outcomes) -> None:
+        self.outcomes, self.made = list(outcomes), 0
+
+    async def __call__(self):
+        self.made += 1
+        outcome = self.outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+
+async def test_errors_are_ours() -> None:
+    assert await answered(Calls(1)()) == 1
+    for code, kind in [
+        (grpc.StatusCode.UNAVAILABLE, Unavailable),
+        (grpc.StatusCode.DEADLINE_EXCEEDED, Unavailable),
+        (grpc.StatusCode.PERMISSION_DENIED, Refused),
+    ]:
+        with pytest.raises(kind, match="words"):
+            await answered(Calls(failure(code))())
+
+
+async def test_once_more_and_not_twice(monkeypatch) -> None:
+    away = failure(grpc.StatusCode.UNAVAILABLE)
+    calls = Calls(away, 7)
+    assert await answered_once_more(calls) == 7
+    with pytest.raises(Unavailable):
+        await answered_once_more(Calls(away, away, 7))
+    refused = Calls(failure(grpc.StatusCode.PERMISSION_DENIED), 7)
+    with pytest.raises(Refused):
+        await answered_once_more(refused)
+    assert refused.made == 1
+    # What took long was no mere change of connections.
+    monkeypatch.setattr(module, "QUICK_FAILURE", -1.0)
+    slow = Calls(away, 7)
+    with pytest.raises(Unavailable):
+        await answered_once_more(slow)
+    assert slow.made == 1

@@ -1,0 +1,63 @@
+"""Blocking reads: bounded by user and in all, and a hung one harms only its own user."""
+
+import asyncio
+import threading
+
+import pytest
+
+from broker.attestation.reads import MAX_READS, MAX_READS_PER_USER, BlockingReads
+
+
+async def test_gives_what_the_work_gives_and_raises_what_it_raises() -> None:
+    reads = BlockingReads()
+    assert await reads.run(1, lambda _: 42) == 42
+
+    def fail(_):
+        raise OSError("gone")
+
+    with pytest.raises(OSError, match="gone"):
+        await reads.run(1, fail)
+    assert (reads._running, dict(reads._by_user)) == (0, {})
+
+
+@pytest.mark.bears("A07")
+async def test_one_users_hung_reads_leave_the_others_alone() -> None:
+    reads, released = BlockingReads(), threading.Event()
+    hung = [asyncio.create_task(reads.run(1, lambda _: released.wait(30))) for _ in range(MAX_READS_PER_USER + 1)]
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert reads._running == MAX_READS_PER_USER
+    assert await asyncio.wait_for(reads.run(2, lambda _: "served"), 5) == "served"
+    # Giving up frees no place: the thread still hangs.
+    hung[0].cancel()
+    await asyncio.gather(hung[0], return_exceptions=True)
+    assert reads._running == MAX_READS_PER_USER
+    released.set()
+    assert await asyncio.wait_for(asyncio.gather(*hung[1:]), 5) == [True] * MAX_READS_PER_USER
+    while reads._running:
+        await asyncio.sleep(0.01)
+
+
+async def test_all_users_together_are_bounded() -> None:
+    reads, released = BlockingReads(), threading.Event()
+    tasks = [asyncio.create_task(reads.run(uid, lambda _: released.wait(30))) for uid in range(MAX_READS + 5)]
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert reads._running == MAX_READS
+    released.set()
+    await asyncio.wait_for(asyncio.gather(*tasks), 5)
+
+
+async def test_abandoned_work_is_told() -> None:
+    reads, told = BlockingReads(), threading.Event()
+
+    def work(abandoned):
+        while not abandoned():
+            pass
+        told.set()
+
+    task = asyncio.create_task(reads.run(1, work))
+    await asyncio.sleep(0.01)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert await asyncio.to_thread(told.wait, 5)
