@@ -27,6 +27,7 @@ T = TypeVar("T")
 RETRY_LONGEST: Final = 30.0  # seconds between attempts to rotate one SVID
 SPARE_UNUSED: Final = timedelta(hours=24)  # an entry that nobody used for so long gets no spare any more
 MAX_SPARES: Final = 1000  # keys and chains in memory, some 4 KiB each
+REFILL_PAUSE: Final = 0.01  # seconds before the next spare is asked for
 MAINTAIN_EVERY: Final = 30.0  # seconds
 OFFLINE_TRY: Final = 1.0  # seconds that a new session waits for a server that is not heard, when a spare can be shared
 JWT_REFRESH: Final = 1.0  # seconds that a caller waits for a younger token while an older one is still valid
@@ -187,6 +188,8 @@ class SvidKeeper:
 
     async def _sign_spare(self, entry: Entry) -> None:
         try:
+            # The caller who took the last one is answered first: a key and a request are made on the same loop.
+            await asyncio.sleep(REFILL_PAUSE)
             with suppress(BrokerError):  # tried again by maintain(); a caller without a spare is signed for directly
                 self._spares[entry.id] = await self._signing.x509(entry)
         finally:

@@ -22,6 +22,10 @@ _NAMESPACES = ("mnt", "pid", "user")
 _STATUS = re.compile(rb"^(Uid|Gid|Groups):\t([0-9\t ]*)$", re.MULTILINE)
 
 
+_Raw = tuple[bytes, FileId, tuple[tuple[bytes, bytes], ...], tuple[str, ...], bytes]
+"""Start time, executable, lines of ``status``, namespaces and cgroup, as the kernel writes them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Facts:
     """What the kernel says of a process at one moment. Two equal values mean the same program under the same rights."""
@@ -45,6 +49,7 @@ class Process:
     facts: Facts
     pidfd: int
     _dir: int
+    _raw: _Raw
 
     @classmethod
     def open(cls, *, pid: int, uid: int, gid: int, pidfd: int) -> Self:
@@ -60,8 +65,9 @@ class Process:
         directory = -1
         try:
             directory = _open_directory(pid)
-            facts = _read_facts(directory, pid)
-            process = cls(pid, uid, gid, facts, own, directory)
+            raw = _read_raw(directory, pid)
+            facts = _facts(raw)
+            process = cls(pid, uid, gid, facts, own, directory, raw)
             _require_number(own, pid)
             process._require_alive()
             process._require_credentials(facts)
@@ -74,13 +80,14 @@ class Process:
 
     def snapshot(self) -> Facts:
         """Read the facts anew. Raises ``NotAttested`` when the process is gone or unreadable."""
-        return _read_facts(self._dir, self.pid)
+        return _facts(_read_raw(self._dir, self.pid))
 
     def still_same(self) -> None:
         """Raise ``NotAttested`` unless the process lives and every fact is what it was at connection time."""
-        now = self.snapshot()
+        now = _read_raw(self._dir, self.pid)
         self._require_alive()
-        if now != self.facts:
+        # The kernel's own words: the same words are the same facts, and need no reading.
+        if now != self._raw:
             raise NotAttested("the process has changed since it connected", code="process_changed")
 
     def still_there(self) -> None:
@@ -173,26 +180,33 @@ def _require_number(pidfd: int, pid: int) -> None:
     raise NotAttested("the kernel does not say whose pidfd this is")
 
 
-def _read_facts(directory: int, pid: int) -> Facts:
-    status = dict(_STATUS.findall(_read_file(directory, "status", pid)))
+def _read_raw(directory: int, pid: int) -> _Raw:
+    status = tuple(_STATUS.findall(_read_file(directory, "status", pid)))
     # NOTE(security): a process may name itself ") S 1 (": the numbers stand behind the last parenthesis.
-    stat = _read_file(directory, "stat", pid).rpartition(b")")[2].split()
+    stat = _read_file(directory, "stat", pid).rpartition(b")")[2].split(None, _START_TIME + 1)
     try:
         exe = file_id(directory, "exe")
         namespaces = tuple(os.readlink(f"ns/{name}", dir_fd=directory) for name in _NAMESPACES)
     except OSError as error:
         raise _unreadable(pid, error) from error
+    start_time = stat[_START_TIME] if len(stat) > _START_TIME else b""
+    return start_time, exe, status, namespaces, _read_file(directory, "cgroup", pid)
+
+
+def _facts(raw: _Raw) -> Facts:
+    start_time, exe, lines, namespaces, cgroup = raw
+    status = dict(lines)
     try:
         return Facts(
-            start_time=int(stat[_START_TIME]),
+            start_time=int(start_time),
             exe=exe,
             uids=_four(status[b"Uid"]),
             gids=_four(status[b"Gid"]),
             groups=frozenset(int(group) for group in status[b"Groups"].split()),
             namespaces=namespaces,
-            cgroup=_read_file(directory, "cgroup", pid),
+            cgroup=cgroup,
         )
-    except (KeyError, IndexError, ValueError) as error:
+    except (KeyError, ValueError) as error:
         raise NotAttested("the kernel's description of the process cannot be read") from error
 
 

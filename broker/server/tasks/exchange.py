@@ -39,6 +39,8 @@ MAX_PAYLOAD: Final = 5632
 TASK_CHANGE: Final = "task"
 """The change log's word for a task that came or changed."""
 
+_WRITER: Final = json.JSONEncoder(separators=(",", ":"))
+
 
 @dataclass(frozen=True, slots=True)
 class _Committed:
@@ -256,7 +258,7 @@ def _token_parts(request: IssueRequest) -> tuple[str | int | None, ...]:
 
 
 def _text(payload: Mapping[str, JsonValue]) -> str:
-    text = json.dumps(payload, separators=(",", ":"))
+    text = _WRITER.encode(payload)
     if len(text) > MAX_PAYLOAD:
         raise PolicyDenied(
             "the token would be too large",

@@ -17,7 +17,7 @@ from typing import Final, overload
 from broker.clock import Clock
 from broker.errors import Invalid, InvalidToken
 from broker.server.tasks.config import SubjectIssuer, check_issuers
-from broker.server.tasks.issuer_keys import IssuerKeys
+from broker.server.tasks.issuer_keys import IssuerKey, IssuerKeys
 from broker.spiffe import jose
 from broker.spiffe.jose import UnverifiedJws
 from broker.spiffe.strictjson import JsonValue
@@ -37,6 +37,8 @@ _SUBJECT: Final = re.compile(r"[\x21-\x7e]{1,255}")
 _SHORT: Final = NAME
 
 _VERIFIED: Final = object()
+_SIGNATURES_KEPT: Final = 4_096
+"""Signatures not checked twice under the same key: an agent shows its user's token with every exchange."""
 
 
 class SubjectKind(StrEnum):
@@ -92,6 +94,7 @@ class Subjects:
         """Prepare one guarded client for each issuer; raises Misconfigured."""
         self._clock = clock
         self._issuers = {one.issuer: (one, IssuerKeys(one, clock)) for one in check_issuers(issuers)}
+        self._signed: dict[bytes, IssuerKey] = {}
 
     async def aclose(self) -> None:
         """Close the connections to the issuers."""
@@ -117,8 +120,19 @@ class Subjects:
             )
         issuer, keys = trusted
         key = await keys.find(jws.kid)
-        jose.verify_signature(jws, key.key, key.algorithm)
+        self._check_signature(token, jws, key)
         return _judge(jws.payload, issuer, now=int(self._clock.now().timestamp()), token=token)
+
+    def _check_signature(self, token: str, jws: UnverifiedJws, key: IssuerKey) -> None:
+        # Only that these very bytes were signed by this very key is remembered: the key is looked up, and everything that
+        # the token says is judged, each time.
+        digest = hashlib.sha256(token.encode("ascii")).digest()
+        if self._signed.get(digest) is key:
+            return
+        jose.verify_signature(jws, key.key, key.algorithm)
+        if len(self._signed) >= _SIGNATURES_KEPT:
+            self._signed.clear()
+        self._signed[digest] = key
 
 
 def _check_type(jws: UnverifiedJws, kind: SubjectKind) -> None:
