@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from typing import Final
 
 from cryptography import x509
@@ -115,6 +116,7 @@ def _san(leaf: Leaf, *, critical: bool) -> bytes:
     return tlv(_SEQUENCE, _SAN_OID, _TRUE if critical else b"", tlv(_OCTET_STRING, tlv(_SEQUENCE, *names)))
 
 
+@lru_cache(maxsize=64)  # the leaves of one batch begin and end together
 def _time(moment: datetime) -> bytes:
     # RFC 5280 §4.1.2.5: two digits of the year up to 2049, then four.
     year = moment.year % 100 if moment.year < 2050 else moment.year

@@ -1,0 +1,62 @@
+"""The agent's socket: JWT-SVIDs that are kept, and the first X.509-SVID of a new process."""
+
+import base64
+from collections.abc import Mapping
+from typing import Any
+
+from broker._proto.spiffe import workload_pb2
+from broker.dev.stage import Process
+from tests.bench.house import House
+from tests.bench.measure import Item, at_least, percentile, within
+
+CALLERS = 32
+ROUNDS = 3
+JWT_SHARE = 0.50
+JWT_PATH = "/SpiffeWorkloadAPI/FetchJWTSVID"
+X509_PATH = "/SpiffeWorkloadAPI/FetchX509SVID"
+NEWCOMERS = 120
+NEWCOMER_PAUSE = 0.03
+"""Seconds between two new processes: the agent signs the next spare meanwhile."""
+P50_MS, P99_MS = 5.0, 25.0
+
+
+async def fetch_jwt_svid_warm(house: House, seconds: float) -> list[Item]:
+    """Calls a second for one audience, again and again, against an echo of the same sizes."""
+    request = workload_pb2.JWTSVIDRequest(audience=["https://vault.dev.test"]).SerializeToString()
+    load = {
+        "path": JWT_PATH,
+        "request": base64.b64encode(request).decode(),
+        "callers": CALLERS,
+        "seconds": seconds / ROUNDS / 2,
+    }
+    values, limits = [], []
+    async with house.program("caller") as caller:
+        size = (await caller.do("grpc", socket=house.agent_socket, **load | {"seconds": 0.1}))["size"]
+        socket = house.socket("echo")
+        async with house.bare("echo", "--socket", socket, "--answer", str(size)):
+            for _ in range(ROUNDS):
+                limits.append((await caller.do("grpc", socket=socket, **load))["rate"])
+                values.append((await caller.do("grpc", socket=house.agent_socket, **load))["rate"])
+    return [at_least("fetch_jwt_svid_warm", max(values), "calls/s", max(limits), JWT_SHARE)]
+
+
+async def first_fetch_x509_svid(house: House, seconds: float) -> list[Item]:
+    """Milliseconds from connecting to the first message, for processes that the agent has never seen."""
+    count = max(20, int(NEWCOMERS * min(1.0, seconds / 4)))
+    socket = house.socket("stream")
+    async with house.program("newcomer") as newcomer:
+        size = (await _first(newcomer, house.agent_socket, 5))["size"]
+        async with house.bare("stream", "--socket", socket, "--answer", str(size)):
+            await _first(newcomer, socket, 5)
+            half = (count + 1) // 2
+            bare = [ms for _ in range(2) for ms in (await _first(newcomer, socket, half))["ms"]]
+            ours = [ms for _ in range(2) for ms in (await _first(newcomer, house.agent_socket, half))["ms"]]
+    name = "first_fetch_x509_svid"
+    return [
+        within(f"{name}_p50", percentile(ours, 50), "ms", percentile(bare, 50), P50_MS),
+        within(f"{name}_p99", percentile(ours, 99), "ms", percentile(bare, 99), P99_MS),
+    ]
+
+
+async def _first(newcomer: Process, socket: str, count: int) -> Mapping[str, Any]:
+    return await newcomer.do("first", socket=socket, path=X509_PATH, count=count, pause=NEWCOMER_PAUSE)
