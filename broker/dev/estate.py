@@ -33,9 +33,7 @@ from broker.errors import BrokerError, Conflict, NotFound, Unavailable
 from broker.spiffe import SpiffeId
 
 PARTS = ("issuer", "server", "agent")
-"""In the order in which they start; they end in the other order."""
-TOGETHER = (("issuer", "server"), ("agent",))
-"""What starts side by side: the agent alone needs another part before it."""
+"""In the order in which they start, each needing the one before; they end in the other order."""
 
 START_SECONDS = 30.0
 """For one part to answer: far more than a busy machine needs, so that a hang is told as one."""
@@ -92,15 +90,14 @@ class Estate:
         with self._locked():
             private_directory(self.layout.runtime)
             record = self._prepared(self.record)
-            for group in TOGETHER:
-                missing = [name for name in group if not self._runs(record, name)]
-                if "agent" in missing:
+            for name in PARTS:
+                if self._runs(record, name):
+                    continue
+                if name == "agent":
                     await self._admit_agent()
-                for name in missing:
-                    record = self._start(record, name)
-                for name in missing:
-                    await self._answering(record, name)
-                    tell(f"{name}: started, pid {record.parts[name].pid}")
+                record = self._start(record, name)
+                await self._answering(record, name)
+                tell(f"{name}: started, pid {record.parts[name].pid}")
             return await self.status()
 
     def down(self) -> Sequence[str]:

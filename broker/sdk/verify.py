@@ -19,7 +19,7 @@ from broker.errors import InvalidToken, Refused, Unavailable
 from broker.sdk.feed import FeedState, Risk
 from broker.sdk.subscription import FeedSubscription
 from broker.sdk.workload import Workload
-from broker.spiffe import SpiffeId, verify_x509_svid
+from broker.spiffe import SpiffeId, X509Svid, verify_x509_svid
 from broker.spiffe.jose import PublicKey
 from broker.tasks import (
     LEEWAY,
@@ -78,6 +78,15 @@ class _Peer:
     bundles: object
 
 
+@dataclass(slots=True)
+class _Known:
+    """A token whose signature holds, and the caller on the connection that showed it last."""
+
+    verified: VerifiedToken
+    evidence: PeerEvidence | None = None
+    caller: Caller | None = None
+
+
 class TokenVerifier:
     """Verifies task tokens for one audience against the live feed. Make it with :meth:`discover`."""
 
@@ -89,8 +98,9 @@ class TokenVerifier:
         self._risk = risk
         self._clock = clock
         self._owns_workload = False
-        self._tokens: OrderedDict[bytes, VerifiedToken] = OrderedDict()
+        self._tokens: OrderedDict[bytes, _Known] = OrderedDict()
         self._peers: OrderedDict[bytes, _Peer] = OrderedDict()
+        self._svids: OrderedDict[str, tuple[X509Svid, PeerEvidence]] = OrderedDict()
         self._keys: Mapping[str, PublicKey] = {}
         self.feed = FeedState()
         self._subscription = FeedSubscription(workload.channel, self.feed, clock, self._keys_changed)
@@ -158,40 +168,54 @@ class TokenVerifier:
     def verify_now(self, token: str, connection: Connection) -> Caller:
         """Do the same without a coroutine: nothing here waits."""
         self.feed.require_fresh(self._clock.monotonic(), self._risk)
-        verified = self._verified(token)
-        claims = verified.claims
+        known = self._known(token)
+        verified = known.verified
         self.feed.require_alive(
             root=verified.root,
             epoch=verified.epoch,
             task=verified.task_id,
-            session=claims.cnf.session,
+            session=verified.claims.cnf.session,
             jti=verified.jti,
         )
-        match = check_binding(claims.cnf, verified.agent, self._evidence_of(connection))
-        return Caller(claims.sub, verified.agent, verified.task_id, verified, match, claims.authorization_details)
+        evidence = self._evidence_of(connection)
+        if known.caller is None or known.evidence is not evidence:
+            # The binding is a matter of these two values alone: for the same two it is the same answer.
+            known.caller, known.evidence = _caller(verified, evidence), evidence
+        return known.caller
 
-    def _verified(self, token: str) -> VerifiedToken:
+    def _known(self, token: str) -> _Known:
         digest = hashlib.sha256(token.encode()).digest()
         known = self._tokens.get(digest)
         now = self._clock.now()
         if known is not None:
-            if now.timestamp() <= known.claims.exp + LEEWAY:
+            if now.timestamp() <= known.verified.claims.exp + LEEWAY:
                 return known
             del self._tokens[digest]
             raise InvalidToken("the token has expired", code="token_expired", hint="ask for a new one")
         verified = verify_task_token(token, self._keys, issuer=self._issuer, audience=self._audience, now=now)
-        self._tokens[digest] = verified
+        known = self._tokens[digest] = _Known(verified)
         if len(self._tokens) > TOKENS_REMEMBERED:
             self._tokens.popitem(last=False)
-        return verified
+        return known
 
     def _evidence_of(self, connection: Connection) -> PeerEvidence:
         if isinstance(connection, MutableMapping):
             peer = connection.get("extensions", {}).get("broker.peer")
-            return PeerEvidence.from_svid(peer.svid) if isinstance(peer, SvidPeer) else self._evidence(())
+            return self._evidence_of_svid(peer.svid) if isinstance(peer, SvidPeer) else self._evidence(())
         if isinstance(connection, ssl.SSLObject | ssl.SSLSocket):
             return self._evidence(peer_chain(connection))
         return self._evidence(connection)
+
+    def _evidence_of_svid(self, svid: X509Svid) -> PeerEvidence:
+        """Give the evidence of an SVID that the listener verified on this connection, and goes on judging."""
+        known = self._svids.get(svid.x5t)
+        if known is not None and known[0] is svid:
+            return known[1]
+        evidence = PeerEvidence.from_svid(svid)
+        self._svids[svid.x5t] = (svid, evidence)
+        if len(self._svids) > PEERS_REMEMBERED:
+            self._svids.popitem(last=False)
+        return evidence
 
     def _evidence(self, chain: Sequence[bytes]) -> PeerEvidence:
         if not chain:
@@ -229,3 +253,9 @@ class TokenVerifier:
                 code="issuer_mismatch",
                 hint="configure the issuer exactly as the server names it",
             )
+
+
+def _caller(verified: VerifiedToken, evidence: PeerEvidence) -> Caller:
+    claims = verified.claims
+    match = check_binding(claims.cnf, verified.agent, evidence)
+    return Caller(claims.sub, verified.agent, verified.task_id, verified, match, claims.authorization_details)

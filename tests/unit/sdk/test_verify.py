@@ -9,6 +9,7 @@ from broker.errors import BrokerError, InvalidSvid, InvalidToken, PolicyDenied, 
 from broker.sdk.feed import Risk
 from broker.spiffe.jose import b64url_decode, b64url_encode
 from broker.tasks import BindingMatch
+from broker.transport.tls import Anonymous, SvidPeer
 from tests.unit.sdk.world import World, frame, heartbeat, snapshot
 from tests.unit.tasks.world import AGENT, TokenKey
 from tests.unit.transport.pki import Authority
@@ -199,3 +200,18 @@ def test_what_is_dead_is_forgotten_only_after_its_tokens() -> None:
     for number in range(300, 600):
         state.apply(heartbeat(number), monotonic=0, now=101)
     state.require_alive(root="tsk_1", epoch=0, task="tsk_1", session=None, jti="j")
+
+
+@pytest.mark.bears("X03", "JW22")
+def test_remembering_the_right_holder_lets_no_other_in(world: World) -> None:
+    token, other = world.token(), world.authority.issue(AGENT.path)
+    for _ in range(3):
+        assert world.verifier.verify_now(token, world.identity.chain_der).agent == AGENT
+        assert refused(world, token, other.chain_der).reason == "binding_mismatch"
+        for peer, accepted in ((SvidPeer(world.svid()), True), (SvidPeer(world.svid(other)), False)):
+            scope = {"type": "http", "extensions": {"broker.peer": peer}}
+            if accepted:
+                world.verifier.verify_now(token, scope)
+            else:
+                assert refused(world, token, scope).reason == "binding_mismatch"
+        assert refused(world, token, {"extensions": {"broker.peer": Anonymous()}}).reason == "binding_missing"
