@@ -25,7 +25,7 @@ from tests.fakes.running_agent import HEADER, ME, until
 
 SLEEP = str(Path(shutil.which("sleep")).resolve())
 PATH = "/SpiffeWorkloadAPI/FetchX509SVID"
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: chosen process ids")
+needs_root = pytest.mark.root("chosen process ids")
 
 
 class Running:

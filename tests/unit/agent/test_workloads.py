@@ -18,7 +18,7 @@ from tests.fakes.fake_server import entry_message
 from tests.fakes.processes import held_connection, reap, spawn_as
 from tests.fakes.running_agent import HEADER, ME, estate, until
 
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: processes of other users, chosen process ids")
+needs_root = pytest.mark.root("processes of other users, chosen process ids")
 PATH = "/SpiffeWorkloadAPI/FetchX509SVID"
 SLEEP = str(Path(shutil.which("sleep")).resolve())
 

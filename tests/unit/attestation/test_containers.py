@@ -81,8 +81,7 @@ def test_a_membership_that_others_may_write(machine, name: str) -> None:
     assert reason(lambda: require_owned(found(SCOPE), machine.node())) == "container_not_anchored"
 
 
-@pytest.mark.root
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: directories of another user")
+@pytest.mark.root("directories of another user")
 @pytest.mark.bears("A15")
 @pytest.mark.parametrize("given", ["/system.slice", SCOPE, f"{SCOPE}/cgroup.procs"])
 def test_one_part_that_belongs_to_a_user(machine, given: str) -> None:
@@ -91,8 +90,7 @@ def test_one_part_that_belongs_to_a_user(machine, given: str) -> None:
     assert reason(lambda: require_owned(found(SCOPE), machine.node())) == "container_not_anchored"
 
 
-@pytest.mark.root
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: directories of another user")
+@pytest.mark.root("directories of another user")
 def test_a_rootless_container_may_be_its_users_own(machine) -> None:
     path = f"/user.slice/user-4002.slice/user@4002.service/user.slice/libpod-{ID}.scope"
     directory = machine.make(path)
@@ -108,8 +106,7 @@ def test_a_link_is_not_followed(machine) -> None:
     assert reason(lambda: require_owned(found(SCOPE), machine.node())) == "cgroup_unreadable"
 
 
-@pytest.mark.root
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: mounts")
+@pytest.mark.root("mounts")
 def test_another_file_system_on_the_path(machine) -> None:
     machine.make(SCOPE)
     over = machine.top / "system.slice"

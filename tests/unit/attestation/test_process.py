@@ -15,7 +15,7 @@ from broker.attestation.kernel import FileId, file_id, filesystem_type, has_exit
 from broker.attestation.process import Process, require_procfs
 from broker.errors import NotAttested
 
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: other users' processes")
+needs_root = pytest.mark.root("other users' processes")
 
 
 def opened(pid: int, *, uid: int | None = None, gid: int | None = None) -> Process:

@@ -389,8 +389,7 @@ async def test_a_socket_that_is_not_the_runtimes(case, kind: str) -> None:
     assert case.runtime.requests == []
 
 
-@pytest.mark.root
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: another user's socket")
+@pytest.mark.root("another user's socket")
 @pytest.mark.bears("A16")
 async def test_a_socket_of_another_user(case) -> None:
     os.chown(case.runtime.path, 4002, 4002)
@@ -398,8 +397,7 @@ async def test_a_socket_of_another_user(case) -> None:
     assert case.runtime.requests == []
 
 
-@pytest.mark.root
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: another user's server")
+@pytest.mark.root("another user's server")
 @pytest.mark.bears("A16")
 async def test_a_socket_that_another_user_serves(case) -> None:
     path = case.runtime.path.parent / "other"

@@ -18,7 +18,7 @@ from broker.attestation.contract import AttestorFailed
 from broker.attestation.process import Process
 
 SLEEP = Path(shutil.which("sleep")).resolve()
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: other users' processes, mounts")
+needs_root = pytest.mark.root("other users' processes, mounts")
 
 
 class Running:

@@ -87,7 +87,7 @@ def test_refuses_a_parent_that_others_can_rename(short: Path) -> None:
     claim(shared / "mine" / "s").release()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to give a directory away")
+@pytest.mark.root("give a directory away")
 def test_refuses_a_directory_of_somebody_else(short: Path) -> None:
     theirs = short / "theirs"
     theirs.mkdir()
