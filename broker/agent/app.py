@@ -12,15 +12,19 @@ from typing import Final, Self
 
 import grpc.aio
 
+from broker.agent.api.admin import AdminApi
 from broker.agent.api.feed import FeedApi
 from broker.agent.api.tasks import TasksApi
 from broker.agent.api.workload import WorkloadApi
 from broker.agent.bootstrap import NodeIdentity, join
 from broker.agent.cache import EstateCache
+from broker.agent.denials import Denials
 from broker.agent.entitlement import Entitlement
+from broker.agent.explain import Explainer
 from broker.agent.feed import FeedRelay
 from broker.agent.identity_file import IdentityFile
-from broker.agent.listener import FEED, TASKS, WORKLOAD, PublicSocket
+from broker.agent.listener import FEED, TASKS, WORKLOAD, AdminSocket, PublicSocket
+from broker.agent.redaction import Redaction
 from broker.agent.refusal_log import RefusalLog
 from broker.agent.reports import SessionReports
 from broker.agent.sessions import Sessions
@@ -32,7 +36,9 @@ from broker.agent.trust import read_trust_bundle
 from broker.agent.upstream import Upstream
 from broker.agent.workloads import Workloads
 from broker.attestation.catalogue import Catalogue
+from broker.attestation.contract import WorkloadAttestor
 from broker.attestation.process import require_procfs
+from broker.attestation.strength import Strengths
 from broker.clock import Clock, SystemClock
 from broker.errors import BrokerError, Misconfigured
 from broker.spiffe import Bundle, SpiffeId
@@ -81,7 +87,9 @@ class Agent:
 
     async def _start(self, store: IdentityFile) -> Self:
         settings = self._settings
-        self.cache = EstateCache(settings.trust_domain)
+        attestors = self._attestors()
+        strengths = Strengths.of_attestors(attestors)
+        self.cache = EstateCache(settings.trust_domain, vouched=strengths.is_vouched)
         self.node = self._node(store)
         if self.node.load() and self.node.bundle is not None:
             self._known_as = self.node.id
@@ -95,8 +103,13 @@ class Agent:
         self._dialer = self._dial()
         channel = await self._dialer.__aenter__()
         try:
-            self._assemble(channel)
-            await self._socket.start()
+            self._assemble(channel, attestors, strengths)
+            await self._admin.start()
+            try:
+                await self._socket.start()
+            except BaseException:
+                await self._admin.stop(0)
+                raise
         except BaseException:
             await self._dialer.__aexit__(None, None, None)
             raise
@@ -107,7 +120,7 @@ class Agent:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Stop serving and let go of everything, within a few seconds."""
-        await self._socket.stop(GRACE)
+        await asyncio.gather(self._socket.stop(GRACE), self._admin.stop(GRACE))
         self.sessions.end_all()
         await self.svids.close()
         await self._signing.close()
@@ -151,8 +164,8 @@ class Agent:
 
     def _node(self, store: IdentityFile) -> NodeIdentity:
         settings = self._settings
-        table: dict[str, object] = {}
-        if settings.attestors.node == "join_token":
+        ((attestor, table),) = settings.attestors.node.items()
+        if attestor == "join_token":
             table = {"join_token": settings.join_token, "join_token_file": settings.join_token_file}
         trusted: Bundle | None = None
         if settings.trust_bundle_path is not None:
@@ -160,7 +173,7 @@ class Agent:
         return NodeIdentity(
             settings.trust_domain,
             store,
-            self._catalogue.node_agent(settings.attestors.node, table),
+            self._catalogue.node_agent(attestor, table),
             self._clock,
             bundle=trusted,
             on_change=self._identity_changed,
@@ -183,7 +196,15 @@ class Agent:
             directory=settings.private_dir,
         )
 
-    def _assemble(self, channel: grpc.aio.Channel) -> None:
+    def _attestors(self) -> tuple[WorkloadAttestor, ...]:
+        attestors, broken = self._catalogue.workload(self._settings.attestors.workload)
+        for one in broken:
+            _log.error("attestor_unavailable", attestor=one.name, reason=one.reason)
+        return attestors
+
+    def _assemble(
+        self, channel: grpc.aio.Channel, attestors: tuple[WorkloadAttestor, ...], strengths: Strengths
+    ) -> None:
         settings, cache, clock = self._settings, self.cache, self._clock
         self.upstream = upstream = Upstream(channel)
         self.reports = SessionReports(upstream)
@@ -201,12 +222,14 @@ class Agent:
             on_new_leaf=self.reports.leaf,
         )
         self.relay = FeedRelay(upstream, clock)
-        refused = RefusalLog(get_logger("agent.refusals"), clock)
-        attestors, broken = self._catalogue.workload(settings.attestors.workload)
-        for one in broken:
-            _log.error("attestor_unavailable", attestor=one.name, reason=one.reason)
-        self.workloads = workloads = Workloads(attestors, sessions, refused)
+        self.workloads = workloads = Workloads(attestors, sessions)
         entitlement = Entitlement(workloads, sessions, cache, settings.first_identity_wait.total_seconds())
+        show = Redaction(settings.explain_selectors)
+        explainer = Explainer(workloads, cache, strengths, clock, show)
+        denials = Denials(explainer, RefusalLog(get_logger("agent.refusals"), clock), clock)
+        self._admin = AdminSocket(
+            settings.admin_socket_path, settings.private_dir / "admin-grpc", AdminApi(explainer, denials, sessions)
+        )
         self._socket = PublicSocket(
             settings.socket_path,
             settings.private_dir / "grpc",
@@ -217,7 +240,7 @@ class Agent:
                 FEED.name: FeedApi(entitlement, self.relay, cache),
             },
             is_ready=lambda: self.is_ready,
-            refused=refused,
+            denials=denials,
         )
 
     def _identity_changed(self) -> None:

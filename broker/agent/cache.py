@@ -7,11 +7,12 @@ changes is one ring: however slow a stream is, nothing piles up behind it. Knows
 import asyncio
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from broker.agent.wire import ToldBundle
-from broker.registry import Entry, EntryIndex, oldest_of_each_hint
+from broker.registry import Decision, Entry, EntryIndex, Vouched, oldest_of_each_hint
+from broker.registry.matching import everything_is_vouched_for
 from broker.spiffe import Bundle, BundleSet, Selector, TrustDomain
 
 
@@ -41,11 +42,13 @@ class Bell:
 class EstateCache:
     """Entries and bundles of this agent. Changed by one writer on the event loop, read by everybody there."""
 
-    def __init__(self, trust_domain: TrustDomain) -> None:
+    def __init__(self, trust_domain: TrustDomain, *, vouched: Vouched = everything_is_vouched_for) -> None:
+        """``vouched``: an entry that has no such selector is matched by nobody."""
         self.trust_domain = trust_domain
+        self._vouched = vouched
         self.version = 0  # grows with every change
         self.is_synced = False  # whether a whole snapshot has been applied
-        self._index = EntryIndex()
+        self._index = EntryIndex(vouched=vouched)
         self._bundles = BundleSet()
         self._told: dict[TrustDomain, ToldBundle] = {}
         self._bells: set[Bell] = set()
@@ -96,14 +99,28 @@ class EstateCache:
     def match(self, selectors: frozenset[Selector], now: datetime) -> tuple[Entry, ...]:
         """Give the entries a workload with these selectors may hold, oldest first, hints unique."""
         found = self._index.match(selectors, now)
-        # Node aliases name nodes; entries with store_svid are not for this API.
-        return oldest_of_each_hint(entry for entry in found if not entry.is_alias and not entry.store_svid)
+        return oldest_of_each_hint(entry for entry in found if not _not_for_workloads(entry))
+
+    def explain(self, selectors: frozenset[Selector], now: datetime) -> Decision:
+        """Give the same answer with the reasons; linear in the number of entries."""
+        decision = self._index.explain(selectors, now)
+        served = self.match(selectors, now)
+        kept = {entry.id for entry in served}
+        considered = tuple(
+            replace(each, withheld=_not_for_workloads(each.entry) or "hint_taken")
+            if _not_for_workloads(each.entry) or (each.is_issued and each.entry.id not in kept)
+            else each
+            for each in decision.considered
+        )
+        return Decision(selectors, served, considered)
 
     def replace(self, entries: Iterable[Entry], bundles: Iterable[ToldBundle]) -> None:
         """Put a snapshot in the place of everything."""
         # An entry that is the same stays the same object: what is held by it need not be compared field by field.
         before = self._index
-        self._index = EntryIndex(_the_known_one(before.get(entry.id), entry) for entry in entries)
+        self._index = EntryIndex(
+            (_the_known_one(before.get(entry.id), entry) for entry in entries), vouched=self._vouched
+        )
         self._told = {told.bundle.trust_domain: told for told in bundles}
         self._bundles = BundleSet(told.bundle for told in self._told.values())
         self.is_synced = True
@@ -144,7 +161,7 @@ class EstateCache:
 
     def withdraw(self) -> None:
         """Forget every entry: this agent may serve nobody. Bundles stay."""
-        self._index = EntryIndex()
+        self._index = EntryIndex(vouched=self._vouched)
         self._changed(None)
 
     def ring_all(self) -> None:
@@ -169,6 +186,13 @@ class EstateCache:
         for bell in self._bells:
             if entries is None or bell.selectors is None or _earns_any(bell.selectors, entries):
                 bell.ring()
+
+
+def _not_for_workloads(entry: Entry) -> str:
+    """Give the code of the reason why an entry is not for the Workload API, or ""."""
+    if entry.is_alias:
+        return "names_nodes"
+    return "store_svid" if entry.store_svid else ""
 
 
 def _earns_any(selectors: frozenset[Selector], entries: list[Entry]) -> bool:

@@ -1,32 +1,39 @@
-"""The public socket: the kernel says who calls, the guard says what an error looks like, the services answer.
+"""The agent's two sockets: the kernel says who calls, the guard says what an error looks like, the services answer.
 
-Every method but health's needs the security header, exactly once, before anything else is looked at.
+On the public one every method but health's needs the security header, exactly once, before anything else is looked at. The
+admin one is for root and the agent's own user.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
-from broker._proto.broker.agent.v1 import feed_pb2, tasks_pb2
+from broker._proto.broker.agent.v1 import admin_pb2, feed_pb2, tasks_pb2
 from broker._proto.grpc.health.v1 import health_pb2
 from broker._proto.service import ServiceBinding, handler, service_names
 from broker._proto.spiffe import workload_pb2
+from broker.agent.api.admin import AdminApi
 from broker.agent.api.health import HealthApi
-from broker.agent.refusal_log import RefusalLog
-from broker.agent.workloads import Caller, Workloads
-from broker.errors import BrokerError, Invalid
+from broker.agent.denials import Denials
+from broker.agent.workloads import ATTESTATION_FAILED_CODE, Caller, Workloads
+from broker.errors import BrokerError, Invalid, Refused
 from broker.transport.acceptor import connection_room
 from broker.transport.callers import CallerIndex
 from broker.transport.grpc_server import CallGuard, Metadata, PrivateGrpcServer
+from broker.transport.peercred import KernelPeer
 from broker.transport.unix_listener import MAX_CONNECTIONS, UnixListener
 
 WORKLOAD: Final = ServiceBinding.of(workload_pb2.DESCRIPTOR, "SpiffeWorkloadAPI")
 TASKS: Final = ServiceBinding.of(tasks_pb2.DESCRIPTOR, "Tasks")
+ADMIN: Final = ServiceBinding.of(admin_pb2.DESCRIPTOR, "Admin")
 FEED: Final = ServiceBinding.of(feed_pb2.DESCRIPTOR, "Feed")
 HEALTH: Final = ServiceBinding.of(health_pb2.DESCRIPTOR, "Health")
 
 SECURITY_HEADER: Final = "workload.spiffe.io"  # SPIFFE_Workload_Endpoint section 3
 SOCKET_MODE: Final = 0o777  # whoever may connect is told apart by the kernel, not by permissions
+ADMIN_MODE: Final = 0o600
+MAX_OPERATORS: Final = 64  # people and their scripts
 FDS_PER_PROCESS: Final = 8  # the connection's four, and the descriptors of /proc and pidfd that attestation holds
 
 
@@ -49,16 +56,22 @@ class PublicSocket:
         services: Mapping[str, object],
         *,
         is_ready: Callable[[], bool],
-        refused: RefusalLog,
+        denials: Denials,
     ) -> None:
         """``services``: an object per full service name of WORKLOAD, TASKS and FEED; ``private``: for the gRPC socket."""
-        self._refused = refused
+        self._denials = denials
         bindings = [binding for binding in (WORKLOAD, TASKS, FEED) if binding.name in services]
         health = HealthApi(service_names(bindings), is_ready)
         index: CallerIndex[Caller] = CallerIndex()
         # Everybody who can connect may call; what each is given depends on what was attested.
         access = {method.path: _anybody for binding in (*bindings, HEALTH) for method in binding.methods.values()}
-        guard = CallGuard(index, access, preflight=require_security_header, on_refusal=self._call_refused)
+        guard = CallGuard(
+            index,
+            access,
+            preflight=require_security_header,
+            on_refusal=self._call_refused,
+            is_refusal=is_refusal,
+        )
         handlers = [
             *(handler(binding, services[binding.name], guard) for binding in bindings),
             handler(HEALTH, health, guard),
@@ -91,12 +104,53 @@ class PublicSocket:
         await self._listener.stop()
         await self._grpc.stop(grace)
 
-    def _call_refused(self, path: str, caller: Caller | None, error: BrokerError) -> None:
-        self._refused("call_refused", method=path, pid=caller.process.pid if caller else None, code=error.reason)
+    def _call_refused(self, path: str, caller: Caller | None, error: BrokerError) -> Mapping[str, str]:
+        return {"denial": self._denials.record(path, caller, error)}
 
     def _not_admitted(self, error: BrokerError) -> None:
-        self._refused("connection_refused", code=error.reason, reason=error.message, hint=error.hint)
+        self._denials.record("", None, error)
 
 
-def _anybody(caller: Caller) -> None:
+class AdminSocket:
+    """The operator's socket, in the directory that only the agent's user may enter."""
+
+    def __init__(self, path: Path, private: Path, api: AdminApi) -> None:
+        """``private``: for the gRPC socket, for this alone."""
+        index: CallerIndex[KernelPeer] = CallerIndex()
+        guard = CallGuard(index, {method.path: _anybody for method in ADMIN.methods.values()})
+        self._grpc = PrivateGrpcServer(private / "s", [handler(ADMIN, api, guard)])
+        self._listener = UnixListener(
+            path,
+            mode=ADMIN_MODE,
+            directory_mode=0o700,
+            backend=self._grpc.path,
+            index=index,
+            admit=admit_operator,
+            max_connections=connection_room(MAX_OPERATORS, FDS_PER_PROCESS),
+        )
+
+    async def start(self) -> None:
+        """Serve; raises Misconfigured where the socket cannot be made safely."""
+        await self._grpc.start()
+        await self._listener.start()
+
+    async def stop(self, grace: float) -> None:
+        """Take no more callers, let calls end for ``grace`` seconds, then end them."""
+        await self._listener.stop()
+        await self._grpc.stop(grace)
+
+
+def admit_operator(peer: KernelPeer) -> KernelPeer:
+    """Admit a process to the admin socket; raises Refused for any user but root and the agent's own."""
+    if peer.uid not in {0, os.geteuid()}:
+        raise Refused("only root and the agent's own user may ask here", code="access_denied")
+    return peer
+
+
+def is_refusal(error: BrokerError) -> bool:
+    """Say whether a caller was refused: also where attestation failed, which it may try again."""
+    return isinstance(error, Refused) or error.reason == ATTESTATION_FAILED_CODE
+
+
+def _anybody(caller: object) -> None:
     del caller

@@ -18,14 +18,18 @@ class RefusalLog:
         self._lines = 0
         self._held_back = 0
 
-    def __call__(self, event: str, **fields: object) -> None:
-        """Write one line, or count it."""
+    def has_room(self) -> bool:
+        """Say whether the next line will be written; so costly reasons are looked for only where they are read."""
         now = self._clock.monotonic()
         if now - self._began >= PERIOD:
             if self._held_back:
                 self._log.info("refusals_not_shown", count=self._held_back)
             self._began, self._lines, self._held_back = now, 0, 0
-        if self._lines < LINES:
+        return self._lines < LINES
+
+    def __call__(self, event: str, **fields: object) -> None:
+        """Write one line, or count it."""
+        if self.has_room():
             self._lines += 1
             self._log.info(event, **fields)
         else:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from broker.agent.answers import Answer
 from broker.agent.cache import Bell, EstateCache
 from broker.agent.holdings import JwtHolding, X509Holding
 from broker.attestation.process import Process
@@ -51,6 +52,7 @@ class WorkloadSession:
     matched_version: int = -1
     matched: tuple[Entry, ...] = ()
     bells: set[Bell] = field(default_factory=set)
+    answers: tuple[Answer, ...] = ()  # of the attestors, for explanations
 
     @contextmanager
     def listening(self, cache: EstateCache) -> Iterator[Bell]:

@@ -77,7 +77,12 @@ class AttestorSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    node: str = Field(default="join_token", description="how this node proves itself to the server")
+    node: dict[str, dict[str, Any]] = Field(
+        default={"join_token": {}},
+        min_length=1,
+        max_length=1,
+        description="how this node proves itself to the server: one table, with that attestor's settings",
+    )
     workload: dict[str, dict[str, Any]] = Field(
         default={"unix": {}}, min_length=1, description="one table per workload attestor, with that attestor's settings"
     )
@@ -125,12 +130,19 @@ class AgentSettings(BaseSettings):
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="what is logged")
     log_format: Literal["text", "json"] = Field(default="text", description="how it is logged")
+    explain_selectors: tuple[str, ...] = Field(
+        default=(),
+        description="selectors whose values broker explain shows though they may hold secrets, by their beginning:"
+        " docker:label:app, docker:env:REGION",
+    )
     attestors: AttestorSettings = Field(default=AttestorSettings(), description="node and workload attestors")
 
     @model_validator(mode="after")
     def _one_token(self) -> "AgentSettings":
         if self.join_token is not None and self.join_token_file is not None:
             raise ValueError("set join_token or join_token_file, not both")
+        if self.attestors.node.get("join_token"):
+            raise ValueError("join_token and join_token_file stand in [agent] itself")
         if self.insecure_bootstrap and self.trust_bundle_path is not None:
             raise ValueError("set trust_bundle_path or insecure_bootstrap, not both")
         return self
@@ -152,6 +164,11 @@ class AgentSettings(BaseSettings):
     def private_dir(self) -> Path:
         """The directory in the runtime directory that only the agent's user may enter."""
         return self.runtime_dir / "private"
+
+    @property
+    def admin_socket_path(self) -> Path:
+        """The operator's socket."""
+        return self.private_dir / "admin.sock"
 
     @property
     def server(self) -> str:
@@ -195,7 +212,7 @@ def _read_table(path: Path | None) -> dict[str, Any]:
             f"{source} cannot be read: {error.strerror}", hint="name another file with --config"
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise Misconfigured(f"{source} is not TOML: {error}", hint="see docs/reference for an example") from None
+        raise Misconfigured(f"{source} is not TOML: {error}", hint="broker config schema lists every setting") from None
     # The server may share the file; anything else at the top is a setting outside its table.
     for name in document.keys() - {"server", "agent"}:
         raise Misconfigured(f"{source}: unknown table or setting {name!r}", hint="settings belong under [agent]")

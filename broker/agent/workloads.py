@@ -1,25 +1,26 @@
 """From a connection to an attested session: snapshot at accept, attest at the first call, compare afterwards.
 
-Nothing that a caller sends is looked at. Outward every refusal is the same sentence; the reason goes to the log.
+Nothing that a caller sends is looked at. Outward every refusal is the same sentence; the reason stays in its cause.
 """
 
 import asyncio
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
-from broker.agent.refusal_log import RefusalLog
+from broker.agent.answers import Answer, ask, combined
 from broker.agent.sessions import Sessions, WorkloadSession
 from broker.attestation.contract import AttestorFailed, WorkloadAttestor
 from broker.attestation.process import Process
 from broker.errors import BrokerError, NoIdentity, NotAttested, Unavailable
-from broker.spiffe import Selector
 from broker.telemetry.log import get_logger
 from broker.transport.peercred import KernelPeer
 
 NO_IDENTITY: Final = "no identity issued"
 ATTESTATION_FAILED: Final = "workload attestation failed"
-ATTEST_TIMEOUT: Final = 10.0  # seconds for all attestors together; each has its own, shorter one
+ATTESTATION_FAILED_CODE: Final = "attestation_failed"
+ATTEST_TIMEOUT: Final = 10.0  # seconds for all attestors at once; each has its own, shorter one
 CLOSE_AFTER: Final = 0.2  # seconds for the refusal to be read before a changed process's connection is closed
 MAX_ATTESTATIONS: Final = 64  # at once: a storm of callers waits here, not in threads
 
@@ -35,6 +36,8 @@ class Caller:
     is_closed: bool = False
     is_released: bool = False
     attesting: asyncio.Lock = field(default_factory=asyncio.Lock)
+    answers: tuple[Answer, ...] = ()  # of the attestors, for who must explain a refusal
+    executable: str = ""  # its name as the kernel shows it: for people, proves nothing
 
 
 class Workloads:
@@ -43,10 +46,9 @@ class Workloads:
     ``drop`` closes the connections that a predicate names; it is set by whoever listens.
     """
 
-    def __init__(self, attestors: Sequence[WorkloadAttestor], sessions: Sessions, refused: RefusalLog) -> None:
+    def __init__(self, attestors: Sequence[WorkloadAttestor], sessions: Sessions) -> None:
         self._attestors = tuple(attestors)
         self._sessions = sessions
-        self._refused = refused
         self.drop: Callable[[Callable[[Caller], bool]], object] = _nothing_to_drop
         self._room = asyncio.Semaphore(MAX_ATTESTATIONS)
 
@@ -98,9 +100,12 @@ class Workloads:
     async def _attest(self, caller: Caller) -> None:
         process = caller.process
         process.still_same()
+        with suppress(NotAttested):
+            caller.executable = process.link("exe")
         session = self._sessions.of(process)
         if session is None:
-            selectors = await self._describe(process)
+            caller.answers = answers = await self._describe(process)
+            selectors = combined(answers)
             # Whatever the attestors looked at was this process only if it still is.
             process.still_same()
             if caller.is_closed:
@@ -109,30 +114,21 @@ class Workloads:
             session = self._sessions.of(process)
             if session is None:
                 session = self._sessions.start(process, selectors)
+                session.answers = answers
                 _log.debug("workload_attested", pid=process.pid, uid=process.uid, count=len(selectors))
         if session.process is not process:
             process.close()
         session.connections += 1
         caller.session = session
+        caller.answers = session.answers
 
-    async def _describe(self, process: Process) -> frozenset[Selector]:
-        try:
-            async with asyncio.timeout(ATTEST_TIMEOUT):
-                found = await asyncio.gather(
-                    *(attestor.attest(process) for attestor in self._attestors), return_exceptions=True
-                )
-        except TimeoutError:
-            raise AttestorFailed("the attestors did not answer in time", code="attestor_timeout") from None
-        selectors: frozenset[Selector] = frozenset()
-        for attestor, answer in zip(self._attestors, found, strict=True):
-            if isinstance(answer, BrokerError):
-                # NOTE(security): without one attestor's selectors the rest could match a weaker entry than intended.
-                raise answer
-            if isinstance(answer, BaseException):
-                _log.error("attestor_defect", attestor=attestor.name, exc_info=answer)
-                raise AttestorFailed(f"the attestor {attestor.name} failed") from answer
-            selectors |= answer
-        return selectors
+    async def describe(self, process: Process) -> tuple[Answer, ...]:
+        """Ask the attestors of a process that need not be a caller, as a caller would be asked about."""
+        async with self._room:
+            return await self._describe(process)
+
+    async def _describe(self, process: Process) -> tuple[Answer, ...]:
+        return await ask(self._attestors, process, ATTEST_TIMEOUT)
 
     def _close_soon(self, predicate: Callable[[Caller], bool]) -> None:
         # What it is now may be entitled, too: it is attested anew, on a connection that is its own.
@@ -148,13 +144,16 @@ class Workloads:
             self._sessions.release(caller.session)
 
     def _outward(self, caller: Caller, error: NotAttested) -> BrokerError:
-        process = caller.process
-        self._refused("workload_refused", pid=process.pid, uid=process.uid, code=error.reason, hint=error.hint)
         if error.reason in {"process_changed", "session_ended"}:
             self._close_soon(lambda other: other is caller)
-        if isinstance(error, AttestorFailed) or error.reason == "process_unreadable":
-            return Unavailable(ATTESTATION_FAILED, code="attestation_failed")
-        return NoIdentity(NO_IDENTITY)
+        return outward(error)
+
+
+def outward(error: NotAttested) -> BrokerError:
+    """Give what a caller is told of a failed attestation: nothing of the cause."""
+    if isinstance(error, AttestorFailed) or error.reason == "process_unreadable":
+        return Unavailable(ATTESTATION_FAILED, code=ATTESTATION_FAILED_CODE)
+    return NoIdentity(NO_IDENTITY)
 
 
 def _nothing_to_drop(predicate: Callable[[Caller], bool]) -> None:

@@ -11,13 +11,13 @@ tell", which refuses the caller: fewer selectors than the truth could match anot
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 from pydantic import BaseModel
 
 from broker.attestation.process import Process
 from broker.errors import NotAttested
-from broker.spiffe import Selector
+from broker.spiffe import Bundle, Selector, TrustDomain
 
 WORKLOAD_GROUP = "broker.attestors.workload"
 NODE_AGENT_GROUP = "broker.attestors.node.agent"
@@ -113,4 +113,21 @@ class NodeServerAttestor(Protocol):
 
     async def verify(self, evidence: Evidence, challenge_with: ChallengeWith) -> AttestedNode:
         """Judge the evidence, asking the node through ``challenge_with``; raises ``NotAttested``."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """What a server's half may know of its server: the trust domain, and the bundle of this moment."""
+
+    trust_domain: TrustDomain
+    bundle: Callable[[], Bundle]
+
+
+@runtime_checkable
+class SettledAttestor(Protocol):
+    """A server's half that asks to be told of its server, once, before its first node."""
+
+    def settle(self, home: Home) -> None:
+        """Take it and keep it."""
         ...

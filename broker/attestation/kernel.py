@@ -1,7 +1,7 @@
-"""Three questions to the kernel that Python's ``os`` cannot ask.
+"""Four questions to the kernel that Python's ``os`` cannot ask.
 
 ``statx`` without synchronising (a hung FUSE server must not stop the agent), the type of the file system behind a
-descriptor, and whether a pidfd's process is gone. Knows nothing of attestation.
+descriptor, whether a pidfd's process is gone, and when the machine started. Knows nothing of attestation.
 """
 
 import ctypes
@@ -62,6 +62,15 @@ def filesystem_type(fd: int) -> int:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
     return ctypes.c_long.from_buffer(answer).value
+
+
+def boot_time() -> int:
+    """Give the moment of the machine's start in seconds of the wall clock, as it is set now. Raises ``OSError``."""
+    with open("/proc/stat", "rb") as lines:  # noqa: PTH123 - a kernel file
+        for line in lines:
+            if line.startswith(b"btime "):
+                return int(line[6:])
+    raise OSError("/proc/stat does not say when the machine started")
 
 
 def has_exited(pidfd: int) -> bool:

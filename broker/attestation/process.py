@@ -78,6 +78,26 @@ class Process:
             raise
         return process
 
+    @classmethod
+    def of_pid(cls, pid: int) -> Self:
+        """Take hold of a process by its number, as if it connected now: to explain, never to serve a caller.
+
+        Raises ``NotAttested`` as :meth:`open` does, with the code ``process_gone`` where there is no such process.
+        """
+        try:
+            pidfd = os.pidfd_open(pid)
+        except (OSError, OverflowError) as error:
+            raise NotAttested("there is no such process", code="process_gone") from error
+        try:
+            directory = _open_directory(pid)
+            try:
+                facts = _facts(_read_raw(directory, pid))
+            finally:
+                os.close(directory)
+            return cls.open(pid=pid, uid=facts.uids[1], gid=facts.gids[1], pidfd=pidfd)
+        finally:
+            os.close(pidfd)
+
     def snapshot(self) -> Facts:
         """Read the facts anew. Raises ``NotAttested`` when the process is gone or unreadable."""
         return _facts(_read_raw(self._dir, self.pid))

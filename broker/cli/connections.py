@@ -16,7 +16,7 @@ from google.protobuf.message import Message
 from broker._proto.service import ServiceBinding, Stub
 from broker.cli.options import Settings
 from broker.client.dial import dial_socket
-from broker.errors import BrokerError, Unavailable
+from broker.errors import BrokerError, Refused, Unavailable
 from broker.transport.rpc_errors import from_rpc_error
 
 T = TypeVar("T")
@@ -46,6 +46,42 @@ def with_agent(settings: Settings, act: Callable[[grpc.aio.Channel], Awaitable[T
             return await act(channel)
 
     return asyncio.run(run())
+
+
+def ask_agent_admin(settings: Settings, method: str, request: Message) -> Any:
+    """Make one call on the node agent's admin socket; raises the BrokerError that it means.
+
+    Raises:
+        Unavailable: no agent is there.
+        Refused: neither root nor the agent's own user.
+    """
+    from broker._proto.broker.agent.v1 import admin_pb2  # noqa: PLC0415 - the agent's operator alone needs it
+
+    binding = ServiceBinding.of(admin_pb2.DESCRIPTOR, "Admin")
+
+    async def run() -> Any:
+        channel = _admin_channel(settings.agent_admin_socket())
+        try:
+            return await getattr(Stub(channel, binding), method)(request, timeout=settings.timeout)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from None
+        finally:
+            await channel.close()
+
+    return asyncio.run(run())
+
+
+def _admin_channel(path: str) -> grpc.aio.Channel:
+    try:
+        return dial_socket(Path(path))
+    except Unavailable as error:
+        raise Unavailable(
+            f"no node agent: {error.message}",
+            code=error.reason,
+            hint="broker agent run starts one; --socket names its admin socket, private/admin.sock in its runtime_dir",
+        ) from None
+    except Refused as error:
+        raise Refused(error.message, code=error.reason, hint="run this as root, or as the agent's own user") from None
 
 
 @asynccontextmanager

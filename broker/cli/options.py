@@ -19,6 +19,7 @@ from broker.errors import BrokerError, Invalid
 
 SERVER_SOCKET: Final = "/run/broker/server/private/api.sock"
 AGENT_SOCKET: Final = "/run/broker/agent/public/api.sock"
+ADMIN_SOCKET: Final = "private/admin.sock"
 DEFAULT_TIMEOUT: Final = 10.0
 """Seconds for one call."""
 MAX_SECONDS: Final = 366 * 86400
@@ -54,6 +55,14 @@ class Settings:
     def agent_socket(self) -> str:
         """Where the workload socket is (SPIFFE Workload Endpoint, section 4)."""
         return socket_path(self.socket or os.environ.get("SPIFFE_ENDPOINT_SOCKET") or AGENT_SOCKET)
+
+    def agent_admin_socket(self) -> str:
+        """Where the agent's admin socket is: named, or beside the workload socket, as SPIRE lays them out, too."""
+        if self.socket:
+            return socket_path(self.socket)
+        public = self.agent_socket()
+        runtime = os.path.dirname(os.path.dirname(public))  # noqa: PTH120 - text: nothing is looked up
+        return f"{runtime.rstrip('/')}/{ADMIN_SOCKET}"
 
     def confirm(self, question: str, stdin: TextIO | None = None) -> None:
         """Ask a person before something is lost; raises Invalid when nobody may be asked, or the answer is no."""

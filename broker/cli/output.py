@@ -151,6 +151,11 @@ class Output:
         self.out.write(text if text.endswith("\n") else text + "\n")
         self.out.flush()
 
+    def lines(self, lines: Iterable[str]) -> None:
+        """Print lines for a person; what others wrote in them neither steers the terminal nor begins a line."""
+        self.out.writelines(_safe(line).replace("\n", "\\n") + "\n" for line in lines)
+        self.out.flush()
+
     def talk(self, text: str) -> None:
         """Tell a person something that is no data."""
         if not self.quiet:

@@ -19,12 +19,15 @@ NOUNS: Final[Mapping[str, tuple[str, str]]] = {
     "demo": ("broker.cli.demo", "The whole story with real processes, in seconds."),
     "dev": ("broker.cli.dev", "A development estate on this machine."),
     "entry": ("broker.cli.entry", "Registration entries: which process gets which identity."),
+    "explain": ("broker.cli.explain", "Why a process has an identity, or has none."),
     "join-token": ("broker.cli.join_token", "One-time tokens by which a node joins."),
     "server": ("broker.cli.server", "The server."),
     "svid": ("broker.cli.svid", "This process's identity documents."),
     "task": ("broker.cli.task", "Tasks: start, see and end them."),
     "token": ("broker.cli.token", "Task tokens: look into them, verify them."),
     "version": ("broker.cli.version", "The version."),
+    "whoami": ("broker.cli.whoami", "Which identities this very process gets."),
+    "whois": ("broker.cli.whois", "Which identities a process of this node holds."),
 }
 """Name of the noun: its module, whose ``COMMAND`` it is, and its line in the help."""
 

@@ -2,7 +2,7 @@
 
 from broker.registry.authorized import AgentScope, Effect, EntryTree, authorized_ids
 from broker.registry.entry import Entry
-from broker.registry.matching import Considered, Decision, EntryIndex, match, oldest_of_each_hint
+from broker.registry.matching import Considered, Decision, EntryIndex, Vouched, match, oldest_of_each_hint
 
 __all__ = [
     "AgentScope",
@@ -12,6 +12,7 @@ __all__ = [
     "Entry",
     "EntryIndex",
     "EntryTree",
+    "Vouched",
     "authorized_ids",
     "match",
     "oldest_of_each_hint",

@@ -3,10 +3,11 @@
 from collections.abc import Coroutine, Iterable
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 from broker._proto.service import ServiceBinding
 from broker.attestation.catalogue import Catalogue
+from broker.attestation.contract import Home, NodeServerAttestor, SettledAttestor
 from broker.clock import Clock
 from broker.server.api.grpc import agent, bundle, entries, entry, svid, watch
 from broker.server.authority.authorities import Authorities
@@ -21,9 +22,6 @@ from broker.server.identity.watch import Watch
 from broker.server.settings import ServerSettings
 from broker.server.store.ports import Store
 from broker.telemetry.metrics import Metrics
-
-NODE_ATTESTORS: Final = ("join_token",)
-"""Attestors that this server judges; settings tables for more come with the second one."""
 
 Service = tuple[ServiceBinding, object]
 
@@ -73,7 +71,7 @@ async def identity_half(
     await directory.load(store)
     nodes = Nodes(store, directory, clock)
     bundles = Bundles(settings.trust_domain, authorities)
-    catalogue = Catalogue()
+    home = Home(settings.trust_domain, lambda: authorities.bundle)
     return IdentityHalf(
         store=store,
         clock=clock,
@@ -85,7 +83,7 @@ async def identity_half(
             authorities,
             clock,
             trust_domain=settings.trust_domain,
-            attestors={name: catalogue.node_server(name, {}) for name in NODE_ATTESTORS},
+            attestors=_node_attestors(settings, home),
             agent_ttl=settings.agent_ttl,
         ),
         join_tokens=JoinTokens(store, clock, settings.trust_domain),
@@ -102,6 +100,15 @@ async def identity_half(
         bundles=bundles,
         watch=Watch(store, directory, authorities, bundles),
     )
+
+
+def _node_attestors(settings: ServerSettings, home: Home) -> dict[str, NodeServerAttestor]:
+    catalogue = Catalogue(frozenset(settings.attestors.trusted_distributions))
+    made = {name: catalogue.node_server(name, table) for name, table in settings.attestors.node.items()}
+    for attestor in made.values():
+        if isinstance(attestor, SettledAttestor):
+            attestor.settle(home)
+    return made
 
 
 def _signing_rules(settings: ServerSettings) -> SigningRules:

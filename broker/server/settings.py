@@ -1,7 +1,7 @@
 """What an operator may set: a TOML file (table ``[server]``), over it the environment (``BROKER_SERVER__…``).
 
 Every setting has a description and a default that works. An unknown name is refused: a misspelt restriction must not
-pass for a set one. Knows nothing of what the settings do.
+pass for a set one. Knows nothing of what the settings do; an attestor's own table is read by that attestor.
 """
 
 import difflib
@@ -173,6 +173,19 @@ class AudienceSettings(_Table):
     token_ttl: Duration | None = Field(default=None, description="life of its tokens, if not the usual one")
 
 
+class AttestorSettings(_Table):
+    """Which proofs of a node this server takes."""
+
+    node: dict[str, dict[str, Any]] = Field(
+        default={"join_token": {}},
+        min_length=1,
+        description="one table per node attestor, with that attestor's settings; no other is taken",
+    )
+    trusted_distributions: tuple[str, ...] = Field(
+        default=("identity-broker",), min_length=1, description="Python distributions whose attestors may be loaded"
+    )
+
+
 class ServerSettings(BaseSettings):
     """The whole of ``[server]``."""
 
@@ -211,6 +224,7 @@ class ServerSettings(BaseSettings):
     store: StoreSettings = Field(default=StoreSettings(), description="the store")
     keys: KeySettings = Field(default=KeySettings(), description="the key manager")
     operations: OperationsSettings = Field(default=OperationsSettings(), description="metrics and health")
+    attestors: AttestorSettings = Field(default=AttestorSettings(), description="node attestors")
     subjects: tuple[SubjectSettings, ...] = Field(
         default=(), description="whose user tokens are accepted; none: no task starts"
     )
@@ -271,7 +285,7 @@ def _read_table(path: Path | None) -> dict[str, Any]:
             f"{source} cannot be read: {error.strerror}", hint="name another file with --config"
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise Misconfigured(f"{source} is not TOML: {error}", hint="see docs/reference for an example") from None
+        raise Misconfigured(f"{source} is not TOML: {error}", hint="broker config schema lists every setting") from None
     # The agent may share the file; anything else at the top is a setting outside its table.
     for name in document.keys() - {"server", "agent"}:
         raise Misconfigured(f"{source}: unknown table or setting {name!r}", hint="settings belong under [server]")

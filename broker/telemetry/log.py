@@ -17,9 +17,9 @@ Format = Literal["text", "json"]
 ALLOWED = frozenset(
     {
         "event", "level", "timestamp", "logger", "exception", "address", "agent", "attempt", "attestor", "audience",
-        "authority", "bundle_sequence", "cause", "code", "component", "count", "cursor", "door", "entry", "entries",
-        "error", "exit_code", "expires_at", "gid", "hint", "issuer", "kind", "method", "milliseconds", "path", "peer",
-        "pid", "port", "reason", "reference", "resource", "root", "seconds", "seq", "serial", "session", "setting",
+        "authority", "bundle_sequence", "cause", "code", "component", "count", "cursor", "denial", "door", "entry",
+        "entries", "error", "exit_code", "expires_at", "gid", "hint", "issuer", "kind", "method", "milliseconds",
+        "nearest", "path", "peer", "pid", "port", "reason", "reference", "resource", "root", "seconds", "seq", "serial", "session", "setting",
         "signal", "socket", "spiffe_id", "state", "status", "store", "task", "trust_domain", "uid", "url", "version",
     }
 )  # fmt: skip

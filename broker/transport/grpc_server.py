@@ -48,14 +48,19 @@ class CallGuard(Generic[C]):
         access: Mapping[str, Callable[[C], None]],
         *,
         preflight: Callable[[str, Metadata], None] | None = None,
-        on_refusal: Callable[[str, C | None, BrokerError], None] | None = None,
+        on_refusal: Callable[[str, C | None, BrokerError], Mapping[str, str] | None] | None = None,
         on_defect: Callable[[str, str, BaseException], None] | None = None,
+        is_refusal: Callable[[BrokerError], bool] = lambda error: isinstance(error, Refused),
     ) -> None:
-        """``on_refusal(path, caller, error)``; ``on_defect(reference, path, error)`` (default: one line of log)."""
+        """``on_refusal(path, caller, error)`` may give metadata for ErrorInfo; ``is_refusal`` says which errors it hears.
+
+        ``on_defect(reference, path, error)`` (default: one line of log).
+        """
         self._index = index
         self._access = access
         self._preflight = preflight
         self._on_refusal = on_refusal
+        self._is_refusal = is_refusal
         self._on_defect = on_defect or _log_defect
 
     def __call__(self, path: str, behaviour: Any, /) -> Behaviour:
@@ -98,9 +103,10 @@ class CallGuard(Generic[C]):
         if isinstance(error, grpc.aio.AbortError):
             raise error  # the behaviour has answered by itself
         if isinstance(error, BrokerError):
-            if self._on_refusal and isinstance(error, Refused):
-                self._on_refusal(path, caller, error)
-            details = ((DETAILS_KEY, status_details(error)),)
+            metadata: Mapping[str, str] | None = None
+            if self._on_refusal and self._is_refusal(error):
+                metadata = self._on_refusal(path, caller, error)
+            details = ((DETAILS_KEY, status_details(error, metadata)),)
             await context.abort(status_code(error), error.message[:MAX_MESSAGE], details)
         reference = new_reference()
         self._on_defect(reference, path, error)

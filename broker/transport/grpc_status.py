@@ -5,6 +5,7 @@ Anything that is not a BrokerError is a defect: the caller sees a reference numb
 
 import secrets
 import traceback
+from collections.abc import Mapping
 
 import grpc
 
@@ -39,9 +40,12 @@ def status_code(error: BrokerError) -> grpc.StatusCode:
     return next((code for kind, code in _TABLE if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
 
 
-def status_details(error: BrokerError) -> bytes:
-    """Encode a google.rpc.Status with one ErrorInfo: reason = our stable code, domain ``broker``, metadata ``hint``."""
-    info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)
+def status_details(error: BrokerError, metadata: Mapping[str, str] | None = None) -> bytes:
+    """Encode a google.rpc.Status with one ErrorInfo: reason = our stable code, domain ``broker``, metadata ``hint``.
+
+    ``metadata``: further names for ErrorInfo.
+    """
+    info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata)
     if error.hint:
         info.metadata["hint"] = error.hint[:MAX_MESSAGE]
     packed = any_pb2.Any()

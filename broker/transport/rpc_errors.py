@@ -4,6 +4,7 @@ The counterpart of the server's table. The stable code travels as ``google.rpc.E
 (SPIRE's server, another agent) is judged by the status alone.
 """
 
+import re
 from collections.abc import Mapping
 
 import grpc
@@ -14,6 +15,7 @@ from broker.errors import BrokerError, Conflict, Invalid, NoIdentity, NotFound, 
 ERROR_DOMAIN = "broker"
 NO_IDENTITY_TEXT = "no identity issued"
 _DETAILS_KEY = "grpc-status-details-bin"
+_DENIAL = re.compile(r"[0-9a-z]{1,32}")
 
 _ERRORS: Mapping[grpc.StatusCode, type[BrokerError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: Invalid,
@@ -39,6 +41,13 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> BrokerError:
     return kind(text, code=code, hint=hint)
 
 
+def _denial_hint(denial: str) -> str:
+    # The caller may not learn why; who runs the node may.
+    if _DENIAL.fullmatch(denial) is None:
+        return ""
+    return f"who runs this node learns why with: broker explain denial {denial}"
+
+
 def _error_info(error: grpc.aio.AioRpcError) -> tuple[str | None, str]:
     for key, value in error.trailing_metadata() or ():
         if key != _DETAILS_KEY:
@@ -52,5 +61,5 @@ def _error_info(error: grpc.aio.AioRpcError) -> tuple[str | None, str]:
         for detail in status.details:
             is_info = detail.TypeName() == error_details_pb2.ErrorInfo.DESCRIPTOR.full_name
             if is_info and detail.Unpack(info) and info.domain == ERROR_DOMAIN:
-                return info.reason, info.metadata.get("hint", "")
+                return info.reason, info.metadata.get("hint", "") or _denial_hint(info.metadata.get("denial", ""))
     return None, ""

@@ -26,7 +26,7 @@ async def test_it_listens_before_it_has_joined_and_leaves_nothing_behind() -> No
         await agent.task
         await agent.agent.__aexit__(None, None, None)
         left = {str(path.relative_to(directory)) for path in directory.rglob("*")}
-        assert left == {"public", "private", "private/.lock", "public/.api.sock.lock"}
+        assert left == {"public", "private", "private/.lock", "private/.admin.sock.lock", "public/.api.sock.lock"}
         await agent.agent.__aenter__()
 
 

@@ -46,6 +46,35 @@ def test_matching_serves_workloads_only(cache) -> None:
     assert [one.id for one in cache.match(UID, NOW)] == ["e1"]
 
 
+def test_an_explanation_is_the_same_decision_with_reasons() -> None:
+    alias = entry_message("alias", "/nodes", ("unix:uid:1",))
+    alias.entry.parent_id.path = "/spire/server"
+    entries = [
+        one("old", "/old", hint="web", created_at=1),
+        one("new", "/new", hint="web", created_at=2),
+        one("weak", "/weak", ("says:me",)),
+        one("near", "/near", ("unix:uid:1", "unix:gid:1")),
+        entry(alias, TD),
+    ]
+    cache = EstateCache(TD, vouched=lambda selector: selector.type == "unix")
+    cache.replace(entries[:2], [told(FakeCa())])
+    cache.apply(upserted=entries[2:])
+    held = UID | {Selector("says:me")}
+    decision = cache.explain(held, NOW)
+    assert decision.issued == cache.match(held, NOW)
+    assert [found.id for found in decision.issued] == ["old"]
+    assert {each.entry.id: (len(each.missing), each.unvouched, each.withheld) for each in decision.refused} == {
+        "new": (0, False, "hint_taken"),
+        "weak": (0, True, ""),
+        "near": (1, False, ""),
+        "alias": (0, False, "names_nodes"),
+    }
+    cache.apply(upserted=[one("weak", "/weak", ("says:me", "unix:uid:1"))])
+    assert [found.id for found in cache.match(held, NOW)] == ["old", "weak"]
+    cache.apply(deleted=["weak"], upserted=[one("weak", "/weak", ("says:me",))])
+    assert [found.id for found in cache.match(held, NOW)] == ["old"]
+
+
 @pytest.mark.bears("WA-13", "W05")
 def test_the_oldest_keeps_a_hint(cache) -> None:
     cache.replace(

@@ -1,7 +1,8 @@
-import json
+"""The wording of a decision: order, what is lacking, and what is probably to be done."""
 
 from broker.registry import match
-from broker.registry.explain import explain_json, explain_lines
+from broker.registry.explain import MAX_LACKS, Finding, finding_lines, findings, most_likely
+from broker.spiffe import Selector
 from tests.unit.registry.estate import NOW, entry, selectors
 
 ENTRIES = [
@@ -11,54 +12,54 @@ ENTRIES = [
 ]
 
 
-def test_lines_say_what_was_held_issued_and_missing() -> None:
-    lines = explain_lines(match(ENTRIES, selectors("unix:uid:1", "unix:gid:2"), NOW))
-    assert lines == [
-        "selector    unix:gid:2",
-        "selector    unix:uid:1",
-        "issued      spiffe://example.org/ok  (entry ok)",
-        "refused     spiffe://example.org/old  (entry old)",
-        "            the entry expired at 2026-11-22T12:00:00+00:00",
-        "refused     spiffe://example.org/near  (entry near)",
-        "            missing unix:gid:9",
+def test_issued_first_then_the_nearest() -> None:
+    found = findings(match(ENTRIES, selectors("unix:uid:1", "unix:gid:2"), NOW))
+    assert found == (
+        Finding("ok", "spiffe://example.org/ok", "issued"),
+        Finding("old", "spiffe://example.org/old", "entry_expired", (), "expired 2026-11-22 12:00:00 UTC"),
+        Finding("near", "spiffe://example.org/near", "selectors_missing", ("unix:gid:9",)),
+    )
+    assert finding_lines(found) == [
+        "yes  ok    spiffe://example.org/ok    selectors match",
+        "no   old   spiffe://example.org/old   selectors match, expired 2026-11-22 12:00:00 UTC",
+        "no   near  spiffe://example.org/near  lacks unix:gid:9",
     ]
+    assert most_likely(found) == ""
+    assert finding_lines(found, str.upper)[-1].endswith("lacks UNIX:GID:9")
 
 
-def test_lines_say_that_there_was_nothing() -> None:
-    lines = explain_lines(match([], frozenset(), NOW))
-    assert len(lines) == 2
-    assert "without selectors" in lines[0]
-    assert "nothing" in lines[1]
+def test_what_is_likely() -> None:
+    def likely(*texts: str, entries=ENTRIES[1:]) -> str:
+        return most_likely(findings(match(entries, selectors(*texts), NOW)))
+
+    assert "entry old is over" in likely("unix:uid:1")
+    assert "entry near is the nearest" in likely("unix:gid:8", entries=ENTRIES[1:2])
+    assert "no entry names this agent" in likely("unix:uid:1", entries=[])
 
 
-def test_json_has_the_same_content() -> None:
-    value = explain_json(match(ENTRIES, selectors("unix:uid:1"), NOW))
-    assert json.loads(json.dumps(value)) == {
-        "kind": "matching_decision",
-        "selectors": ["unix:uid:1"],
-        "issued": [{"entry_id": "ok", "spiffe_id": "spiffe://example.org/ok"}],
-        "refused": [
-            {
-                "entry_id": "old",
-                "spiffe_id": "spiffe://example.org/old",
-                "parent_id": "spiffe://example.org/spire/agent/join_token/one",
-                "missing": [],
-                "expired": True,
-            },
-            {
-                "entry_id": "near",
-                "spiffe_id": "spiffe://example.org/near",
-                "parent_id": "spiffe://example.org/spire/agent/join_token/one",
-                "missing": ["unix:gid:9"],
-                "expired": False,
-            },
-        ],
-        "refused_count": 2,
-    }
+def test_selectors_are_shown_as_the_caller_says() -> None:
+    found = findings(match(ENTRIES[1:2], selectors("a:b"), NOW), show=lambda one: f"{one.type}:…")
+    assert found[0].lacks == ("unix:…", "unix:…")
 
 
-def test_only_the_nearest_refusals_are_shown() -> None:
+def test_an_entry_of_self_declared_selectors_alone() -> None:
+    def vouched(selector: Selector) -> bool:
+        return selector.type == "unix"
+
+    weak = entry("weak", "env:A", "env:B")
+    decision = match([weak, entry("strong", "env:A", "unix:uid:1")], selectors("env:A", "env:B"), NOW, vouched)
+    assert decision.issued == ()
+    found = findings(decision)
+    assert [(one.entry_id, one.code) for one in found] == [
+        ("weak", "self_declared_only"),
+        ("strong", "selectors_missing"),
+    ]
+    assert "nobody but the workload vouches" in finding_lines(found)[0]
+    assert "vouches" in most_likely(found)
+
+
+def test_only_the_nearest_and_only_so_many() -> None:
     decision = match([entry(f"e{n}", f"a:{n}") for n in range(30)], selectors("b:c"), NOW)
-    assert explain_lines(decision, max_refused=3)[-1].endswith("27 more that are further away")
-    assert len(explain_json(decision, max_refused=3)["refused"]) == 3
-    assert explain_json(decision, max_refused=3)["refused_count"] == 30
+    assert len(findings(decision, max_refused=3)) == 3
+    (many,) = findings(match([entry("e", *(f"a:{n}" for n in range(MAX_LACKS + 2)))], selectors("b:c"), NOW))
+    assert (len(many.lacks), many.note) == (MAX_LACKS, "and 2 more selectors")
