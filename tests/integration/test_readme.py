@@ -21,6 +21,7 @@ SESSION = re.search(r"```console\n(.*?)```", TEXT, re.DOTALL)[1]
 SNIPPETS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 VARYING = [
     (r"[0-9a-f]{32}", "<id>"),
+    (r"denial [0-9a-f]{8}", "denial <id>"),
     (r"\d{4}-\d\d-\d\dT[\d:]+Z", "<time>"),
     (r"unix://\S+", "<socket>"),
     (r"(https://[a-z0-9.]+):\d+", r"\1:<port>"),
