@@ -196,7 +196,7 @@ def test_declarations(changed: dict, rule: str) -> None:
         check_declaration(type("Changed", (Attestor,), changed)())
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: another user's process")
+@pytest.mark.root("another user's process")
 async def test_another_users_process() -> None:
     with started_process(user=45678) as process:
         found = await check_workload_attestor(UnixAttestor(UnixSettings()), process)

@@ -105,7 +105,7 @@ def test_only_root_and_the_agents_user_are_admitted() -> None:
     assert refused.value.reason == "access_denied"
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: a process of another user")
+@pytest.mark.root("a process of another user")
 async def test_another_user_gets_nothing_even_where_the_files_let_it_in() -> None:
     async with estate() as agent:
         path = agent.settings.admin_socket_path
