@@ -4,78 +4,19 @@ Every setting has a description and a default that works. An unknown name is ref
 pass for a set one. Knows nothing of what the settings do; an attestor's own table is read by that attestor.
 """
 
-import difflib
-import re
-import tomllib
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    PlainValidator,
-    SecretStr,
-    ValidationError,
-    WithJsonSchema,
-    model_validator,
-)
-from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
-from typing_extensions import override
+from pydantic import Field, SecretStr, model_validator
 
-from broker.errors import Invalid, Misconfigured
+from broker.settings import AttestorTable, Duration, ProgramSettings, TrustDomainName, read
 from broker.spiffe import TrustDomain
 
-ENVIRONMENT_PREFIX: Final = "BROKER_AGENT__"
-DEFAULT_FILE: Final = Path("/etc/broker/agent.toml")
-MAX_DURATION: Final = timedelta(days=366)
 
-_DURATION: Final = re.compile(r"(?:([0-9]{1,9})h)?(?:([0-9]{1,9})m(?!s))?(?:([0-9]{1,9})s)?(?:([0-9]{1,9})ms)?")
-
-
-def duration(value: object) -> timedelta:
-    """Read ``500ms``, ``2s``, ``10m``, ``1h30m``, or whole seconds; raises ValueError, as pydantic wants it."""
-    if isinstance(value, timedelta):
-        return value
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = f"{value}s"
-    match = _DURATION.fullmatch(value) if isinstance(value, str) else None
-    if not value or match is None:
-        raise ValueError("not a duration: write it as 500ms, 2s, 10m or 1h30m")
-    hours, minutes, seconds, milliseconds = (int(part or 0) for part in match.groups())
-    total = timedelta(seconds=(hours * 60 + minutes) * 60 + seconds, milliseconds=milliseconds)
-    if total > MAX_DURATION:
-        raise ValueError("a duration is at most a year")
-    return total
-
-
-def _trust_domain(value: object) -> TrustDomain:
-    if isinstance(value, TrustDomain):
-        return value
-    try:
-        return TrustDomain(value)  # type: ignore[arg-type]  # it refuses what is not text
-    except Invalid as error:
-        raise ValueError(error.message) from None
-
-
-Duration = Annotated[
-    timedelta,
-    PlainValidator(duration),
-    PlainSerializer(lambda value: f"{int(value.total_seconds() * 1000)}ms", return_type=str),
-    WithJsonSchema({"type": "string", "examples": ["2s", "500ms"]}),
-]
-TrustDomainName = Annotated[
-    TrustDomain, PlainValidator(_trust_domain), PlainSerializer(str), WithJsonSchema({"type": "string"})
-]
-
-
-class AttestorSettings(BaseModel):
+class AttestorSettings(AttestorTable):
     """Who describes nodes and processes."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     node: dict[str, dict[str, Any]] = Field(
         default={"join_token": {}},
@@ -86,17 +27,10 @@ class AttestorSettings(BaseModel):
     workload: dict[str, dict[str, Any]] = Field(
         default={"unix": {}}, min_length=1, description="one table per workload attestor, with that attestor's settings"
     )
-    trusted_distributions: tuple[str, ...] = Field(
-        default=("identity-broker",), min_length=1, description="Python distributions whose attestors may be loaded"
-    )
 
 
-class AgentSettings(BaseSettings):
+class AgentSettings(ProgramSettings):
     """The whole of ``[agent]``."""
-
-    model_config = SettingsConfigDict(
-        env_prefix=ENVIRONMENT_PREFIX, env_nested_delimiter="__", extra="forbid", frozen=True, case_sensitive=False
-    )
 
     trust_domain: TrustDomainName = Field(
         default=TrustDomain("example.org"), description="the trust domain that this node belongs to"
@@ -147,19 +81,6 @@ class AgentSettings(BaseSettings):
             raise ValueError("set trust_bundle_path or insecure_bootstrap, not both")
         return self
 
-    @classmethod
-    @override
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Take only what is given: :func:`load` merges file and environment, and nothing is read behind its back."""
-        return (init_settings,)
-
     @property
     def private_dir(self) -> Path:
         """The directory in the runtime directory that only the agent's user may enter."""
@@ -180,70 +101,5 @@ class AgentSettings(BaseSettings):
 
 
 def load(path: Path | None, environ: Mapping[str, str]) -> AgentSettings:
-    """Read the file, if there is one, and the environment; raises Misconfigured, naming setting and remedy.
-
-    A file that is named must exist; without a name the default file is read where it exists.
-    """
-    _refuse_unknown_variables(environ)
-    source = EnvSettingsSource(AgentSettings)
-    source.env_vars = {name.lower(): value for name, value in environ.items()}
-    try:
-        return AgentSettings(**_merged(_read_table(path), source()))
-    except ValidationError as error:
-        raise _explained(error) from None
-
-
-def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for name, value in above.items():
-        old = merged.get(name)
-        merged[name] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return merged
-
-
-def _read_table(path: Path | None) -> dict[str, Any]:
-    source = path or DEFAULT_FILE
-    if path is None and not source.exists():
-        return {}
-    try:
-        document = tomllib.loads(source.read_text("utf-8"))
-    except OSError as error:
-        raise Misconfigured(
-            f"{source} cannot be read: {error.strerror}", hint="name another file with --config"
-        ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise Misconfigured(f"{source} is not TOML: {error}", hint="broker config schema lists every setting") from None
-    # The server may share the file; anything else at the top is a setting outside its table.
-    for name in document.keys() - {"server", "agent"}:
-        raise Misconfigured(f"{source}: unknown table or setting {name!r}", hint="settings belong under [agent]")
-    table = document.get("agent", {})
-    if not isinstance(table, dict):
-        raise Misconfigured(f"{source}: agent is not a table", hint="write [agent]")
-    return table
-
-
-def _refuse_unknown_variables(environ: Mapping[str, str]) -> None:
-    for name in environ:
-        if not name.upper().startswith(ENVIRONMENT_PREFIX):
-            continue
-        first = name[len(ENVIRONMENT_PREFIX) :].lower().partition("__")[0]
-        if first not in AgentSettings.model_fields:
-            raise Misconfigured(f"unknown setting in the environment: {name}", hint=_meant(first))
-
-
-def _explained(error: ValidationError) -> Misconfigured:
-    # Values are left out: one of them may be the join token.
-    lines, hints = [], []
-    for problem in error.errors(include_url=False, include_context=False, include_input=False):
-        where = ".".join(str(part) for part in ("agent", *problem["loc"]))
-        if problem["type"] == "extra_forbidden":
-            lines.append(f"{where}: unknown setting")
-            hints.append(_meant(str(problem["loc"][-1])))
-        else:
-            lines.append(f"{where}: {problem['msg']}")
-    return Misconfigured("; ".join(lines), hint=next(filter(None, hints), "broker config schema lists every setting"))
-
-
-def _meant(name: str) -> str:
-    close = difflib.get_close_matches(name, [*AgentSettings.model_fields, *AttestorSettings.model_fields], n=1)
-    return f"did you mean {close[0]}?" if close else "broker config schema lists every setting"
+    """Read the file and the environment, as :func:`broker.settings.read` does."""
+    return read(AgentSettings, "agent", path, environ)

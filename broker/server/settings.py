@@ -4,79 +4,29 @@ Every setting has a description and a default that works. An unknown name is ref
 pass for a set one. Knows nothing of what the settings do; an attestor's own table is read by that attestor.
 """
 
-import difflib
 import re
-import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    PlainValidator,
-    ValidationError,
-    WithJsonSchema,
-)
-from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
-from typing_extensions import override
+from pydantic import AfterValidator, BeforeValidator, Field
 
-from broker.errors import Invalid, Misconfigured
-from broker.spiffe import SpiffeId, TrustDomain
+from broker.settings import AttestorTable, ProgramSettings, SpiffeIdText, Table, TrustDomainName, read
+from broker.settings import Duration as AnyDuration
+from broker.spiffe import TrustDomain
 
-ENVIRONMENT_PREFIX: Final = "BROKER_SERVER__"
-DEFAULT_FILE: Final = Path("/etc/broker/server.toml")
 ANY_AUDIENCE: Final = "*"
 """In ``default_allowed_audiences``: whatever the workload asks for, as in SPIRE."""
 MIN_TTL: Final = timedelta(seconds=1)
-MAX_TTL: Final = timedelta(days=3650)
 
-_DURATION: Final = re.compile(r"(?:([0-9]{1,9})d)?(?:([0-9]{1,9})h)?(?:([0-9]{1,9})m)?(?:([0-9]{1,9})s)?")
 _ISSUER: Final = re.compile(r"https://[A-Za-z0-9.\-]+(?::[0-9]{1,5})?(?:/[A-Za-z0-9._~\-]+)*")
 
 
-def duration(value: object) -> timedelta:
-    """Read ``90s``, ``10m``, ``1h30m``, ``2d``, or whole seconds; raises ValueError, as pydantic wants it."""
-    if isinstance(value, timedelta):
-        return value
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = f"{value}s"
-    match = _DURATION.fullmatch(value) if isinstance(value, str) else None
-    if not value or match is None:
-        raise ValueError("not a duration: write it as 90s, 10m, 1h30m or 2d")
-    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
-    if not MIN_TTL.total_seconds() <= total <= MAX_TTL.total_seconds():
-        raise ValueError("a duration is at least one second and at most ten years")
-    return timedelta(seconds=total)
-
-
-def duration_text(value: timedelta) -> str:
-    """Write a duration in seconds, as the file would have it."""
-    return f"{int(value.total_seconds())}s"
-
-
-def _trust_domain(value: object) -> TrustDomain:
-    if isinstance(value, TrustDomain):
-        return value
-    try:
-        return TrustDomain(value)  # type: ignore[arg-type]  # it refuses what is not text
-    except Invalid as error:
-        raise ValueError(error.message) from None
-
-
-def _spiffe_id(value: object) -> SpiffeId:
-    if isinstance(value, SpiffeId):
-        return value
-    try:
-        return SpiffeId(value)  # type: ignore[arg-type]  # it refuses what is not text
-    except Invalid as error:
-        raise ValueError(error.message) from None
+def _lives(value: timedelta) -> timedelta:
+    if value < MIN_TTL:
+        raise ValueError("a duration is at least one second here")
+    return value
 
 
 def _issuer(value: str) -> str:
@@ -91,25 +41,11 @@ def _memory_only(value: object) -> object:
     return value
 
 
-Duration = Annotated[
-    timedelta,
-    PlainValidator(duration),
-    PlainSerializer(duration_text, return_type=str),
-    WithJsonSchema({"type": "string", "examples": ["180s", "1h"]}),
-]
-TrustDomainName = Annotated[
-    # NoDecode: in the environment it is a plain word, though its type is a dataclass.
-    TrustDomain, NoDecode, PlainValidator(_trust_domain), PlainSerializer(str), WithJsonSchema({"type": "string"})
-]
-SpiffeIdText = Annotated[SpiffeId, PlainValidator(_spiffe_id), PlainSerializer(str), WithJsonSchema({"type": "string"})]
+Duration = Annotated[AnyDuration, AfterValidator(_lives)]
 IssuerUrl = Annotated[str, AfterValidator(_issuer)]
 
 
-class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class StoreSettings(_Table):
+class StoreSettings(Table):
     """Where everything that must survive is kept."""
 
     url: str = Field(
@@ -119,7 +55,7 @@ class StoreSettings(_Table):
     )
 
 
-class KeySettings(_Table):
+class KeySettings(Table):
     """Where private keys live."""
 
     manager: Annotated[Literal["memory"], BeforeValidator(_memory_only)] = Field(
@@ -127,7 +63,7 @@ class KeySettings(_Table):
     )
 
 
-class OperationsSettings(_Table):
+class OperationsSettings(Table):
     """The port for metrics and health."""
 
     bind_address: str = Field(default="127.0.0.1", description="address of /metrics, /live and /ready")
@@ -135,7 +71,7 @@ class OperationsSettings(_Table):
     enabled: bool = Field(default=True, description="whether that port is opened at all")
 
 
-class SubjectSettings(_Table):
+class SubjectSettings(Table):
     """One issuer whose user tokens are accepted."""
 
     issuer: str = Field(description="the issuer, exactly as in the tokens' iss")
@@ -146,7 +82,7 @@ class SubjectSettings(_Table):
     required_claims: dict[str, str] = Field(default={}, description="claims that each user token must have so")
 
 
-class TaskSettings(_Table):
+class TaskSettings(Table):
     """Tasks and their tokens."""
 
     token_ttl: Duration = Field(default=timedelta(seconds=180), description="life of a task token, 10s to 300s")
@@ -159,7 +95,7 @@ class TaskSettings(_Table):
     allow_unsupervised: bool = Field(default=False, description="whether a caller may ask for supervision none")
 
 
-class AudienceSettings(_Table):
+class AudienceSettings(Table):
     """One service that task tokens may be for."""
 
     resource: str = Field(description="the service's https URI, the tokens' aud")
@@ -173,7 +109,7 @@ class AudienceSettings(_Table):
     token_ttl: Duration | None = Field(default=None, description="life of its tokens, if not the usual one")
 
 
-class AttestorSettings(_Table):
+class AttestorSettings(AttestorTable):
     """Which proofs of a node this server takes."""
 
     node: dict[str, dict[str, Any]] = Field(
@@ -181,17 +117,10 @@ class AttestorSettings(_Table):
         min_length=1,
         description="one table per node attestor, with that attestor's settings; no other is taken",
     )
-    trusted_distributions: tuple[str, ...] = Field(
-        default=("identity-broker",), min_length=1, description="Python distributions whose attestors may be loaded"
-    )
 
 
-class ServerSettings(BaseSettings):
+class ServerSettings(ProgramSettings):
     """The whole of ``[server]``."""
-
-    model_config = SettingsConfigDict(
-        env_prefix=ENVIRONMENT_PREFIX, env_nested_delimiter="__", extra="forbid", frozen=True, case_sensitive=False
-    )
 
     trust_domain: TrustDomainName = Field(
         default=TrustDomain("example.org"), description="the trust domain whose identities this server issues"
@@ -233,19 +162,6 @@ class ServerSettings(BaseSettings):
         default=(), description="services that tokens may be for; none: no token"
     )
 
-    @classmethod
-    @override
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Let the environment win over what is given at construction, which is the file."""
-        return env_settings, init_settings
-
     @property
     def database_path(self) -> Path:
         """The SQLite file."""
@@ -258,74 +174,5 @@ class ServerSettings(BaseSettings):
 
 
 def load(path: Path | None, environ: Mapping[str, str]) -> ServerSettings:
-    """Read the file, if there is one, and the environment; raises Misconfigured, naming setting and remedy.
-
-    A file that is named must exist; without a name the default file is read where it exists.
-    """
-    _refuse_unknown_variables(environ)
-    table = _read_table(path)
-    try:
-        return ServerSettings(**table)
-    except ValidationError as error:
-        raise _explained(error) from None
-    except SettingsError as error:
-        raise Misconfigured(
-            f"in the environment: {error}", hint='a list or table is written as JSON there, such as ["identity"]'
-        ) from None
-
-
-def _read_table(path: Path | None) -> dict[str, Any]:
-    source = path or DEFAULT_FILE
-    if path is None and not source.exists():
-        return {}
-    try:
-        document = tomllib.loads(source.read_text("utf-8"))
-    except OSError as error:
-        raise Misconfigured(
-            f"{source} cannot be read: {error.strerror}", hint="name another file with --config"
-        ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise Misconfigured(f"{source} is not TOML: {error}", hint="broker config schema lists every setting") from None
-    # The agent may share the file; anything else at the top is a setting outside its table.
-    for name in document.keys() - {"server", "agent"}:
-        raise Misconfigured(f"{source}: unknown table or setting {name!r}", hint="settings belong under [server]")
-    table = document.get("server", {})
-    if not isinstance(table, dict):
-        raise Misconfigured(f"{source}: server is not a table", hint="write [server]")
-    return table
-
-
-def _refuse_unknown_variables(environ: Mapping[str, str]) -> None:
-    for name in environ:
-        if not name.upper().startswith(ENVIRONMENT_PREFIX):
-            continue
-        first = name[len(ENVIRONMENT_PREFIX) :].lower().partition("__")[0]
-        if first not in ServerSettings.model_fields:
-            raise Misconfigured(f"unknown setting in the environment: {name}", hint=_meant(first))
-
-
-def _explained(error: ValidationError) -> Misconfigured:
-    # Values are left out: one of them may be a password.
-    lines, hints = [], []
-    for problem in error.errors(include_url=False, include_context=False, include_input=False):
-        where = ".".join(str(part) for part in ("server", *problem["loc"]))
-        if problem["type"] == "extra_forbidden":
-            lines.append(f"{where}: unknown setting")
-            hints.append(_meant(str(problem["loc"][-1])))
-        else:
-            lines.append(f"{where}: {problem['msg']}")
-    return Misconfigured("; ".join(lines), hint=next(filter(None, hints), "broker config schema lists every setting"))
-
-
-def _meant(name: str) -> str:
-    close = difflib.get_close_matches(name, list(_names(ServerSettings)), n=1)
-    return f"did you mean {close[0]}?" if close else "broker config schema lists every setting"
-
-
-def _names(model: type[BaseModel]) -> Iterator[str]:
-    for name, field in model.model_fields.items():
-        yield name
-        arguments = (field.annotation, *getattr(field.annotation, "__args__", ()))
-        for inner in arguments:
-            if isinstance(inner, type) and issubclass(inner, BaseModel):
-                yield from _names(inner)
+    """Read the file and the environment, as :func:`broker.settings.read` does."""
+    return read(ServerSettings, "server", path, environ)

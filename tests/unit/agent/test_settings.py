@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from broker.agent.settings import AgentSettings, AttestorSettings, duration, load
+from broker.agent.settings import AgentSettings, AttestorSettings, load
 from broker.errors import Misconfigured
 
 
@@ -94,14 +94,3 @@ def test_every_setting_is_described_and_has_a_default(model) -> None:
     for name, field in model.model_fields.items():
         assert field.description, name
         assert not field.is_required(), name
-
-
-@pytest.mark.parametrize(("text", "value"), [("500ms", 0.5), ("2s", 2), ("1m", 60), ("1h30m", 5400), (7, 7), ("0s", 0)])
-def test_durations(text, value) -> None:
-    assert duration(text).total_seconds() == value
-
-
-@pytest.mark.parametrize("text", ["", "2", "-1s", "1.5s", "s", True, 2.0, "\u0662s", "9000h9999999m"])
-def test_what_is_no_duration(text) -> None:
-    with pytest.raises(ValueError, match="duration"):
-        duration(text)

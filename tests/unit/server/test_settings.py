@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from broker.errors import Misconfigured
-from broker.server.settings import ENVIRONMENT_PREFIX, ServerSettings, duration, load
+from broker.server.settings import ServerSettings, load
 from broker.spiffe import SpiffeId, TrustDomain
 
 
@@ -16,16 +16,6 @@ def file(tmp_path):
         return path
 
     return write
-
-
-@pytest.fixture
-def environ(monkeypatch):
-    def set_variables(**variables):
-        for name, value in variables.items():
-            monkeypatch.setenv(name, value)
-        return variables
-
-    return set_variables
 
 
 def test_everything_has_a_default_that_works_and_a_description():
@@ -83,8 +73,8 @@ def test_a_file_is_read(file):
     assert settings.audiences[0].binding == ("x5t",)
 
 
-def test_the_environment_wins_over_the_file(file, environ):
-    variables = environ(
+def test_the_environment_wins_over_the_file(file):
+    variables = dict(
         BROKER_SERVER__TRUST_DOMAIN="b.example",
         BROKER_SERVER__TASKS__TOKEN_TTL="2m",
         BROKER_SERVER__AUDIENCES='[{"resource": "https://x.example"}]',
@@ -129,35 +119,3 @@ def test_a_value_is_not_shown(file):
     with pytest.raises(Misconfigured) as caught:
         load(file("[server.store]\nurl = 'postgresql://user:secret@host/db'"), {})
     assert "secret" not in f"{caught.value.message} {caught.value.hint}"
-
-
-def test_an_unknown_variable_is_refused(file):
-    with pytest.raises(Misconfigured) as caught:
-        load(file(""), {f"{ENVIRONMENT_PREFIX}TRUST_DOMIAN": "x"})
-    assert "trust_domain" in caught.value.hint
-
-
-def test_a_file_that_was_named_must_be_there(tmp_path):
-    with pytest.raises(Misconfigured):
-        load(tmp_path / "none.toml", {})
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"),
-    [("90s", 90), ("10m", 600), ("1h30m", 5400), ("2d", 172800), (45, 45), (timedelta(seconds=5), 5)],
-)
-def test_durations(text, seconds):
-    assert duration(text).total_seconds() == seconds
-
-
-@pytest.mark.parametrize("text", ["", "0s", "5", "5 s", "-5s", "1s1h", "५s", "5s\n", True, 1.5, None, "99999d"])
-def test_what_is_no_duration(text):
-    with pytest.raises(ValueError, match="duration"):
-        duration(text)
-
-
-def test_a_variable_that_is_no_json_is_named_but_not_shown(environ):
-    with pytest.raises(Misconfigured) as caught:
-        load(None, environ(BROKER_SERVER__AUDIENCES="secret, not json"))
-    assert "audiences" in caught.value.message
-    assert "secret" not in caught.value.message
