@@ -8,9 +8,11 @@ user. Knows nothing of what is read.
 import asyncio
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import TypeVar
+from typing import Generic, TypeVar
+
+from broker.clock import SystemClock
 
 T = TypeVar("T")
 
@@ -59,6 +61,27 @@ class BlockingReads:
         for turn in waiting:
             if not turn.done():
                 turn.set_result(None)
+
+
+class SharedRead(Generic[T]):
+    """One answer for all who ask at a time, and never two questions at once. Failures are shared like answers."""
+
+    def __init__(self, read: Callable[[], Awaitable[T]]) -> None:
+        self._read = read
+        self._current: tuple[float, asyncio.Future[T]] | None = None
+
+    async def newer_than(self, moment: float) -> tuple[float, T]:
+        """Give an answer to a question asked after that monotonic time, and when it was asked; raises what it raised."""
+        while True:
+            begun, task = self._current or (moment, None)
+            if task is not None and begun > moment:
+                return begun, await asyncio.shield(task)
+            if task is not None and not task.done():
+                await asyncio.wait({task})
+                continue
+            task = asyncio.ensure_future(self._read())
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())  # seen, though nobody waits
+            self._current = (SystemClock().monotonic(), task)
 
 
 def _work(

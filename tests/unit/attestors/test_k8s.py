@@ -10,8 +10,9 @@ import pytest
 from pydantic import ValidationError
 
 from attestors.workload import k8s as module
-from attestors.workload.k8s import K8sAttestor, K8sSettings, Surroundings
+from attestors.workload.k8s import K8sAttestor, K8sSettings
 from broker.attestation.contract import AttestorFailed
+from broker.attestation.kubernetes import Surroundings
 from broker.attestation.process import Process
 from broker.errors import Misconfigured
 from tests.fakes.kubelet import TOKEN, FakeAuthority, FakeKubernetes, pod, status
@@ -97,7 +98,10 @@ async def test_an_init_container_while_it_runs(case) -> None:
 
 
 async def test_labels_of_the_namespace_on_request(case) -> None:
-    case.kube.things["/api/v1/namespaces/shop"] = {"metadata": {"name": "shop", "uid": "n", "labels": {"team": "a:b"}}}
+    case.kube.things["/api/v1/namespaces/shop"] = {
+        "kind": "Namespace",
+        "metadata": {"name": "shop", "uid": "n", "labels": {"team": "a:b"}},
+    }
     assert await case.selectors(enable_namespace_labels=True) == OF_POD | OF_CONTAINER | {"k8s:ns-label:team:a:b"}
     case.kube.things["/api/v1/namespaces/shop"]["metadata"]["name"] = "other"
     assert await case.refusal(enable_namespace_labels=True) == "api_server_answer"

@@ -1,6 +1,5 @@
 """Projected service account tokens, both halves, against an API server that answers well, badly, late or for another."""
 
-import base64
 import json
 import time
 
@@ -14,9 +13,9 @@ from attestors.node.k8s_psat import (
     PsatServer,
     PsatServerSettings,
     PsatSettings,
-    Surroundings,
 )
 from broker.attestation.contract import AttestedNode, AttestorFailed, Evidence
+from broker.attestation.kubernetes import Surroundings
 from broker.errors import NotAttested, Unavailable
 from broker.spiffe import SpiffeId, TrustDomain
 from tests.fakes.kubelet import TOKEN, FakeAuthority, FakeKubernetes, pod
@@ -283,84 +282,21 @@ async def test_one_that_is_not_there_not_known_or_does_not_know_us(case, tmp_pat
 # --- a kubeconfig
 
 
-def kubeconfig(case: Case, **user: str) -> dict:
-    return {
-        "apiVersion": "v1",
-        "kind": "Config",
-        "preferences": {},
-        "current-context": "here",
-        "contexts": [{"name": "here", "context": {"cluster": "c", "user": "u", "namespace": "x"}}],
-        "clusters": [
-            {"name": "c", "cluster": {"server": f"https://localhost:{case.kube.port}", "certificate-authority": "account/ca.crt"}}
-        ],
-        "users": [{"name": "u", "user": user}, {"name": "other", "user": {"token": "x"}}],
-    }  # fmt: skip
-
-
-def encoded(path) -> str:
-    return base64.b64encode(path.read_bytes()).decode()
-
-
 async def test_a_kubeconfig_instead_of_the_servers_own_pod(case, tmp_path) -> None:
     case.environ.clear()
     path = tmp_path / "kubeconfig"
-    certificate, key = case.kube.authority.leaf("broker", "broker")
-    users = (
-        {"token": TOKEN},
-        {"tokenFile": "account/token"},
-        {"token": TOKEN, "client-certificate": str(certificate), "client-key": "account/broker.key"},
-        {"client-certificate-data": encoded(certificate), "client-key-data": encoded(key)},
+    path.write_text(
+        "apiVersion: v1\nkind: Config\ncurrent-context: here\n"
+        "contexts:\n- name: here\n  context: {cluster: c, user: u}\n"
+        f"clusters:\n- name: c\n  cluster:\n    server: https://localhost:{case.kube.port}\n"
+        "    certificate-authority: account/ca.crt\n"
+        f"users:\n- name: u\n  user:\n    token: {TOKEN}\n"
     )
-    for user in users:
-        if "token" not in user and "tokenFile" not in user:
-            case.kube.want_certificate()
-        path.write_text(json.dumps(kubeconfig(case, **user)))
-        assert (await case.node_of(kube_config_file=path)).path == f"/k8s_psat/demo/{NODE_UID}"
-
-
-async def test_the_name_and_the_path_of_the_api_server(case, tmp_path) -> None:
-    path = tmp_path / "kubeconfig"
-    config = kubeconfig(case, token=TOKEN)
-    about = config["clusters"][0]["cluster"]
-    about.update({"server": f"https://127.0.0.1:{case.kube.port}/clusters/a/", "tls-server-name": "localhost"})
-    about["certificate-authority-data"] = encoded(case.kube.authority.path)
-    case.kube.things = {f"/clusters/a{name}": thing for name, thing in case.kube.things.items()}
-    path.write_text(json.dumps(config))
-    await case.node_of(kube_config_file=path)
-    assert case.kube.requests[0] == f"/clusters/a{REVIEWS}"
-
-
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        lambda one: one.pop("current-context"),
-        lambda one: one.update({"current-context": "there"}),
-        lambda one: one.update(users=[]),
-        lambda one: one["users"].append(one["users"][0]),
-        lambda one: one["users"][0]["user"].update(exec={"command": "aws"}),
-        lambda one: one["users"][0]["user"].update({"as": "admin"}),
-        lambda one: one["users"][0]["user"].update(token="a\r\nb: c"),
-        lambda one: one["users"][0]["user"].update(tokenFile="missing"),
-        lambda one: one["clusters"][0]["cluster"].update({"insecure-skip-tls-verify": True}),
-        lambda one: one["clusters"][0]["cluster"].update({"proxy-url": "http://x"}),
-        lambda one: one["clusters"][0]["cluster"].update(server="http://localhost"),
-        lambda one: one["clusters"][0]["cluster"].update(server="https://me@localhost"),
-        lambda one: one["clusters"][0]["cluster"].update({"certificate-authority-data": "***"}),
-        lambda one: one.update(clusters="x"),
-    ],
-)
-async def test_a_kubeconfig_that_cannot_be_followed(case, tmp_path, spoil) -> None:
-    path = tmp_path / "kubeconfig"
-    config = kubeconfig(case, token=TOKEN)
-    spoil(config)
-    path.write_text(json.dumps(config))
-    assert await case.unavailable(kube_config_file=path) == "api_server_credentials"
-    assert case.kube.requests == []
-
-
-async def test_a_kubeconfig_that_is_not_json(case, tmp_path) -> None:
-    (tmp_path / "kubeconfig").write_text("apiVersion: v1\n")
-    assert await case.unavailable(kube_config_file=tmp_path / "kubeconfig") == "api_server_credentials"
+    assert (await case.node_of(kube_config_file=path)).path == f"/k8s_psat/demo/{NODE_UID}"
+    path.write_text(path.read_text().replace(f"token: {TOKEN}", "exec: {command: aws}"))
+    with pytest.raises(Unavailable, match="kubeconfig") as raised:
+        await case.node_of(kube_config_file=path)
+    assert raised.value.reason == "api_server_credentials" and "exec" in raised.value.hint
     assert await case.unavailable(kube_config_file=tmp_path / "missing") == "api_server_credentials"
 
 
