@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from broker.attestation.cgroups import (
@@ -261,6 +261,7 @@ def test_within_is_by_component() -> None:
     assert not is_within("/ab", "/a") and not is_within("/", "/a")
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=400))
 def test_any_bytes_are_read_or_refused(data: bytes) -> None:
     for read in (parse_cgroups, parse_cgroup_mounts):
@@ -277,6 +278,7 @@ COMPONENT = st.one_of(
 )  # fmt: skip
 
 
+@settings(deadline=None)
 @example([["docker", A], ["docker", B]])
 @given(st.lists(st.lists(COMPONENT, max_size=6), max_size=4))
 def test_whatever_is_found_is_one_id_in_its_place(paths: list[list[str]]) -> None:
