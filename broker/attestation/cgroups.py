@@ -13,6 +13,7 @@ from typing import Final
 from broker.attestation.contract import AttestorFailed
 
 MAX_LINES: Final = 4096  # of /proc/<pid>/cgroup: one per hierarchy, and the kernel has some fifteen
+MAX_PATH: Final = 4096  # bytes; the kernel's own buffer for a path (PATH_MAX), longer ones it does not write
 MAX_MATCHER: Final = 512  # characters of an operator's own pattern
 
 
@@ -72,7 +73,7 @@ _ID: Final = "(?P<id>[0-9a-f]{64})"
 _SLICES: Final = r"(?:/(?![^/]*libpod_pod_)[^/]+\.slice)*"
 _POD_OF_PODMAN: Final = r"(?:/[^/]*libpod_pod_(?P<group>[0-9a-f]{64})\.slice)?"
 _UNIT: Final = r"/(?!user@)[^/]+\.(?:service|scope)"
-_KUBEPODS: Final = r"(?:/kubelet)?/kubepods(?:/(?:besteffort|burstable|guaranteed))?/pod[^/]+"
+_KUBEPODS: Final = r"(?:/kubelet|/kubepods)?/kubepods(?:/(?:besteffort|burstable|guaranteed))?/pod[^/]+"
 _USER: Final = r"/user\.slice/user-(?P<user>[0-9]{1,10})\.slice/user@(?P=user)\.service"
 
 
@@ -106,6 +107,7 @@ _POD: Final = re.compile(
     r"/[^/]*kubepods[^/]*-pod([0-9A-Za-z_]{1,64})\.slice[/:]|/kubepods/(?:[^/]+/)?pod([^/]{1,64})/"
 )
 _UPWARD: Final = re.compile(r"(?:/\.\.)+(?=/|\Z)")
+_DEVICE: Final = re.compile("([0-9]{1,4}):([0-9]{1,7})")  # 12 and 20 bits (linux/kdev_t.h)
 _ESCAPE: Final = re.compile(r"\\([0-7]{3})")
 
 
@@ -160,10 +162,21 @@ def is_outside_namespace(path: str) -> bool:
     return path == "/.." or path.startswith("/../")
 
 
+def outside_namespace() -> AttestorFailed:
+    """Make the refusal for a container that the reader cannot look at."""
+    return AttestorFailed(
+        "the agent is in a control group namespace of its own and cannot see whose containers these are",
+        code="cgroup_namespace",
+        hint="run the agent in the host's: docker run --cgroupns=host, or a privileged pod",
+    )
+
+
 def _cgroup(line: str) -> Cgroup:
     number, first, rest = line.partition(":")
     names, second, path = rest.partition(":")
     if not first or not second or not path.startswith("/") or re.fullmatch("[0-9]{1,10}", number) is None:
+        raise _unreadable()
+    if len(path) > MAX_PATH:
         raise _unreadable()
     return Cgroup(int(number), frozenset(names.split(",")) if names else frozenset(), path)
 
@@ -172,13 +185,17 @@ def _mount(row: list[str]) -> CgroupMount | None:
     try:
         separator = row.index("-", 6)
         kind, _, options = row[separator + 1 : separator + 4]
-        major, minor = (int(number) for number in row[2].split(":"))
     except ValueError:
         raise _unreadable() from None
+    numbers = _DEVICE.fullmatch(row[2])
+    if numbers is None:
+        raise _unreadable()
     if kind not in {"cgroup", "cgroup2"}:
         return None
     root, point = (_ESCAPE.sub(lambda match: chr(int(match[1], 8)), field) for field in row[3:5])
-    return CgroupMount((major, minor), root, point, kind == "cgroup2", frozenset(options.split(",")))
+    return CgroupMount(
+        (int(numbers[1]), int(numbers[2])), root, point, kind == "cgroup2", frozenset(options.split(","))
+    )
 
 
 def _place(cgroup: Cgroup, matchers: Sequence[Matcher]) -> Place | None:
@@ -192,6 +209,8 @@ def _place(cgroup: Cgroup, matchers: Sequence[Matcher]) -> Place | None:
     if not found:
         if len(words) == 1 and _MONITOR.fullmatch(path):
             return None  # the runtime's supervisor: a process of the host
+        if upward is not None:
+            raise outside_namespace()  # what stands above is not seen, so no shape of a runtime is whole
         raise AttestorFailed(
             "the process is in a control group that looks like a container's, but is no place of a known runtime",
             code="container_not_anchored",

@@ -21,6 +21,7 @@ from broker.attestation.cgroups import (
     find_places,
     is_outside_namespace,
     is_within,
+    outside_namespace,
     parse_cgroup_mounts,
     parse_cgroups,
 )
@@ -93,11 +94,7 @@ def require_owned(container: Container, node: Node = THIS_NODE) -> None:
         mounts = parse_cgroup_mounts(node.mountinfo())
         for place in container.places:
             if is_outside_namespace(place.cgroup.path):
-                raise AttestorFailed(
-                    "the agent is in a control group namespace of its own and cannot see whose containers these are",
-                    code="cgroup_namespace",
-                    hint="run the agent in the host's: docker run --cgroupns=host",
-                )
+                raise outside_namespace()
             _require_owned(place.cgroup, mounts, owners)
     except OSError as error:
         raise AttestorFailed(
