@@ -96,7 +96,14 @@ class FakeKubernetes:
         if method == "POST" and path.endswith("/apis/authentication.k8s.io/v1/tokenreviews"):
             spec = json.loads(body)["spec"]
             self.reviewed.append(spec)
-            return 201, {"kind": "TokenReview", "apiVersion": "authentication.k8s.io/v1", "status": self.review(spec)}
+            metadata = {"creationTimestamp": None}
+            review = {
+                "kind": "TokenReview",
+                "apiVersion": "authentication.k8s.io/v1",
+                "metadata": metadata,
+                "spec": spec,
+            }
+            return 201, {**review, "status": self.review(spec)}
         if method == "GET" and path == "/pods":
             return 200, {"kind": "PodList", "apiVersion": "v1", "metadata": {}, "items": self.pods or None}
         if method == "GET" and path in self.things:
@@ -189,6 +196,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         """Say nothing."""
+
+
+def recording(name: str) -> dict[str, Any]:
+    """Give what a kubelet or an API server answers, whole: lists of pods of three runtimes, a TokenReview, a node.
+
+    Every field is one of Kubernetes 1.33's, with values of a shop that does not exist; no cluster was listened to.
+    """
+    found: dict[str, Any] = json.loads((Path(__file__).parent / "recordings" / f"{name}.json").read_text())
+    return found
 
 
 def pod(uid: str, container: str, **changes: Any) -> dict[str, Any]:

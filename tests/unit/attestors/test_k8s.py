@@ -38,15 +38,6 @@ def kube(tmp_path):
         yield fake
 
 
-@pytest.fixture
-def me():
-    pidfd = os.pidfd_open(os.getpid())
-    process = Process.open(pid=os.getpid(), uid=os.geteuid(), gid=os.getegid(), pidfd=pidfd)
-    os.close(pidfd)
-    yield process
-    process.close()
-
-
 class Case:
     """One attestor, one caller in one place, one kubelet."""
 

@@ -18,7 +18,7 @@ from broker.attestation.contract import AttestedNode, AttestorFailed, Evidence
 from broker.attestation.kubernetes import Surroundings
 from broker.errors import NotAttested, Unavailable
 from broker.spiffe import SpiffeId, TrustDomain
-from tests.fakes.kubelet import TOKEN, FakeAuthority, FakeKubernetes, pod
+from tests.fakes.kubelet import TOKEN, FakeAuthority, FakeKubernetes, pod, recording
 
 PSAT = "eyJhbGciOiJSUzI1NiJ9.eyJzZWNyZXQiOiJodW50ZXIyIn0.c2ln"
 POD_UID, NODE_UID = "11111111-2222-3333-4444-555555555555", "22222222-2222-3333-4444-555555555555"
@@ -148,6 +148,26 @@ async def test_a_token_that_newer_api_servers_bind_to_its_node(case) -> None:
     await case.node_of()
     case.extra[f"{EXTRA}node-uid"] = ["another"]
     assert await case.refusal() == "node_mismatch"
+
+
+async def test_a_review_and_objects_as_kubernetes_writes_them(case) -> None:
+    review, node = recording("tokenreview"), recording("node")
+    (described,) = (one for one in recording("containerd")["items"] if one["metadata"]["name"].startswith("checkout-"))
+    case.kube.review = lambda spec: review["status"] if spec["token"] == PSAT else {"user": {}, "error": "[no]"}
+    path = f"/api/v1/namespaces/shop/pods/{described['metadata']['name']}"
+    case.kube.things = {path: {"kind": "Pod", "apiVersion": "v1", **described}, "/api/v1/nodes/worker-1": node}
+    settings = {
+        "service_account_allow_list": ["shop:checkout"],
+        "allowed_node_label_keys": ["topology.kubernetes.io/zone"],
+    }
+    found = await case.node_of(**settings)
+    assert found.path == f"/k8s_psat/demo/{node['metadata']['uid']}"
+    assert {
+        "k8s_psat:agent_pod_name:checkout-6c8d9f7b54-x2kqp",
+        "k8s_psat:agent_node_ip:192.0.2.17",
+        "k8s_psat:agent_node_label:topology.kubernetes.io/zone:b",
+    } <= {str(one) for one in found.selectors}
+    assert await case.refusal(evidence(token="a.b.c"), **settings) == "token_rejected"
 
 
 async def test_another_audience_when_the_settings_say_so(case) -> None:
