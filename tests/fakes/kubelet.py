@@ -1,7 +1,8 @@
 """A kubelet and an API server in one: HTTPS with a CA of its own, and the faults of bad days.
 
 ``pods`` is what the kubelet lists; ``things`` maps API paths to objects; ``review`` answers a TokenReview. ``fault`` breaks
-an answer: status, redirect, cut, huge, garbage, duplicate, slow (a byte now and then), hang.
+an answer: status, redirect, cut, huge, garbage, duplicate, slow (a byte now and then), hang. ``is_chunked`` breaks none: Go
+sends whatever is longer than a few KiB so.
 """
 
 import contextlib
@@ -66,6 +67,7 @@ class FakeKubernetes:
         self.requests: list[str] = []
         self.reviewed: list[dict[str, Any]] = []
         self.fault = ""
+        self.is_chunked = False
         self.released = threading.Event()
         self.asked: Callable[[str], None] = lambda path: None  # called before each answer
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -178,6 +180,11 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.write(bytes([byte]))
                 if fake.released.wait(0.02):
                     return
+        elif fake.is_chunked:
+            pieces = [body[at : at + 700] for at in range(0, len(body), 700)]
+            framed = b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces)
+            self.wfile.write(f"HTTP/1.1 {status} OK\r\nTransfer-Encoding: chunked\r\n\r\n".encode() + framed)
+            self.wfile.write(b"0\r\n\r\n" if fault != "cut-chunk" else b"")
         else:
             self._send(status, body)
 

@@ -5,7 +5,8 @@ import threading
 
 import pytest
 
-from broker.attestation.reads import MAX_READS, MAX_READS_PER_USER, BlockingReads
+from broker.attestation.reads import MAX_READS, MAX_READS_PER_USER, BlockingReads, SharedRead
+from broker.clock import SystemClock
 
 
 async def test_gives_what_the_work_gives_and_raises_what_it_raises() -> None:
@@ -61,3 +62,44 @@ async def test_abandoned_work_is_told() -> None:
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     assert await asyncio.to_thread(told.wait, 5)
+
+
+async def test_all_who_ask_at_one_time_share_one_answer() -> None:
+    asked, go = [], asyncio.Event()
+
+    async def read() -> int:
+        asked.append(1)
+        await go.wait()
+        return len(asked)
+
+    shared, before = SharedRead(read), SystemClock().monotonic() - 1
+    waiting = [asyncio.create_task(shared.newer_than(before)) for _ in range(5)]
+    await asyncio.sleep(0)
+    waiting[0].cancel()  # who gives up takes it from nobody
+    # Who wants a newer one waits for the one under way, and asks once more.
+    later = asyncio.create_task(shared.newer_than(SystemClock().monotonic()))
+    await asyncio.sleep(0)
+    assert len(asked) == 1
+    go.set()
+    answers = [answer for _, answer in await asyncio.gather(*waiting[1:])]
+    assert answers == [1] * 4
+    begun, answer = await later
+    assert answer == 2 and begun > before
+    assert (await shared.newer_than(before))[1] == 2
+
+
+async def test_a_failure_is_shared_and_not_kept() -> None:
+    outcomes = iter([OSError("gone"), OSError("again"), "here"])
+
+    async def read() -> str:
+        outcome = next(outcomes)
+        if isinstance(outcome, OSError):
+            raise outcome
+        return outcome
+
+    shared, before = SharedRead(read), SystemClock().monotonic() - 1
+    both = await asyncio.gather(shared.newer_than(before), shared.newer_than(before), return_exceptions=True)
+    assert [str(one) for one in both] == ["gone", "gone"]
+    with pytest.raises(OSError, match="again"):
+        await shared.newer_than(SystemClock().monotonic())
+    assert (await shared.newer_than(SystemClock().monotonic()))[1] == "here"
