@@ -53,7 +53,9 @@ class LaunchAttestor:
     settings: ClassVar[type[BaseModel]] = LaunchSettings
     selectors: ClassVar[tuple[SelectorDoc, ...]] = (
         SelectorDoc("launch:name:<name>", "the name that the operator launched it under", Strength.RUNTIME),
-        SelectorDoc("launch:code:<hex>", "the SHA-256 of the script, or program, it was launched with", Strength.RUNTIME),
+        SelectorDoc(
+            "launch:code:<hex>", "the SHA-256 of the script, or program, it was launched with", Strength.RUNTIME
+        ),
     )
 
     def __init__(self, settings: LaunchSettings) -> None:

@@ -30,7 +30,9 @@ class Account:
             Refused: we are not root.
         """
         if os.geteuid() != 0:
-            raise Refused("only root launches as another user", code="launch_not_root", hint="leave --user out, or use root")
+            raise Refused(
+                "only root launches as another user", code="launch_not_root", hint="leave --user out, or use root"
+            )
         entry = _entry(user)
         if group is not None:
             gid = _gid(group)

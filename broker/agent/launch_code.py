@@ -18,7 +18,9 @@ from broker.attestation.kernel import FileId
 from broker.attestation.sealed import TooLarge, digest, executable_memory, fill, seal
 from broker.errors import Invalid, Misconfigured, Refused
 
-MAX_SEALED: Final = 64 << 20  # bytes, held in memory while it runs: a large interpreter has 30 MiB, a bundle of modules less
+MAX_SEALED: Final = (
+    64 << 20
+)  # bytes, held in memory while it runs: a large interpreter has 30 MiB, a bundle of modules less
 MAX_EXECUTABLE: Final = 1 << 30  # bytes, read once at the start: the largest programs have some 500 MiB
 SCRIPT_FD: Final = 3
 """The script's descriptor in the launched process: an interpreter opens it by this number."""
@@ -80,7 +82,9 @@ def prepare(command: Sequence[str], name: str, stack: ExitStack, *, hide: bool) 
     if (line := _shebang(file)) is not None:
         if _PYTHON.fullmatch(os.path.basename(path)):  # noqa: PTH119 - text; as below
             raise Invalid(
-                f"{path} is a script that runs some Python", code="launch_interpreter", hint="name the interpreter itself"
+                f"{path} is a script that runs some Python",
+                code="launch_interpreter",
+                hint="name the interpreter itself",
             )
         program, words = _found(line[0]), [*line[1:], path, *words]
         file = _opened(program, stack)
@@ -169,7 +173,9 @@ def _opened(path: str, stack: ExitStack) -> int:
     stack.callback(os.close, fd)
     facts = os.fstat(fd)
     if not stat.S_ISREG(facts.st_mode):
-        raise Invalid(f"{path} is not a regular file", code="launch_not_a_file", hint="name one file: python3 -m zipapp")
+        raise Invalid(
+            f"{path} is not a regular file", code="launch_not_a_file", hint="name one file: python3 -m zipapp"
+        )
     # NOTE(security): a name that others may give a content is no name.
     if facts.st_uid not in {0, os.geteuid()} or facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise Refused(

@@ -105,7 +105,7 @@ class LaunchDirectory:
         """Remove what belongs to processes that have ended. Raises ``Unavailable`` when too many still run."""
         living = 0
         here = (boot_id(), pid_namespace())
-        for name in os.listdir(self._fd):
+        for name in os.listdir(self._fd):  # noqa: PTH208 - by descriptor
             match = FILE_NAME.fullmatch(name) or _UNFINISHED.fullmatch(name)
             if match is None:
                 continue

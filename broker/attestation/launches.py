@@ -116,9 +116,7 @@ def read_launch(directory: int, name: str, owners: Collection[int]) -> Launch | 
     """
     try:
         # Without waiting: whatever lies in its place must not hold up anybody.
-        fd = os.open(
-            name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY, dir_fd=directory
-        )
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY, dir_fd=directory)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -155,4 +153,4 @@ def boot_id() -> str:
 
 def pid_namespace() -> str:
     """Give the kernel's name for the namespace in which our process numbers hold."""
-    return os.readlink("/proc/self/ns/pid")
+    return os.readlink("/proc/self/ns/pid")  # noqa: PTH115 - a kernel file, opened by its fixed name
