@@ -21,10 +21,13 @@ from broker.errors import BrokerError, Invalid, Refused, Unavailable
 from broker.sdk import Task, Workload
 from broker.sdk.feed import FeedState
 from broker.spiffe import strictjson
+from broker.spiffe.jose import numeric_date, parse_compact
 from broker.tasks.verify import unverified_confirmation
 
 RENEW_LOOK: Final = 0.5
 """Seconds between looks whether token or certificate are due: a look is a comparison, and asks nobody."""
+RETRY: Final = 2.0
+"""Seconds until a token that could not be had is asked for again."""
 BY_SIGNAL: Final = 128
 """A shell's way to say in an exit code that a signal ended a process."""
 
@@ -100,6 +103,8 @@ class _Export:
         self._request = request
         self._me = me
         self._written: tuple[object, ...] = ()
+        self._clock = SystemClock()
+        self._due = 0.0
         self.task = task
         self.files = files
 
@@ -113,6 +118,9 @@ class _Export:
         if (wanted := (token, identity, bundle)) != self._written:
             self.files.write(token, identity, bundle)
             self._written = wanted
+        expires = numeric_date(parse_compact(token).payload, "exp", required=True)
+        # Half of what is left: the SDK gives the same token until it is worth a new one.
+        self._due = self._clock.monotonic() + max((expires - self._clock.now().timestamp()) / 2, RENEW_LOOK)
 
     async def first(self, timeout: float) -> None:  # noqa: ASYNC109 - seconds for the certificate to settle
         """Write the first set."""
@@ -130,14 +138,24 @@ class _Export:
         told = False
         while True:
             await asyncio.sleep(RENEW_LOOK)
+            if not self._is_due():
+                continue
             try:
                 await self.once()
             except Unavailable as error:
+                self._due = self._clock.monotonic() + RETRY
                 if not told and error.reason != "svid_rotating":
                     self._settings.shown.talk(f"the token cannot be renewed now: {error.message}; trying on")
                     told = True
             else:
                 told = False
+
+    def _is_due(self) -> bool:
+        _, identity, bundle = self._written
+        now = self._me.current
+        if now is not None and (now is not identity or self._me.bundles.get(now.id.trust_domain) != bundle):
+            return True
+        return self._clock.monotonic() >= self._due
 
 
 async def _watch(task: Task, feed: FeedState) -> None:
