@@ -187,17 +187,26 @@ def _opened(path: str, stack: ExitStack) -> int:
 
 
 def _shebang(file: int) -> list[str] | None:
-    match = _SHEBANG.match(os.pread(file, _MAX_SHEBANG, 0))
-    if match is None:
+    head = os.pread(file, _MAX_SHEBANG, 0)
+    if not head.startswith(b"#!"):
         return None
+    match = _SHEBANG.match(head)
+    if match is None:
+        raise _no_interpreter()
     interpreter, rest = (os.fsdecode(part) for part in match.groups())
     words = [interpreter, *([rest.rstrip()] if rest.strip() else [])]
     if os.path.basename(interpreter) == "env":  # noqa: PTH119 - text
         # env(1): one name, or with -S several words.
         words = rest.split()[1:] if rest.split()[:1] == ["-S"] else rest.split()[:1]
     if not words or words[0].startswith("-") or "=" in words[0]:
-        raise Invalid("the script's first line names no interpreter", code="launch_interpreter")
+        raise _no_interpreter()
     return words
+
+
+def _no_interpreter() -> Invalid:
+    return Invalid(
+        "the script's first line names no interpreter", code="launch_interpreter", hint="write it as: python3 SCRIPT"
+    )
 
 
 def _plain(file: int, arguments: tuple[str, ...]) -> Code:
