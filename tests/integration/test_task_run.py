@@ -1,5 +1,6 @@
 """``broker task run`` against a real estate: what the command finds, what ends it, and what is left."""
 
+import asyncio
 import hashlib
 import json
 import os
@@ -17,11 +18,12 @@ import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 from cryptography.x509 import load_pem_x509_certificates
 
-from broker.dev.configuration import NODE_ALIAS
+from broker.dev.configuration import NODE_ALIAS, Plan
+from broker.dev.estate import Estate as Programs
 from broker.dev.programs import install_program, program_environment
 from broker.dev.stage import _free_port
 from broker.spiffe.jose import b64url_encode, parse_compact
-from tests.integration.test_cli import Estate, variables
+from tests.integration.test_cli import Estate
 
 pytestmark = pytest.mark.timeout(240)
 SECONDS = 60.0
@@ -135,13 +137,13 @@ def whole_set(directory: Path) -> str:
 def runner() -> Iterator[Runner]:
     with tempfile.TemporaryDirectory(dir="/tmp") as name:
         directory, port = Path(name), _free_port()
-        estate = Estate(
-            directory / "e", {n: v for n, v in os.environ.items() if not n.startswith(("BROKER_", "SPIFFE_"))}
-        )
+        audiences = (f"https://localhost:{port}", "https://other.test")
+        programs = Programs(directory / "e", plan=Plan(audiences=audiences, first_identity_wait="300ms"))
         service: subprocess.Popen[bytes] | None = None
         try:
-            estate.dev("up", "--audience", f"https://localhost:{port}", "--audience", "https://other.test")
-            estate.environment = {**estate.environment, **variables(estate)}
+            asyncio.run(programs.up(lambda _: None))
+            plain = {n: v for n, v in os.environ.items() if not n.startswith(("BROKER_", "SPIFFE_"))}
+            estate = Estate(directory / "e", {**plain, **programs.environment()})
             program = install_program(directory / "programs", "tickets")
             mine = Path(sys.executable).resolve()
             for spiffe_id, path, more in (
@@ -157,14 +159,14 @@ def runner() -> Iterator[Runner]:
                 [program, "-m", "broker.dev.service", "--issuer", issuer, "--audience", f"https://localhost:{port}",
                  "--port", str(port)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                env={**program_environment(os.environ), **variables(estate)}, cwd="/",
+                env={**program_environment(os.environ), **programs.environment()}, cwd="/",
             )  # fmt: skip
             assert service.stdout is not None and "error" not in json.loads(service.stdout.readline())
             yield Runner(estate, port, directory)
         finally:
             if service is not None:
                 service.communicate(timeout=SECONDS)
-            estate.dev("down", "--purge", "--yes")
+            programs.down()
 
 
 def test_a_command_calls_the_service(runner: Runner) -> None:
