@@ -30,6 +30,7 @@ _PYTHON: Final = re.compile(r"python[0-9.]*[td]?(?:-dbg)?")
 _SHELL: Final = re.compile(r"sh|dash|bash")
 _OTHER: Final = re.compile(
     r"(?:node|nodejs|deno|bun|ruby|perl|php|lua|luajit|java|pypy|zsh|ksh|fish|[gm]?awk|tclsh|Rscript|busybox|env)[0-9.]*"
+    r"|ld[.-].*so.*"
 )
 """Programs that run other files, in ways that are not known here: their own digest would pass for those files'."""
 _FLAGS: Final = re.compile(r"-[bBdEIOPqsSuv]+")

@@ -29,7 +29,7 @@ _UNFINISHED: Final = re.compile(r"\.([1-9][0-9]{0,9})-([0-9]{1,20})\.new")  # na
 
 
 class LaunchDirectory:
-    """The directory, open. Use it with ``with``; raises the BrokerErrors of :meth:`open`."""
+    """The directory, open. Use it with ``with``."""
 
     def __init__(self, fd: int, owner: tuple[int, int]) -> None:
         """``owner`` is the uid and gid to whom files are given."""
@@ -53,12 +53,11 @@ class LaunchDirectory:
                 raise _not_ours(path)
             owner = (facts.st_uid, facts.st_gid)
             _make(private, path.name, owner)
-        finally:
-            os.close(private)
-        try:
-            return cls(open_directory(path, {0, os.geteuid(), owner[0]}), owner)
+            return cls(open_directory(path, {0, os.geteuid(), owner[0]}, within=private), owner)
         except FileNotFoundError:
             raise Unavailable(f"{path} has gone", code="no_agent_directory", hint="is the agent starting?") from None
+        finally:
+            os.close(private)
 
     @property
     def owner(self) -> int:

@@ -66,7 +66,8 @@ def launch(plan: Launching, directory: LaunchDirectory, tell: Tell) -> int:
             with suppress(BrokenPipeError):  # it is dead already, and its end will be seen
                 os.write(go.write, _GO)
             _require_started(failure.read, plan)
-            tell(f"launched {plan.name} as process {pid}")
+            with suppress(OSError):  # nobody may be listening any more; the program goes on
+                tell(f"launched {plan.name} as process {pid}")
             return launched.stay()
         finally:
             launched.end()

@@ -87,13 +87,14 @@ def file_name(pid: int, start_time: int) -> str:
     return f"{pid}-{start_time}.json"
 
 
-def open_directory(path: Path, owners: Collection[int]) -> int:
-    """Open the directory of registrations; the caller closes it.
+def open_directory(path: Path, owners: Collection[int], *, within: int | None = None) -> int:
+    """Open the directory of registrations, whose last name is looked up in ``within`` where that is given; the caller closes it.
 
     Raises ``FileNotFoundError``, and ``Misconfigured`` where it is not one of ``owners`` (uids) alone.
     """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(path if within is None else path.name, flags, dir_fd=within)
     except FileNotFoundError:
         raise
     except OSError as error:

@@ -155,7 +155,7 @@ async def test_as_another_user(by_launcher: bool) -> None:
         relay.parent.mkdir()
         relay.parent.chmod(0o777)
         launches = place / "agent" / "private" / "launches"
-        attestors = {"workload": {"unix": {}, "launch": {"directory": str(launches)}}}
+        attestors = {"workload": {"unix": {"discover_workload_path": True}, "launch": {"directory": str(launches)}}}
         async with estate(entries=(entry,), runtime_dir=place / "agent", attestors=attestors) as agent:
             code = script(place, SCRIPT.read_text(), "workload.py")
             program = [python, code, "-1", str(agent.socket), str(relay), "stay"]

@@ -4,6 +4,8 @@ import asyncio
 import hashlib
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -179,6 +181,18 @@ def test_a_command_calls_the_service(runner: Runner) -> None:
     assert told["leaks"] == []
     assert "error" not in err
     assert runner.task(told["task"])["state"] == "completed"
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl: apt-get install curl")
+def test_the_how_to_is_true(runner: Runner) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs/how-to/plain-programs.md").read_text()
+    (text,) = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
+    program = runner.directory / "report.sh"
+    program.write_text(
+        text.replace("https://tickets.example.org", runner.resource).replace("curl ", "curl --silent --show-error ")
+    )
+    out, err = runner.ended(runner.start_command("/bin/sh", str(program)), 0)
+    assert json.loads(out)["agent"] == ME, err
 
 
 def test_a_signal_is_passed_on(runner: Runner) -> None:

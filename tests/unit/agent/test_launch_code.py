@@ -92,7 +92,9 @@ def test_a_python_that_is_a_script_itself(tmp_path: Path) -> None:
     assert refusal(str(shim), script(tmp_path, "pass")).reason == "launch_interpreter"
 
 
-@pytest.mark.parametrize("name", ["node", "perl5.36", "ruby", "java", "env", "busybox", "pypy3.10"])
+@pytest.mark.parametrize(
+    "name", ["node", "perl5.36", "ruby", "java", "env", "busybox", "pypy3.10", "ld-linux-x86-64.so.2", "ld.so"]
+)
 def test_interpreters_that_are_not_launched(tmp_path: Path, name: str) -> None:
     (tmp_path / name).symlink_to("/bin/cat")
     assert refusal(str(tmp_path / name), "x").reason == "launch_interpreter"

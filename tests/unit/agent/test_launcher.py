@@ -4,6 +4,7 @@ import ctypes
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -165,6 +166,64 @@ def test_nothing_runs_that_could_not_be_registered(directory: Path, tmp_path: Pa
     assert names(directory) == []
     assert run(*given(directory, "/usr/bin/touch", str(marker))).returncode == 0
     assert marker.exists()
+
+
+# Steps that no command line can stop between: the launcher's parts, in a process of their own.
+STEPS = """
+import os, signal, sys
+from contextlib import ExitStack
+from pathlib import Path
+from broker.agent.launch_code import prepare
+from broker.agent.launch_directory import LaunchDirectory
+from broker.agent.launcher import Launching, launch
+from broker.errors import Refused
+
+class Dies:
+    def write(self, launch):
+        os.write(1, f"{launch.pid}\\n".encode())
+        os.kill(os.getpid(), signal.SIGKILL)
+
+what, directory, *command = sys.argv[1:]
+with ExitStack() as stack:
+    code = prepare(command, "one", stack, hide=False)
+    where = stack.enter_context(LaunchDirectory.open(Path(directory)))
+    if what == "written":
+        with open(command[0], "ab") as file:
+            file.write(b"x")
+    try:
+        launch(Launching("one", code, None, dict(os.environ)), Dies() if what == "dies" else where, print)
+    except Refused as error:
+        print(error.reason)
+"""
+
+
+def steps(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", STEPS, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=SECONDS,
+        cwd=ROOT,
+    )
+
+
+def test_a_file_that_is_written_while_it_starts_ends_its_program(directory: Path, tmp_path: Path) -> None:
+    tool = tmp_path / "tool"
+    shutil.copyfile("/bin/sleep", tool)
+    tool.chmod(0o755)
+    ended = steps("written", str(directory), str(tool), "3600")  # killed long before
+    assert ended.stdout == "launch_code_changed\n", ended.stderr
+    assert names(directory) == []
+    assert steps("as it is", str(directory), str(tool), "0").stdout.startswith("launched one as process ")
+
+
+def test_a_launcher_that_dies_before_it_has_registered_runs_nothing(directory: Path, tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    ended = steps("dies", str(directory), shutil.which("touch") or "", str(marker))
+    assert ended.returncode == -signal.SIGKILL
+    until_gone(int(ended.stdout))
+    assert not marker.exists()
 
 
 def test_a_file_that_is_no_program(directory: Path, tmp_path: Path) -> None:
