@@ -6,8 +6,6 @@ own type only, has an empty environment and no descriptor of ours but its own im
 """
 
 import asyncio
-import fcntl
-import hashlib
 import json
 import os
 import re
@@ -24,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from broker.attestation.contract import AttestorFailed, SelectorDoc, Strength
 from broker.attestation.process import Process
 from broker.attestation.reads import Abandoned, BlockingReads
+from broker.attestation.sealed import TooLarge, digest, executable_memory, fill, seal
 from broker.clock import SystemClock
 from broker.errors import Invalid, Misconfigured
 from broker.spiffe import Selector
@@ -38,13 +37,10 @@ GRACE = 0.5  # seconds beyond the time-out until the caller is answered whatever
 MAX_PROGRAM = 64 << 20  # bytes, held in memory: large statically linked programs have some 50 MiB
 MAX_ANSWER = 1 << 16  # bytes of JSON
 MAX_SELECTORS = 256
-OURS: Final = frozenset({"docker", "exec", "k8s", "slurm", "systemd", "unix", "windows"})
+OURS: Final = frozenset({"docker", "exec", "k8s", "launch", "slurm", "systemd", "unix", "windows"})
 """Types with a meaning that entries already rely on."""
 
 _POLL: Final = 50  # milliseconds between looks at the clock, and whether anybody still waits
-_BLOCK: Final = 1 << 20
-_SEALS: Final = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
-_MFD_EXEC: Final = 0x10  # memfd_create(2), since Linux 6.3
 
 
 class ProgramSettings(BaseModel):
@@ -272,21 +268,21 @@ def _end(child: subprocess.Popen[bytes]) -> int:
 def _sealed_image(settings: ProgramSettings) -> int:
     """Copy the program into memory that nobody can change any more, and give its descriptor if the content is the pin."""
     try:
-        image = _memory(settings.name)
+        image = executable_memory(settings.name)
     except OSError as error:
         raise Misconfigured(
             f"exec: no memory for the program {settings.name}", hint="vm.memfd_noexec must be below 2"
         ) from error
     try:
         _copy(settings, image)
-        fcntl.fcntl(image, fcntl.F_ADD_SEALS, _SEALS)
-        digest = _digest(image)
+        seal(image)
+        found = digest(image)
     except BaseException as error:
         os.close(image)
         if isinstance(error, OSError):
             raise Misconfigured(f"exec: the program {settings.name} cannot be read") from error
         raise
-    if digest != settings.sha256:
+    if found != settings.sha256:
         os.close(image)
         raise Misconfigured(
             f"exec: the program {settings.name} is not what its sha256 says",
@@ -296,35 +292,14 @@ def _sealed_image(settings: ProgramSettings) -> int:
     return image
 
 
-def _memory(name: str) -> int:
-    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
-    try:
-        return os.memfd_create(name, flags | _MFD_EXEC)
-    except OSError:
-        return os.memfd_create(name, flags)  # before Linux 6.3: always executable
-
-
-def _digest(image: int) -> str:
-    digest, at = hashlib.sha256(), 0
-    while block := os.pread(image, _BLOCK, at):
-        digest.update(block)
-        at += len(block)
-    return digest.hexdigest()
-
-
 def _copy(settings: ProgramSettings, image: int) -> None:
     # Without waiting: a FIFO in that place must not hold up the start.
     source = os.open(settings.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
     try:
         if not stat.S_ISREG(os.fstat(source).st_mode):
             raise Misconfigured(f"exec: the program {settings.name} is not a regular file")
-        size = 0
-        while block := os.read(source, _BLOCK):
-            size += len(block)
-            if size > MAX_PROGRAM:
-                raise Misconfigured(f"exec: the program {settings.name} is larger than {MAX_PROGRAM} bytes")
-            written = 0
-            while written < len(block):
-                written += os.write(image, block[written:])
+        fill(image, source, MAX_PROGRAM)
+    except TooLarge as error:
+        raise Misconfigured(f"exec: the program {settings.name} is {error.message}") from None
     finally:
         os.close(source)

@@ -88,7 +88,7 @@ async def _hold(settings: Settings, request: StartRequest) -> int:
                 return EXIT_OK
             settings.shown.talk("the task lives as long as this command; Ctrl-C ends it")
             settings.shown.next(f"broker task show {task.id}   (elsewhere)")
-            async with _following(channel) as feed:
+            async with following(channel) as feed:
                 return await _stay(settings, channel, task, request.spiffe_id, feed=feed, stopped=stopped)
 
 
@@ -123,7 +123,8 @@ def _show(settings: Settings, task: Any) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _following(channel: grpc.aio.Channel) -> AsyncIterator[FeedState]:
+async def following(channel: grpc.aio.Channel) -> AsyncIterator[FeedState]:
+    """Follow the revocation feed for as long as the block lasts; what it has told is in the state."""
     feed = FeedState()
     subscription = FeedSubscription(channel, feed, SystemClock(), lambda: None)
     opening = asyncio.create_task(subscription.start(), name="broker-cli-feed")

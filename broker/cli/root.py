@@ -5,7 +5,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Final
 
 import click
@@ -21,6 +21,7 @@ NOUNS: Final[Mapping[str, tuple[str, str]]] = {
     "entry": ("broker.cli.entry", "Registration entries: which process gets which identity."),
     "explain": ("broker.cli.explain", "Why a process has an identity, or has none."),
     "join-token": ("broker.cli.join_token", "One-time tokens by which a node joins."),
+    "run": ("broker.cli.run", "Launch a program under a name that the agent can attest."),
     "server": ("broker.cli.server", "The server."),
     "svid": ("broker.cli.svid", "This process's identity documents."),
     "task": ("broker.cli.task", "Tasks: start, see and end them."),
@@ -100,5 +101,6 @@ def _usage_hint(error: click.ClickException) -> str:
 
 
 def _asks_json(arguments: Sequence[str]) -> bool:
-    pairs = pairwise([*arguments, ""])
+    own = takewhile(lambda one: one != "--", arguments)  # what follows is another program's
+    pairs = pairwise([*own, ""])
     return any(_ASKS_JSON.fullmatch(one) or _ASKS_JSON.fullmatch(one + two) for one, two in pairs if one[:1] == "-")

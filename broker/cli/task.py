@@ -1,4 +1,4 @@
-"""``broker task``: start and end a task as this process, over the workload socket; see and end tasks as an operator."""
+"""``broker task``: start, run and end a task as this process, over the workload socket; see and end tasks as an operator."""
 
 from typing import Any
 
@@ -73,6 +73,64 @@ def start(
             ttl=ttl,
             supervision=supervision or "",
             spiffe_id=spiffe_id or "",
+        ),
+    )
+
+
+@COMMAND.command("run", context_settings={"allow_interspersed_args": False})
+@option("--user-token-file", required=True, metavar="FILE|-", help="The user's token, by a file or standard input.")
+@option("--purpose", required=True, help="What it is for, for people who look at it later.")
+@option("--authorization-details", required=True, metavar="JSON|@FILE", help="What it may do (RFC 9396).")
+@option("--resource", required=True, metavar="URI", help="The service that the token is for: a token is for one.")
+@option("--scope", default="", help="Less than the task may do there.")
+@option("--ttl", type=DURATION, default=0, help="Its end at the latest. Default: the server's.")
+@option(
+    "--grace", type=DURATION, default=10, help="Between SIGTERM and SIGKILL when the task ends first. Default: 10s."
+)
+@option("--spiffe-id", spire=["spiffeID"], type=SPIFFE_ID, help="Which of this process's identities acts.")
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- CMD [ARGS]…")
+def run(
+    *,
+    user_token_file: str,
+    purpose: str,
+    authorization_details: str,
+    resource: str,
+    scope: str,
+    ttl: int,
+    grace: int,
+    spiffe_id: str | None,
+    command: tuple[str, ...],
+) -> int:
+    """Run a command with a task of its own; the task ends with it. Exit code: the command's; 4: the task ended first.
+
+    The command finds the token in the file that BROKER_TASK_TOKEN_FILE names, and what it is bound to in BROKER_SVID_FILE,
+    BROKER_SVID_KEY_FILE and BROKER_BUNDLE_FILE. The files change: read them for each use.
+    """
+    from broker.tasks import Authority, Resource  # noqa: PLC0415 - imports cryptography
+
+    here = settings()
+    details = Authority.parse(read_text(authorization_details, "--authorization-details")).text()
+    audience = Resource(resource).text
+    user_token = read_file(user_token_file, "the user's token")
+    if here.dry_run:
+        here.shown.one(SHAPE, {"purpose": purpose, "authorization_details": _parsed(details), "ttl": ttl})
+        here.shown.talk(f"would run {command[0]} with a token for {audience}; nothing was sent (--dry-run)")
+        return 0
+    from broker.cli.task_run import RunRequest  # noqa: PLC0415 - imports gRPC
+    from broker.cli.task_run import run as run_command  # noqa: PLC0415
+
+    return run_command(
+        here,
+        RunRequest(
+            user_token=user_token,
+            purpose=purpose,
+            authorization_details=details,
+            ttl=ttl,
+            spiffe_id=spiffe_id or "",
+            resource=audience,
+            scope=scope,
+            grace=grace,
+            command=command,
         ),
     )
 

@@ -88,6 +88,9 @@ def agent_toml(layout: Layout, ports: Ports, plan: Plan) -> str:
         "",
         "[agent.attestors.workload.unix]",
         "discover_workload_path = true",
+        "",
+        "[agent.attestors.workload.launch]",
+        f"directory = {_text(layout.runtime / 'agent' / 'private' / 'launches')}",
     ]
     return "\n".join(lines) + "\n"
 

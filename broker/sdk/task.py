@@ -57,6 +57,11 @@ class Task:
         return self._state.id
 
     @property
+    def root(self) -> str:
+        """The id of the task at the top of its tree: its own unless it was derived."""
+        return self._state.root or self._state.id
+
+    @property
     def user(self) -> str:
         """On whose behalf it acts."""
         return self._state.user
@@ -89,6 +94,7 @@ class Task:
             issued = await self._issue(
                 tasks_pb2.IssueTokenRequest(
                     task_id=self.id,
+                    spiffe_id=_chosen(self._workload),
                     resource=resource,
                     scope=scope,
                     authorization_details=wanted,
@@ -122,7 +128,9 @@ class Task:
 
     async def complete(self) -> None:
         """End the task now. Ending twice is fine."""
-        request = tasks_pb2.CompleteTaskRequest(task_id=self.id, idempotency_key=f"complete-{self.id}")
+        request = tasks_pb2.CompleteTaskRequest(
+            task_id=self.id, spiffe_id=_chosen(self._workload), idempotency_key=f"complete-{self.id}"
+        )
         self._state = await self._call("CompleteTask", request)
         self._kept.clear()
 
@@ -178,6 +186,7 @@ class TaskBlock:
         self._workload = workload
         self._clock = clock or SystemClock()
         self._request = tasks_pb2.StartTaskRequest(
+            spiffe_id=_chosen(workload),
             user_token=user_token,
             purpose=purpose,
             authorization_details=_json(authorization_details),
@@ -224,6 +233,10 @@ class TaskBlock:
                 code="end_unconfirmed",
                 hint="it ends with this process, or when it expires",
             ) from None
+
+
+def _chosen(workload: "Workload") -> str:
+    return str(workload.chosen or "")
 
 
 def _json(value: object) -> str:

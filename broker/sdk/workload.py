@@ -62,9 +62,10 @@ class JwtSvidToken:
 class Workload:
     """This process, as the node agent attests it. Use :meth:`connect` with ``async with``."""
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, spiffe_id: SpiffeId | None = None) -> None:
         """Prepare; nothing is dialled before ``async with``."""
         self._target = target
+        self.chosen = spiffe_id
         self._identities: tuple[Identity, ...] = ()
         self._bundles = BundleSet.of()
         self._failure: BrokerError | None = None
@@ -73,9 +74,12 @@ class Workload:
         self._streams: asyncio.Task[None] | None = None
 
     @classmethod
-    def connect(cls, address: str | None = None) -> Self:
-        """Name the Workload API: ``address``, or ``SPIFFE_ENDPOINT_SOCKET``."""
-        return cls(socket_target(address))
+    def connect(cls, address: str | None = None, *, spiffe_id: SpiffeId | str = "") -> Self:
+        """Name the Workload API: ``address``, or ``SPIFFE_ENDPOINT_SOCKET``.
+
+        ``spiffe_id`` chooses one of this process's identities: no other is used, for tasks neither.
+        """
+        return cls(socket_target(address), SpiffeId(str(spiffe_id)) if spiffe_id else None)
 
     async def __aenter__(self) -> Self:
         """Open the connection and the streams."""
@@ -248,6 +252,10 @@ class Workload:
         identities = tuple(_identity(svid) for svid in message.svids)
         if not identities:
             raise InvalidSvid("the agent sent no X.509-SVID", code="empty_answer")
+        if self.chosen is not None:
+            identities = tuple(one for one in identities if one.id == self.chosen)
+            if not identities:
+                raise NoIdentity(f"this process does not have the identity {self.chosen}")
 
         def taken() -> None:
             self._identities = identities

@@ -1,0 +1,279 @@
+"""``broker task run`` against a real estate: what the command finds, what ends it, and what is left."""
+
+import asyncio
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
+from cryptography.x509 import load_pem_x509_certificates
+
+from broker.dev.configuration import NODE_ALIAS, Plan
+from broker.dev.estate import Estate as Programs
+from broker.dev.programs import install_program, program_environment
+from broker.dev.stage import _free_port
+from broker.spiffe.jose import b64url_encode, parse_compact
+from tests.integration.test_cli import Estate
+
+pytestmark = pytest.mark.timeout(240)
+SECONDS = 60.0
+ME = "spiffe://dev.test/runner"
+SERVICE = "spiffe://dev.test/service"
+
+CALL = """
+import http.client, json, os, ssl, sys
+names = ["BROKER_TASK_TOKEN_FILE", "BROKER_SVID_FILE", "BROKER_SVID_KEY_FILE", "BROKER_BUNDLE_FILE"]
+files = {name: os.environ[name] for name in names}
+context = ssl.create_default_context(cafile=files["BROKER_BUNDLE_FILE"])
+context.load_cert_chain(files["BROKER_SVID_FILE"], files["BROKER_SVID_KEY_FILE"])
+token = open(files["BROKER_TASK_TOKEN_FILE"]).read()
+line = http.client.HTTPSConnection("localhost", int(sys.argv[1]), context=context, timeout=30)
+line.request("GET", "/tickets/4711", headers={"Authorization": "Bearer " + token})
+answer = line.getresponse()
+print(json.dumps({
+    "status": answer.status, "body": json.loads(answer.read()), "files": files, "task": os.environ["BROKER_TASK_ID"],
+    "modes": {name: os.stat(name).st_mode & 0o7777 for name in [*files.values(), os.path.dirname(files[names[0]])]},
+    "home": os.stat(os.path.dirname(os.path.dirname(files[names[0]]))).st_mode & 0o7777,
+    "leaks": [one for one in [*sys.argv, *os.environ.values()] if token in one],
+}))
+sys.exit(7)
+"""
+WAIT = """
+import os, signal, sys, time
+def told(number, frame):
+    print("told", number, flush=True)
+    if sys.argv[1] == "heed":
+        os._exit(9)
+for number in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, told)
+print(os.environ["BROKER_TASK_ID"], os.path.dirname(os.environ["BROKER_TASK_TOKEN_FILE"]), os.getpid(), flush=True)
+while True:
+    time.sleep(60)
+"""
+
+
+class Runner:
+    """The estate, and command lines of ``broker task run`` in it."""
+
+    def __init__(self, estate: Estate, port: int, directory: Path) -> None:
+        self.estate, self.port, self.directory = estate, port, directory
+        self.resource = f"https://localhost:{port}"
+        token = directory / "user-token"
+        token.write_text(estate.dev("user-token", "alice", "-q").stdout)
+        details = [{"type": "api", "locations": [self.resource], "actions": ["ticket.read"]}]
+        self.options = [
+            "--user-token-file",
+            str(token),
+            "--purpose",
+            "p",
+            "--authorization-details",
+            json.dumps(details),
+        ]
+        self.files = directory / "runtime"
+        self.files.mkdir(mode=0o700)
+        self.environment = {**estate.environment, "XDG_RUNTIME_DIR": str(self.files)}
+
+    def start(self, code: str, *arguments: str, options: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+        script = self.directory / "command.py"
+        script.write_text(code)
+        return self.start_command(sys.executable, "-I", str(script), *arguments, options=options)
+
+    def start_command(self, *command: str, options: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+        own = [] if "--resource" in options else ["--resource", self.resource]
+        return subprocess.Popen(
+            [sys.executable, "-m", "broker.cli.main", "task", "run", *self.options, *own, *options, "--", *command],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=self.environment,
+        )  # fmt: skip
+
+    def ended(self, process: subprocess.Popen[str], code: int) -> tuple[str, str]:
+        out, err = process.communicate(timeout=SECONDS)
+        assert process.returncode == code, (out, err)
+        assert list(self.files.iterdir()) == []  # nothing is left, whatever the end
+        return out, err
+
+    def task(self, task: str) -> dict[str, Any]:
+        return self.estate.json("task", "show", task)
+
+    def waiting(self, how: str, *options: str) -> "Waiting":
+        process = self.start(WAIT, how, options=options)
+        assert process.stdout is not None
+        line = process.stdout.readline().split()
+        assert len(line) == 3, process.communicate(timeout=SECONDS)
+        return Waiting(process, line[0], Path(line[1]), int(line[2]))
+
+
+@dataclass
+class Waiting:
+    """A command that waits: its task, its files, its number."""
+
+    process: subprocess.Popen[str]
+    task: str
+    files: Path
+    pid: int
+
+
+def whole_set(directory: Path) -> str:
+    """Check one set of files; give the thumbprint of its certificate."""
+    leaf, *_ = load_pem_x509_certificates((directory / "svid.pem").read_bytes())
+    key = load_pem_private_key((directory / "svid.key").read_bytes(), None)
+    assert key.public_key() == leaf.public_key()
+    claims = parse_compact((directory / "token").read_text()).payload
+    thumbprint = b64url_encode(hashlib.sha256(leaf.public_bytes(Encoding.DER)).digest())
+    assert claims["cnf"]["x5t#S256"] == thumbprint
+    return thumbprint
+
+
+@pytest.fixture(scope="module")
+def runner() -> Iterator[Runner]:
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        directory, port = Path(name), _free_port()
+        audiences = (f"https://localhost:{port}", "https://other.test")
+        programs = Programs(directory / "e", plan=Plan(audiences=audiences, first_identity_wait="300ms"))
+        service: subprocess.Popen[bytes] | None = None
+        try:
+            asyncio.run(programs.up(lambda _: None))
+            plain = {n: v for n, v in os.environ.items() if not n.startswith(("BROKER_", "SPIFFE_"))}
+            estate = Estate(directory / "e", {**plain, **programs.environment()})
+            program = install_program(directory / "programs", "tickets")
+            mine = Path(sys.executable).resolve()
+            for spiffe_id, path, more in (
+                (ME, mine, ["--may-start-tasks", "--x509-svid-ttl", "12s"]),
+                (SERVICE, program, ["--dns-name", "localhost"]),
+            ):
+                estate.run(
+                    "entry", "create", "--spiffe-id", spiffe_id, "--parent-id", NODE_ALIAS,
+                    "--selector", f"unix:uid:{os.geteuid()}", "--selector", f"unix:path:{path}", *more,
+                )  # fmt: skip
+            issuer = f"https://{estate.environment['BROKER_ADDR']}"
+            service = subprocess.Popen(
+                [program, "-m", "broker.dev.service", "--issuer", issuer, "--audience", f"https://localhost:{port}",
+                 "--port", str(port)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                env={**program_environment(os.environ), **programs.environment()}, cwd="/",
+            )  # fmt: skip
+            assert service.stdout is not None and "error" not in json.loads(service.stdout.readline())
+            yield Runner(estate, port, directory)
+        finally:
+            if service is not None:
+                service.communicate(timeout=SECONDS)
+            programs.down()
+
+
+def test_a_command_calls_the_service(runner: Runner) -> None:
+    out, err = runner.ended(runner.start(CALL, str(runner.port)), 7)
+    told = json.loads(out)
+    assert (told["status"], told["body"]["user"], told["body"]["agent"]) == (200, "alice", ME)
+    assert told["body"]["task"] == told["task"]
+    *files, home = told["modes"].values()
+    assert set(files) == {0o600} and (home, told["home"]) == (0o700, 0o700)
+    assert told["leaks"] == []
+    assert "error" not in err
+    assert runner.task(told["task"])["state"] == "completed"
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl: apt-get install curl")
+def test_the_how_to_is_true(runner: Runner) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs/how-to/plain-programs.md").read_text()
+    (text,) = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
+    program = runner.directory / "report.sh"
+    program.write_text(
+        text.replace("https://tickets.example.org", runner.resource).replace("curl ", "curl --silent --show-error ")
+    )
+    out, err = runner.ended(runner.start_command("/bin/sh", str(program)), 0)
+    assert json.loads(out)["agent"] == ME, err
+
+
+def test_a_signal_is_passed_on(runner: Runner) -> None:
+    waiting = runner.waiting("heed")
+    waiting.process.send_signal(signal.SIGUSR1)
+    out, _ = runner.ended(waiting.process, 9)
+    assert out == f"told {signal.SIGUSR1.value}\n"
+    assert runner.task(waiting.task)["state"] == "completed"
+
+
+def test_a_signal_that_ends_the_command_is_in_the_exit_code(runner: Runner) -> None:
+    waiting = runner.waiting("heed")
+    os.kill(waiting.pid, signal.SIGKILL)
+    runner.ended(waiting.process, 128 + signal.SIGKILL)
+
+
+def test_the_end_of_the_task_ends_the_command(runner: Runner) -> None:
+    waiting = runner.waiting("heed")
+    runner.estate.run("task", "revoke", waiting.task)
+    out, err = runner.ended(waiting.process, 4)
+    assert out == f"told {signal.SIGTERM.value}\n"
+    assert "the task has ended" in err
+
+
+def test_a_command_that_does_not_heed_is_killed(runner: Runner) -> None:
+    waiting = runner.waiting("ignore", "--grace", "1s")
+    runner.estate.run("task", "revoke", waiting.task)
+    out, _ = runner.ended(waiting.process, 4)
+    assert out == f"told {signal.SIGTERM.value}\n"
+    assert not Path(f"/proc/{waiting.pid}").exists()
+
+
+def test_the_end_of_its_time_ends_the_command(runner: Runner) -> None:
+    waiting = runner.waiting("heed", "--ttl", "5s")
+    _, err = runner.ended(waiting.process, 4)
+    assert "the task has" in err
+
+
+def test_a_new_certificate_comes_with_a_new_token(runner: Runner) -> None:
+    """Its life is 12 s here, so it rotates after some 6; whatever set is looked at belongs together."""
+    waiting = runner.waiting("heed")
+    seen = set()
+    deadline = time.monotonic() + SECONDS
+    while len(seen) < 2:
+        seen.add(whole_set((waiting.files).resolve()))
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert len([one for one in waiting.files.parent.iterdir() if one.name.isdigit()]) <= 2
+    os.kill(waiting.pid, signal.SIGTERM)
+    runner.ended(waiting.process, 9)
+
+
+def test_what_a_killed_one_left_is_removed_by_the_next(runner: Runner) -> None:
+    waiting = runner.waiting("heed")
+    waiting.process.kill()
+    waiting.process.wait(SECONDS)
+    assert waiting.files.parent.is_dir()
+    deadline = time.monotonic() + SECONDS
+    while runner.task(waiting.task)["state"] == "active":  # attached: it ended with the process
+        assert time.monotonic() < deadline
+    os.kill(waiting.pid, signal.SIGKILL)
+    waiting.process.communicate(timeout=SECONDS)
+    runner.ended(runner.start_command("/bin/true"), 0)
+
+
+@pytest.mark.parametrize("options", [("--resource", "https://other.test"), ("--spiffe-id", f"{ME}/else")])
+def test_what_is_refused_runs_nothing(runner: Runner, options: tuple[str, ...]) -> None:
+    out, err = runner.ended(runner.start("print('it ran')", options=options), 4)
+    assert out == "" and "error:" in err
+
+
+def test_the_chosen_identity_is_used(runner: Runner) -> None:
+    out, _ = runner.ended(runner.start(CALL, str(runner.port), options=("--spiffe-id", ME)), 7)
+    assert json.loads(out)["body"]["agent"] == ME
+
+
+def test_a_command_that_is_none(runner: Runner) -> None:
+    _, err = runner.ended(runner.start_command("/nonexistent"), 2)
+    assert "/nonexistent cannot be run" in err
+
+
+def test_dry_run(runner: Runner) -> None:
+    out, err = runner.ended(runner.start_command("/bin/false", options=("--dry-run",)), 0)
+    assert "nothing was sent" in err and "p" in out
