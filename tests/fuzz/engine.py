@@ -28,7 +28,7 @@ def instrumented(module: str) -> AbstractContextManager[object]:
     return atheris.instrument_imports(include=["broker"])
 
 
-def run(name: str, target: Target, seeds: Sequence[bytes]) -> None:
+def run(name: str, target: Target, seeds: Sequence[bytes], hooks: Sequence[str] = ("RegEx", "str")) -> None:
     """Fuzz until told to stop; libFuzzer's options stand on the command line. Does not return."""
     import atheris  # noqa: PLC0415
 
@@ -36,7 +36,7 @@ def run(name: str, target: Target, seeds: Sequence[bytes]) -> None:
     corpus.mkdir(parents=True, exist_ok=True)
     for number, seed in enumerate(seeds):
         (corpus / f"seed-{number}").write_bytes(seed)
-    for hook in ("RegEx", "str"):
+    for hook in hooks:
         atheris.enabled_hooks.add(hook)
     options = (f"-artifact_prefix={WORK}/{name}-", f"-max_len={MAX_INPUT}", str(corpus))
     atheris.Setup([*sys.argv, *options], target)
