@@ -4,8 +4,6 @@ The server asks with a fresh nonce, the node adds its own and signs SHA-256 of b
 not known here. Messages are read strictly: one copy of each member, one form of each value.
 """
 
-import base64
-import binascii
 import hashlib
 import json
 import secrets
@@ -18,17 +16,15 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.hazmat.primitives.asymmetric.utils import Prehashed, decode_dss_signature, encode_dss_signature
 
+from broker.attestation.base64_json import members, octets, read, text
 from broker.errors import InvalidJson, NotAttested
-from broker.spiffe.strictjson import JsonValue, loads
+from broker.spiffe.strictjson import JsonValue
 
 NONCE: Final = 32
 """Bytes of a nonce, as in SPIRE."""
-MAX_MESSAGE: Final = 64 * 1024
-"""Bytes of evidence, challenge or response: what the server takes of any attestor."""
 MAX_INTEGER: Final = 66
 """Bytes of an ECDSA signature's r and s: P-521 is the largest curve."""
 
-_DEPTH: Final = 4  # of the JSON; it needs two
 _DIGEST: Final = Prehashed(hashes.SHA256())
 _MGF: Final = padding.MGF1(hashes.SHA256())
 _CHAIN, _RSA, _ECDSA = "certificates", "rsa_signature", "ecdsa_signature"
@@ -68,11 +64,11 @@ class Challenge:
     def _check_rsa(self, key: rsa.RSAPublicKey, proof: Mapping[str, JsonValue]) -> None:
         digest = _combined(self.nonce, _nonce(proof))
         # Go's default salt is as long as fits, ours as the digest: the signature itself says which.
-        key.verify(_octets(proof["signature"]), digest, padding.PSS(_MGF, padding.PSS.AUTO), _DIGEST)
+        key.verify(octets(proof["signature"]), digest, padding.PSS(_MGF, padding.PSS.AUTO), _DIGEST)
 
     def _check_ecdsa(self, key: ec.EllipticCurvePublicKey, proof: Mapping[str, JsonValue]) -> None:
         digest = _combined(self.nonce, _nonce(proof))
-        r, s = (int.from_bytes(_octets(proof[name], MAX_INTEGER)) for name in ("r", "s"))
+        r, s = (int.from_bytes(octets(proof[name], MAX_INTEGER)) for name in ("r", "s"))
         key.verify(encode_dss_signature(r, s), digest, ec.ECDSA(_DIGEST))
 
 
@@ -93,17 +89,17 @@ def answer(key: PrivateKey, challenge: bytes) -> bytes:
 
 def chain_message(chain: Sequence[bytes]) -> bytes:
     """Write the evidence: the chain, leaf first, in DER."""
-    return json.dumps({_CHAIN: [_text(der) for der in chain]}).encode()
+    return json.dumps({_CHAIN: [text(der) for der in chain]}).encode()
 
 
 def read_chain(payload: bytes, most: int) -> tuple[bytes, ...]:
     """Read the evidence, decoding no certificate if there are too many; raises NotAttested."""
     try:
-        value = loads(payload, max_bytes=MAX_MESSAGE, max_depth=_DEPTH)
-        texts = _object(value, _CHAIN)[_CHAIN]
+        value = read(payload)
+        texts = members(value, _CHAIN)[_CHAIN]
         count = len(texts) if isinstance(texts, list) else 0
         if isinstance(texts, list) and 1 <= count <= most:
-            return tuple(_octets(text) for text in texts)
+            return tuple(octets(one) for one in texts)
     except InvalidJson as error:
         raise NotAttested(f"the evidence: {error.message}", code="evidence_malformed") from None
     if count:
@@ -113,39 +109,20 @@ def read_chain(payload: bytes, most: int) -> tuple[bytes, ...]:
 
 def _message(kind: str, content: Mapping[str, bytes]) -> bytes:
     empty: dict[str, object] = {_RSA: None, _ECDSA: None}
-    return json.dumps(empty | {kind: {name: _text(octets) for name, octets in content.items()}}).encode()
+    return json.dumps(empty | {kind: {name: text(value) for name, value in content.items()}}).encode()
 
 
 def _chosen(message: bytes, kind: str, *names: str) -> Mapping[str, JsonValue]:
     """Read a challenge or response of this kind and of no other; raises InvalidJson."""
-    value = loads(message, max_bytes=MAX_MESSAGE, max_depth=_DEPTH)
+    value = read(message)
     if isinstance(value, dict):
         # Go writes the kind that it does not use as null.
         value = {name: one for name, one in value.items() if one is not None}
-    return _object(_object(value, kind)[kind], *names)
-
-
-def _object(value: JsonValue, *names: str) -> Mapping[str, JsonValue]:
-    # Exactly these: Go folds the case of names, so that a second copy could mean something else elsewhere.
-    if not isinstance(value, dict) or value.keys() != set(names):
-        raise InvalidJson(f"it is not an object of {', '.join(names)}")
-    return value
-
-
-def _octets(value: JsonValue, limit: int = MAX_MESSAGE) -> bytes:
-    if not isinstance(value, str):
-        raise InvalidJson("a value is not base64 text")
-    try:
-        octets = base64.b64decode(value, validate=True)
-    except (binascii.Error, ValueError):
-        raise InvalidJson("a value is not base64 text") from None
-    if len(octets) > limit or _text(octets) != value:
-        raise InvalidJson("a value is too long, or not in its one base64 form")
-    return octets
+    return members(members(value, kind)[kind], *names)
 
 
 def _nonce(content: Mapping[str, JsonValue]) -> bytes:
-    nonce = _octets(content["nonce"])
+    nonce = octets(content["nonce"])
     if len(nonce) != NONCE:
         raise InvalidJson(f"a nonce does not have {NONCE} bytes")
     return nonce
@@ -153,7 +130,3 @@ def _nonce(content: Mapping[str, JsonValue]) -> bytes:
 
 def _combined(challenge: bytes, response: bytes) -> bytes:
     return hashlib.sha256(challenge + response).digest()
-
-
-def _text(octets: bytes) -> str:
-    return base64.b64encode(octets).decode()
