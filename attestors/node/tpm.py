@@ -27,10 +27,10 @@ from broker.attestation.base64_json import members, octets, read, text
 from broker.attestation.contract import AttestedNode, AttestorFailed, ChallengeWith, Evidence
 from broker.attestation.reads import BlockingReads
 from broker.attestation.tpm_credential import SECRET, EndorsementKey, make_credential
-from broker.attestation.tpm_device import Kind, TpmDevice
+from broker.attestation.tpm_device import Kind, Tpm, TpmDevice
 from broker.attestation.tpm_public import MAX_PUBLIC, AttestationKey, read_attestation_key
 from broker.clock import Clock, SystemClock
-from broker.errors import InvalidJson, InvalidSelector, InvalidSvid, Misconfigured, NotAttested
+from broker.errors import InvalidJson, InvalidSelector, InvalidSvid, Misconfigured, NotAttested, Unavailable
 from broker.spiffe import Selector, certificates
 from broker.spiffe.certificates import Facts
 from broker.spiffe.chains import TrustAnchors, find_path
@@ -92,10 +92,10 @@ class TpmAgent:
     name: ClassVar[str] = NAME
     settings: ClassVar[type[BaseModel]] = TpmSettings
 
-    def __init__(self, settings: TpmSettings) -> None:
+    def __init__(self, settings: TpmSettings, tpm: Tpm | None = None) -> None:
         """Load the TPM's library; raises Misconfigured where it is missing."""
         self._settings = settings
-        self._device = TpmDevice(settings.tcti, settings.ek)
+        self._tpm: Tpm = tpm or TpmDevice(settings.tcti, settings.ek)
         self._reads = BlockingReads()
         self._asked = False
 
@@ -115,7 +115,7 @@ class TpmAgent:
             blob, seed = (octets(content[name], MAX_CREDENTIAL) for name in (_BLOB, _SEED))
         except InvalidJson as error:
             raise AttestorFailed(f"the server's challenge: {error.message}") from None
-        return _message({_SECRET: await self._in_time(lambda: self._device.activate(blob, seed))})
+        return _message({_SECRET: await self._in_time(lambda: self._tpm.activate(blob, seed))})
 
     async def _in_time(self, work: Callable[[], T]) -> T:
         try:
@@ -125,7 +125,7 @@ class TpmAgent:
             raise AttestorFailed("the TPM did not answer in time", code="tpm_timeout") from None
 
     def _evidence(self) -> Mapping[str, bytes]:
-        keys = self._device.keys()
+        keys = self._tpm.keys()
         path = self._settings.ek_certificate_path
         certificate = keys.ek_certificate if path is None else _certificate(path)
         if certificate is None:
@@ -178,7 +178,7 @@ class TpmServer:
             raise Misconfigured(f"hash_path {settings.hash_path} is no directory")
 
     async def verify(self, evidence: Evidence, challenge_with: ChallengeWith) -> AttestedNode:
-        """Judge the keys, then have the TPM open a credential; raises ``NotAttested``."""
+        """Judge the keys, then have the TPM open a credential; raises ``NotAttested``, or ``Unavailable`` for ``hash_path``."""
         known = await asyncio.to_thread(self._judge, evidence.payload)
         # NOTE(security): made here and kept nowhere, so it is this attestation's alone.
         secret = secrets.token_bytes(SECRET)
@@ -201,14 +201,18 @@ class TpmServer:
         if enough((listed, authority is not None)):
             return _Known(claim, pub_hash, authority)
         hint = f"its hash is {pub_hash}"
-        if refusal is not None and (listed or self._settings.ca_path is not None):
+        if refusal is not None:
             code = f"ek_certificate_{refusal.reason.removeprefix('svid_')}"
             raise NotAttested(f"the endorsement key's certificate: {refusal.message}", code=code, hint=hint)
         raise NotAttested("the TPM is not listed in hash_path", code="ek_not_listed", hint=hint)
 
     def _listed(self, pub_hash: str) -> bool:
         # Looked up each time: a new node needs no restart, and one that was struck off is out.
-        return self._settings.hash_path is not None and (self._settings.hash_path / pub_hash).is_file()
+        path = self._settings.hash_path
+        try:
+            return path is not None and (path / pub_hash).is_file()
+        except OSError as error:
+            raise Unavailable(f"hash_path cannot be read: {error.strerror}") from None
 
     def _vouching(self, claim: _Claim) -> x509.Certificate | None:
         if self._settings.ca_path is None:

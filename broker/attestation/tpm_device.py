@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final, Literal, NamedTuple, TypeAlias
+from typing import Any, Final, Literal, NamedTuple, Protocol, TypeAlias
 
 from broker.attestation.contract import AttestorFailed
 from broker.errors import Misconfigured
@@ -50,6 +50,18 @@ class TpmKeys:
     """As the TPM keeps it, DER; None where it has none."""
     ak_public: bytes
     """TPM2B_PUBLIC."""
+
+
+class Tpm(Protocol):
+    """What an attesting node asks of its TPM."""
+
+    def keys(self) -> TpmKeys:
+        """Give its public keys; raises AttestorFailed."""
+        ...
+
+    def activate(self, blob: bytes, encrypted_seed: bytes) -> bytes:
+        """Open a credential that was made for these keys; raises AttestorFailed."""
+        ...
 
 
 class TpmDevice:
@@ -149,11 +161,22 @@ class TpmDevice:
         if self._exists(tpm, self._place.handle):
             handle = tpm.tr_from_tpmpublic(self._place.handle)
             public = tpm.read_public(handle)[0]
-            if _same_kind(public.publicArea, template.publicArea):
+            if self._same_kind(public.publicArea, template.publicArea):
                 yield handle, public
                 return
         with self._primary(tpm, template) as made:
             yield made
+
+    def _same_kind(self, one: Any, other: Any) -> bool:
+        """Tell whether a key at the usual handle is what the template would make, so that it need not be made."""
+        if (one.type, one.nameAlg, one.objectAttributes) != (other.type, other.nameAlg, other.objectAttributes):
+            return False
+        ours, theirs = one.parameters, other.parameters
+        if ours.asymDetail.symmetric.keyBits.sym != theirs.asymDetail.symmetric.keyBits.sym:
+            return False
+        if one.type == self._tss.TPM2_ALG.RSA:
+            return bool(ours.rsaDetail.keyBits == theirs.rsaDetail.keyBits)
+        return bool(ours.eccDetail.curveID == theirs.eccDetail.curveID)
 
     @contextmanager
     def _attestation_key(self, tpm: Any) -> Iterator[tuple[Any, Any]]:
@@ -186,17 +209,6 @@ class TpmDevice:
             yield session
         finally:
             tpm.flush_context(session)
-
-
-def _same_kind(one: Any, other: Any) -> bool:
-    """Tell whether a key at the usual handle is what the template would make, so that it need not be made."""
-    return bool(
-        one.type == other.type
-        and one.nameAlg == other.nameAlg
-        and one.objectAttributes == other.objectAttributes
-        and one.parameters.asymDetail.symmetric.keyBits.sym == other.parameters.asymDetail.symmetric.keyBits.sym
-        and one.authPolicy == other.authPolicy
-    )
 
 
 def _trimmed(certificate: bytes) -> bytes:
