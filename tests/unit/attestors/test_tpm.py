@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_der_public_key
 from cryptography.x509.oid import ExtendedKeyUsageOID
 from pydantic import ValidationError
 
@@ -315,6 +315,15 @@ async def test_sizes_and_forms(server) -> None:
         of(SoftwareTpm(KEY), ek_public=one.certificate),
     ):
         assert await refused(judge, spoiled) == "evidence_malformed"
+
+
+@pytest.mark.bears("I10")
+async def test_a_bare_key_has_one_form(server) -> None:
+    point = ECC_KEY.public_key().public_bytes(Encoding.X962, PublicFormat.CompressedPoint)
+    head = bytes.fromhex("3039301306072a8648ce3d020106082a8648ce3d030107032200")
+    assert load_der_public_key(head + point) == ECC_KEY.public_key()
+    judge = server(listed=(SoftwareTpm(ECC_KEY).pub_hash,))
+    assert await refused(judge, of(SoftwareTpm(ECC_KEY), ek_public=head + point)) == "evidence_malformed"
 
 
 async def test_an_attestation_key_that_is_none(server) -> None:
