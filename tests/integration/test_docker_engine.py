@@ -159,7 +159,7 @@ async def test_an_image_cannot_name_itself(engine) -> None:
     spoofed = {"docker:label:app:payments", "docker:env:ROLE=payments"}
     assert not spoofed & await engine.selectors(spoofing)
     # What SPIRE would give:
-    assert spoofed <= await engine.selectors(spoofing, ignore_image_labels=False, ignore_image_env=False)
+    assert spoofed <= await engine.selectors(spoofing, require_runtime_label=False, require_runtime_env=False)
 
 
 async def test_a_command_run_in_the_container_by_another_user(engine) -> None:
