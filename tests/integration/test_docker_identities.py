@@ -5,7 +5,6 @@ The agent's public directory is mounted into the containers; a real client in th
 
 import asyncio
 import json
-import shutil
 import socket
 import subprocess
 import sys
@@ -17,55 +16,28 @@ from pathlib import Path
 import grpc.aio
 import pytest
 
-from broker._proto.broker.server.v1 import entries_pb2
 from broker._proto.spiffe import workload_pb2
-from broker._proto.spire.api.types import entry_pb2, selector_pb2
-from broker.client import Entries, dial_socket
-from broker.client.calls import spiffe_id_message
-from broker.dev.configuration import NODE_ALIAS, TRUST_DOMAIN, Plan
 from broker.dev.estate import Estate
 from broker.sdk.endpoint import SECURITY_HEADER
-from broker.spiffe import SpiffeId
 from tests.fakes.workload_client import PATH
 from tests.integration.docker_engine import PROGRAM, Counting, Engine
+from tests.integration.docker_node import CLIENT, Node, node_with_docker
 
 pytestmark = [
     pytest.mark.root("a Docker Engine and a node agent that may read every process"),
     pytest.mark.timeout(180),
 ]
 
-CLIENT = "tests.fakes.workload_client"
 SOCKET = "/run/broker/api.sock"
 DENIED = {"error": "PERMISSION_DENIED", "said": "no identity issued"}
 
 
-class Node:
-    """An estate whose agent asks the engine through a socket that counts, and containers that see the agent's."""
+class Docked(Node):
+    """A node whose agent asks the engine through a socket that counts, and containers that see the agent's socket."""
 
     def __init__(self, estate: Estate, engine: Engine, counting: Counting, exchange: Path) -> None:
-        self.estate, self.engine, self.counting, self.exchange = estate, engine, counting, exchange
-
-    @property
-    def socket(self) -> Path:
-        return self.estate.layout.agent_socket
-
-    async def register(self, path: str, *selectors: str) -> str:
-        """Register an entry; give the identity."""
-        identity = f"spiffe://{TRUST_DOMAIN}{path}"
-        channel = dial_socket(self.estate.layout.server_socket)
-        try:
-            entry = entry_pb2.Entry(
-                spiffe_id=spiffe_id_message(SpiffeId(identity)),
-                parent_id=spiffe_id_message(SpiffeId(NODE_ALIAS)),
-                selectors=[
-                    selector_pb2.Selector(type=kind, value=value)
-                    for kind, _, value in (one.partition(":") for one in selectors)
-                ],
-            )
-            await Entries(channel).create(entries_pb2.RegisteredEntry(entry=entry))
-        finally:
-            await channel.close()
-        return identity
+        super().__init__(estate)
+        self.engine, self.counting, self.exchange = engine, counting, exchange
 
     def start(self, *options: str, image: str = "probe:1") -> str:
         """Start a container with the agent's socket in it."""
@@ -153,19 +125,14 @@ async def _ends(connection: HandedOut, stream: grpc.aio.UnaryStreamCall) -> None
 
 
 @pytest.fixture(scope="module")
-def node(engine) -> Iterator[Node]:
-    directory = Path(tempfile.mkdtemp(dir="/tmp"))
+def node(engine) -> Iterator[Docked]:
     counting = Counting(engine)
-    docker = {"docker_socket_path": f"unix://{counting.socket}", "podman_socket_path": ""}
-    estate = Estate(directory / "e", plan=Plan(first_identity_wait="300ms", workload_attestors={"docker": docker}))
-    try:
-        with counting.serving():
-            asyncio.run(estate.up(lambda line: None))
-            (directory / "x").mkdir()
-            yield Node(estate, engine, counting, directory / "x")
-    finally:
-        estate.down()
-        shutil.rmtree(directory)
+    with (
+        tempfile.TemporaryDirectory(dir="/tmp") as exchange,
+        counting.serving(),
+        node_with_docker(counting.socket) as running,
+    ):
+        yield Docked(running.estate, engine, counting, Path(exchange))
 
 
 @pytest.mark.bears("A18")
