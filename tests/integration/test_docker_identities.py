@@ -78,31 +78,46 @@ Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 class HandedOut:
-    """A connection to the agent that belongs to another process, and a gRPC channel over it."""
+    """A connection to the agent that belongs to another process, and a gRPC channel over it, which connects once."""
 
-    def __init__(self, agent: Streams) -> None:
-        self._agent = agent
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self._channel = channel
         self.is_closed = asyncio.Event()  # by the agent
 
     @classmethod
     @asynccontextmanager
     async def over(cls, connection: socket.socket, relay: Path) -> AsyncIterator["HandedOut"]:
-        it = cls(await asyncio.open_unix_connection(sock=connection))
         options = (("grpc.enable_retries", 0), ("grpc.use_local_subchannel_pool", 1))
-        async with (
-            await asyncio.start_unix_server(it._join, relay),
-            grpc.aio.insecure_channel(f"unix:{relay}", options=options) as it._channel,
-        ):
-            yield it
-        it._agent[1].close()
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind(str(relay))
+            listening.listen(1)
+            listening.setblocking(False)
+            async with grpc.aio.insecure_channel(f"unix:{relay}", options=options) as channel:
+                it = cls(channel)
+                joined = asyncio.create_task(it._join(connection, listening))
+                yield it
+            joined.cancel()
+            await asyncio.wait([joined])
 
     def stream(self) -> grpc.aio.UnaryStreamCall:
         call = self._channel.unary_stream(PATH, response_deserializer=workload_pb2.X509SVIDResponse.FromString)
         return call(b"", metadata=SECURITY_HEADER)
 
-    async def _join(self, *ours: asyncio.StreamReader | asyncio.StreamWriter) -> None:
-        await asyncio.gather(_pump(ours[0], self._agent[1]), _pump(self._agent[0], ours[1]))
-        self.is_closed.set()
+    async def _join(self, connection: socket.socket, listening: socket.socket) -> None:
+        accepted, _ = await asyncio.get_running_loop().sock_accept(listening)
+        listening.close()
+        (from_client, to_client), (from_agent, to_agent) = [
+            await asyncio.open_unix_connection(sock=one) for one in (accepted, connection)
+        ]
+        onward = asyncio.create_task(_pump(from_client, to_agent))
+        try:
+            await _pump(from_agent, to_client)
+            self.is_closed.set()
+        finally:
+            onward.cancel()
+            for one in (to_client, to_agent):
+                one.close()
+            await asyncio.gather(onward, to_client.wait_closed(), to_agent.wait_closed(), return_exceptions=True)
 
 
 async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -110,7 +125,6 @@ async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
         while data := await reader.read(1 << 16):
             writer.write(data)
             await writer.drain()
-    writer.close()
 
 
 async def _ends(connection: HandedOut, stream: grpc.aio.UnaryStreamCall) -> None:
