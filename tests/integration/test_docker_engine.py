@@ -6,7 +6,7 @@ import pytest
 
 from broker.attestation.contract import AttestorFailed
 from tests.integration.control_groups import tops
-from tests.integration.docker_engine import held, until
+from tests.integration.docker_engine import IMAGE, PROGRAM, held, until
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(180)]
 
@@ -96,3 +96,39 @@ async def test_hierarchies_that_name_two_containers_are_refused(engine, forge) -
 async def test_a_control_group_made_inside_by_root_is_the_containers(engine, forge) -> None:
     container = engine.run("--label", "app=orders")
     assert "docker:label:app:orders" in await engine.selectors(forge(f"/docker/{container}/init.scope"))
+
+
+async def test_what_changes_on_a_running_container_changes_no_selector(engine) -> None:
+    container = engine.run("--label", "app=orders")
+    before = await engine.selectors(engine.pid(container))
+    engine("rename", container, "renamed")
+    engine("update", "--restart", "always", container)
+    engine("tag", IMAGE, "other:1")
+    assert await engine.selectors(engine.pid(container)) == before
+
+
+ATTEST = """
+import asyncio, json, os, sys
+from attestors.workload.docker import DockerAttestor, DockerSettings
+from broker.attestation.process import Process
+pid = int(sys.argv[1])
+owner = os.stat(f"/proc/{pid}")
+process = Process.open(pid=pid, uid=owner.st_uid, gid=owner.st_gid, pidfd=os.pidfd_open(pid))
+try:
+    print(*sorted(map(str, asyncio.run(DockerAttestor(DockerSettings()).attest(process)))))
+except Exception as error:
+    print(error.reason)
+"""
+AS_THE_PAGE_SAYS = ("--pid=host", "--cap-add", "SYS_PTRACE", "-v", "/sys/fs/cgroup:/sys/fs/cgroup:ro")
+
+
+@pytest.mark.parametrize("namespace", ["host", "private"])
+def test_an_agent_in_a_container(engine, namespace: str) -> None:
+    mount = ("-v", f"{engine.socket}:/var/run/docker.sock")
+    agent = engine.program(f"--cgroupns={namespace}", *AS_THE_PAGE_SAYS, *mount)
+    orders = str(engine.pid(engine.run("--label", "app=orders")))
+    told = engine("exec", agent, PROGRAM, "-c", ATTEST, orders)
+    if namespace == "private":
+        assert told == "cgroup_namespace"
+    else:
+        assert told == f"docker:image_config_digest:{engine.digest()} docker:image_id:{IMAGE} docker:label:app:orders"
