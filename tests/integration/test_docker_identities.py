@@ -18,6 +18,7 @@ import pytest
 
 from broker._proto.spiffe import workload_pb2
 from broker.dev.estate import Estate
+from broker.dev.processes import end
 from broker.sdk.endpoint import SECURITY_HEADER
 from tests.fakes.workload_client import PATH
 from tests.integration.docker_engine import PROGRAM, Counting, Engine
@@ -149,7 +150,7 @@ def node(engine) -> Iterator[Docked]:
         yield Docked(running.estate, engine, counting, Path(exchange))
 
 
-@pytest.mark.bears("A18")
+@pytest.mark.bears("A01", "A13")
 async def test_each_container_gets_its_own_identity_and_a_third_none(node) -> None:
     orders = await node.register("/one/orders", "docker:label:one:orders")
     billing = await node.register("/one/billing", "docker:label:one:billing")
@@ -176,6 +177,7 @@ async def test_an_image_that_carries_the_label_is_not_given_its_identity(node) -
     assert node.fetch(node.start("--label", "app=payments", image="plain:1")) == {"ids": [payments]}
 
 
+@pytest.mark.bears("A09", "A10")
 async def test_a_container_replaced_by_one_of_the_same_name(node) -> None:
     old = await node.register("/three/old", "docker:label:three:old")
     new = await node.register("/three/new", "docker:label:three:new")
@@ -190,7 +192,7 @@ async def test_a_container_replaced_by_one_of_the_same_name(node) -> None:
         assert [node.fetch("three") for _ in range(2)] == [{"ids": [new]}] * 2
 
 
-@pytest.mark.bears("A10", "A12")
+@pytest.mark.bears("A09", "A10")
 async def test_a_stopped_container_loses_its_stream_and_leaves_nothing(node) -> None:
     mine = await node.register("/four", "docker:label:four:yes")
     container = node.start("--label", "four=yes")
@@ -251,6 +253,16 @@ async def test_the_engine_is_asked_once_for_a_process(node) -> None:
     told = [json.loads(line) for line in node.engine(*command, input=b"{}\n" * 5).splitlines()]
     assert [one["ids"] for one in told] == [[mine]] * 5
     assert node.counting.about(container) == 2
+
+
+async def test_a_container_finds_the_socket_of_an_agent_that_was_started_again(node) -> None:
+    mine = await node.register("/nine", "docker:label:nine:yes")
+    container = node.start("--label", "nine=yes")
+    assert node.fetch(container) == {"ids": [mine]}
+    await asyncio.to_thread(end, node.estate.require_record().parts["agent"])
+    node.estate._children["agent"].wait()
+    await node.estate.up(lambda line: None)
+    assert node.fetch(container) == {"ids": [mine]}
 
 
 def _ids(message: workload_pb2.X509SVIDResponse) -> list[str]:
