@@ -38,6 +38,14 @@ def until(done: Callable[[], object], what: str) -> object:
     return found
 
 
+def runs_its_command(pid: int) -> bool:
+    """Say whether it is busybox by now: at first each process of a container is the runtime's own program."""
+    try:
+        return os.readlink(f"/proc/{pid}/exe") == "/bin/busybox"
+    except FileNotFoundError:
+        return False
+
+
 class Engine:
     """The engine, with one image whose label and variable try to pass for somebody else's."""
 
@@ -69,7 +77,9 @@ class Engine:
         return found
 
     def pid(self, container: str) -> int:
-        return self.inspect(container)["State"]["Pid"]
+        pid: int = self.inspect(container)["State"]["Pid"]
+        until(lambda: runs_its_command(pid), "the container's command does not start")
+        return pid
 
     def digest(self, image: str = IMAGE) -> str:
         return json.loads(self("image", "inspect", image))[0]["Id"]

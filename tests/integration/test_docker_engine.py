@@ -6,7 +6,7 @@ import pytest
 
 from broker.attestation.contract import AttestorFailed
 from tests.integration.control_groups import tops
-from tests.integration.docker_engine import IMAGE, PROGRAM, held, until
+from tests.integration.docker_engine import IMAGE, PROGRAM, held, runs_its_command, until
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(180)]
 
@@ -38,9 +38,10 @@ async def test_a_command_run_in_the_container_by_another_user(engine) -> None:
 
     def second() -> int:
         pids = [int(pid) for pid in (tops()[0] / "docker" / container / "cgroup.procs").read_text().split()]
-        return next((pid for pid in pids if pid != first and os.stat(f"/proc/{pid}").st_uid == 1234), 0)
+        return next((pid for pid in pids if pid != first and runs_its_command(pid)), 0)
 
     pid = until(second, "docker exec starts nothing")
+    assert os.stat(f"/proc/{pid}").st_uid == 1234
     assert await engine.selectors(pid) == await engine.selectors(first)
 
 
