@@ -10,9 +10,10 @@ import asyncio
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
-from typing import ClassVar, Literal, TypeVar
+from enum import StrEnum
+from typing import Annotated, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -34,6 +35,18 @@ MAX_IMAGES = 64  # remembered images, of at most MAX_ANSWER each and usually of 
 _DIGEST = re.compile(r"(?:sha256:)?([0-9a-f]{64})")
 _SOCKET = re.compile(r"unix://(/[^\x00]+)")
 M = TypeVar("M", bound=BaseModel)
+
+
+class Kind(StrEnum):
+    """What a selector tells of a container; the first part of its value."""
+
+    LABEL = "label"
+    ENV = "env"
+    IMAGE_ID = "image_id"
+    IMAGE_CONFIG_DIGEST = "image_config_digest"
+
+
+_Prefix = Annotated[str, Field(min_length=1)]  # the empty one would be every label's
 
 
 class DockerSettings(BaseModel):
@@ -65,11 +78,20 @@ class DockerSettings(BaseModel):
     use_new_container_locator: Literal[True] = Field(
         default=True, description="For SPIRE's configurations; there is no other locator."
     )
-    ignore_image_labels: bool = Field(
-        default=True, description="Labels that the image carries with the same value give no selector."
+    require_runtime_label: bool = Field(
+        default=True, description="A label counts only as given at run time: the image's own with that value does not."
     )
-    ignore_image_env: bool = Field(
-        default=True, description="Environment variables that the image carries with the same value give no selector."
+    require_runtime_env: bool = Field(
+        default=True,
+        description="A variable counts only as given at run time: the image's own with that value does not.",
+    )
+    trusted_label_prefixes: tuple[_Prefix, ...] | None = Field(
+        default=None, description="Only labels whose key begins with one of these count; unset: every label."
+    )
+    trusted_kinds: frozenset[Kind] = Field(
+        default=frozenset(Kind),
+        min_length=1,
+        description="Kinds of selectors that are given: label, env, image_id, image_config_digest.",
     )
 
     @field_validator("docker_socket_path", "podman_socket_path")
@@ -129,19 +151,31 @@ class _Image(BaseModel):
     config: _Declared | None = Field(default=None, alias="Config")
 
 
+def _docs(settings: DockerSettings) -> Iterator[SelectorDoc]:
+    """Say what is given under these settings, and who stands behind it."""
+    # NOTE(security): with a user's own Podman that user may answer anything, under the same names as everybody else's.
+    runtime = Strength.SELF_DECLARED if settings.use_rootless_podman else Strength.RUNTIME
+    label = runtime if settings.require_runtime_label else Strength.SELF_DECLARED
+    env = runtime if settings.require_runtime_env else Strength.SELF_DECLARED
+    for kind, form, meaning, strength in (
+        (Kind.LABEL, "<key>:<value>", "a label set when the container was made", label),
+        (Kind.ENV, "<NAME=value>", "a variable set when the container was made", env),
+        (Kind.IMAGE_ID, "<name>", "the image's name as given to the runtime", runtime),
+        (Kind.IMAGE_CONFIG_DIGEST, "<sha256:hex>", "the image by its content", runtime),
+    ):
+        if kind in settings.trusted_kinds:
+            yield SelectorDoc(f"{NAME}:{kind}:{form}", meaning, strength)
+
+
 class DockerAttestor:
     """See the module; ``DockerSettings`` are its settings."""
 
     name: ClassVar[str] = NAME
     settings: ClassVar[type[BaseModel]] = DockerSettings
-    selectors: ClassVar[tuple[SelectorDoc, ...]] = (
-        SelectorDoc("docker:label:<key>:<value>", "a label set when the container was made", Strength.RUNTIME),
-        SelectorDoc("docker:env:<NAME=value>", "a variable set when the container was made", Strength.RUNTIME),
-        SelectorDoc("docker:image_id:<name>", "the image's name as given to the runtime", Strength.RUNTIME),
-        SelectorDoc("docker:image_config_digest:<sha256:hex>", "the image by its content", Strength.RUNTIME),
-    )
+    selectors: tuple[SelectorDoc, ...] = tuple(_docs(DockerSettings()))
 
     def __init__(self, settings: DockerSettings, node: Node = THIS_NODE) -> None:
+        self.selectors = tuple(_docs(settings))
         self._settings = settings
         self._node = node
         self._matchers = tuple(parse_matcher(one) for one in settings.container_id_cgroup_matchers)
@@ -196,15 +230,18 @@ class DockerAttestor:
             raise AttestorFailed("the runtime says that the container is not running", code="container_not_running")
         require_member(container, inspected.state.pid, self._node)
         digest = _digest(inspected.image)
-        return frozenset(_selectors(inspected.config, digest, self._ignored(digest, engine, deadline)))
+        counted = self._counted(inspected.config, self._image(digest, engine, deadline))
+        return frozenset(_selectors(counted, digest, self._settings.trusted_kinds))
 
-    def _ignored(self, digest: str, engine: RuntimeSocket, deadline: Deadline) -> _Declared:
-        """Give what the image declares, as far as the settings say that it does not count."""
-        declared = self._image(digest, engine, deadline)
-        return _Declared(
-            Labels=declared.labels if self._settings.ignore_image_labels else None,
-            Env=declared.env if self._settings.ignore_image_env else None,
-        )
+    def _counted(self, config: _Declared, image: _Declared) -> _Declared:
+        """Leave out of a container's declarations what the settings do not let count."""
+        settings = self._settings
+        own = (image.labels or {}).items() if settings.require_runtime_label else ()
+        labels = dict((config.labels or {}).items() - own)
+        if (prefixes := settings.trusted_label_prefixes) is not None:
+            labels = {key: value for key, value in labels.items() if key.startswith(prefixes)}
+        without = set(image.env or ()) if settings.require_runtime_env else set()
+        return _Declared(Labels=labels, Env=[one for one in config.env or () if one not in without], Image=config.image)
 
     def _image(self, digest: str, engine: RuntimeSocket, deadline: Deadline) -> _Declared:
         key = (engine.path, digest)  # by socket: one user's Podman must not speak of others' images
@@ -226,28 +263,24 @@ class DockerAttestor:
         return declared
 
 
-def _selectors(config: _Declared, digest: str, ignored: _Declared) -> Iterator[Selector]:
-    for key, value in _less(config.labels, ignored.labels):
+def _selectors(config: _Declared, digest: str, kinds: frozenset[Kind]) -> Iterator[Selector]:
+    for kind, value in _values(config, digest):
+        if kind in kinds:
+            # A value that cannot be a selector's (control characters, too long) gives none.
+            with suppress(Invalid):
+                yield Selector.of(NAME, f"{kind}:{value}")
+
+
+def _values(config: _Declared, digest: str) -> Iterator[tuple[Kind, str]]:
+    for key, value in (config.labels or {}).items():
         # NOTE(security): "a" with "b:c" and "a:b" with "c" would be one text; a key with a colon gives none.
         if key and ":" not in key:
-            yield from _one(f"label:{key}:{value}")
-    without = set(ignored.env or ())
-    for variable in config.env or ():
-        if variable and variable not in without:
-            yield from _one(f"env:{variable}")
+            yield Kind.LABEL, f"{key}:{value}"
+    for variable in filter(None, config.env or ()):
+        yield Kind.ENV, variable
     if config.image:
-        yield from _one(f"image_id:{config.image}")
-    yield from _one(f"image_config_digest:sha256:{digest}")
-
-
-def _less(labels: dict[str, str] | None, ignored: dict[str, str] | None) -> Iterable[tuple[str, str]]:
-    return (labels or {}).items() - (ignored or {}).items()
-
-
-def _one(value: str) -> Iterator[Selector]:
-    """A value that cannot be a selector's (control characters, too long) gives none."""
-    with suppress(Invalid):
-        yield Selector.of(NAME, value)
+        yield Kind.IMAGE_ID, config.image
+    yield Kind.IMAGE_CONFIG_DIGEST, f"sha256:{digest}"
 
 
 def _read(model: type[M], body: bytes) -> M:

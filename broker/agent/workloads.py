@@ -12,7 +12,7 @@ from typing import Final
 from broker.agent.answers import Answer, ask, combined
 from broker.agent.sessions import Sessions, WorkloadSession
 from broker.attestation.contract import AttestorFailed, WorkloadAttestor
-from broker.attestation.process import Process
+from broker.attestation.process import Facts, Process
 from broker.errors import BrokerError, NoIdentity, NotAttested, Unavailable
 from broker.telemetry.log import get_logger
 from broker.transport.peercred import KernelPeer
@@ -51,6 +51,7 @@ class Workloads:
         self._sessions = sessions
         self.drop: Callable[[Callable[[Caller], bool]], object] = _nothing_to_drop
         self._room = asyncio.Semaphore(MAX_ATTESTATIONS)
+        self._asking: dict[tuple[int, Facts], asyncio.Future[tuple[Answer, ...]]] = {}
 
     def admit(self, peer: KernelPeer) -> Caller:
         """Snapshot the process at accept; raises NotAttested. Does not block."""
@@ -88,8 +89,7 @@ class Workloads:
         async with caller.attesting:
             try:
                 if caller.session is None and not caller.is_closed:
-                    async with self._room:
-                        await self._attest(caller)
+                    await self._attest(caller)
             finally:
                 if caller.is_closed:
                     self._let_go(caller)
@@ -103,32 +103,51 @@ class Workloads:
         with suppress(NotAttested):
             caller.executable = process.link("exe")
         session = self._sessions.of(process)
-        if session is None:
-            caller.answers = answers = await self._describe(process)
-            selectors = combined(answers)
-            # Whatever the attestors looked at was this process only if it still is.
-            process.still_same()
-            if caller.is_closed:
-                return
-            # Another connection of the same process may have been faster.
+        while session is None and (asking := self._asking.get((process.pid, process.facts))) is not None:
+            # Another connection of the same process was first: what it hears is heard for all.
+            await asyncio.wait([asking])
+            if not asking.cancelled():
+                caller.answers = asking.result()
+                combined(caller.answers)
             session = self._sessions.of(process)
-            if session is None:
-                session = self._sessions.start(process, selectors)
-                session.answers = answers
-                _log.debug("workload_attested", pid=process.pid, uid=process.uid, count=len(selectors))
+        if session is None:
+            session = await self._started(caller)
+        if session is None or caller.is_closed:
+            return
         if session.process is not process:
             process.close()
         session.connections += 1
         caller.session = session
         caller.answers = session.answers
 
+    async def _started(self, caller: Caller) -> WorkloadSession | None:
+        """Ask the attestors and begin the session; ``None``: the connection was closed meanwhile."""
+        process = caller.process
+        asked = (process.pid, process.facts)
+        asking = self._asking[asked] = asyncio.get_running_loop().create_future()
+        answers: tuple[Answer, ...] = ()
+        try:
+            caller.answers = answers = await self.describe(process)
+            selectors = combined(answers)
+            # Whatever the attestors looked at was this process only if it still is.
+            process.still_same()
+            if caller.is_closed:
+                return None
+            session = self._sessions.start(process, selectors)
+            session.answers = answers
+        finally:
+            del self._asking[asked]
+            if answers:
+                asking.set_result(answers)
+            else:
+                asking.cancel()  # the next connection asks for itself
+        _log.debug("workload_attested", pid=process.pid, uid=process.uid, count=len(selectors))
+        return session
+
     async def describe(self, process: Process) -> tuple[Answer, ...]:
         """Ask the attestors of a process that need not be a caller, as a caller would be asked about."""
         async with self._room:
-            return await self._describe(process)
-
-    async def _describe(self, process: Process) -> tuple[Answer, ...]:
-        return await ask(self._attestors, process, ATTEST_TIMEOUT)
+            return await ask(self._attestors, process, ATTEST_TIMEOUT)
 
     def _close_soon(self, predicate: Callable[[Caller], bool]) -> None:
         # What it is now may be entitled, too: it is attested anew, on a connection that is its own.

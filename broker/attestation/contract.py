@@ -51,8 +51,12 @@ class WorkloadAttestor(Protocol):
     """Describes one process. Made as ``Attestor(settings)`` with an instance of its own settings model."""
 
     name: ClassVar[str]
-    selectors: ClassVar[tuple[SelectorDoc, ...]]
     settings: ClassVar[type[BaseModel]]
+
+    @property
+    def selectors(self) -> tuple[SelectorDoc, ...]:
+        """What it gives under its settings, which may decide who stands behind it; a class attribute will do."""
+        ...
 
     async def attest(self, process: Process) -> frozenset[Selector]:
         """Give every selector that holds for the process; raises ``AttestorFailed`` when that cannot be told."""

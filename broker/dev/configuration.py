@@ -1,7 +1,7 @@
 """The settings files of an estate, as its operator would write them. Knows the names of settings, not what they do."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from broker.dev.issuer import AUDIENCE, LOOPBACK
@@ -21,6 +21,8 @@ class Plan:
 
     audiences: Sequence[str] = field(default=DEFAULT_AUDIENCES)
     first_identity_wait: str = "2s"
+    workload_attestors: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Beside ``unix``: each one's settings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +94,9 @@ def agent_toml(layout: Layout, ports: Ports, plan: Plan) -> str:
         "[agent.attestors.workload.launch]",
         f"directory = {_text(layout.runtime / 'agent' / 'private' / 'launches')}",
     ]
+    for name, table in plan.workload_attestors.items():
+        lines += ["", f"[agent.attestors.workload.{name}]"]
+        lines += [f"{setting} = {_text(value)}" for setting, value in table.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from broker.telemetry.log import configure
 from tests.bench.answers import fetch_jwt_svid_warm, first_fetch_x509_svid
+from tests.bench.containers import first_fetch_x509_svid_docker
 from tests.bench.entries import entry_to_svid
 from tests.bench.exchange import exchange_https, exchange_socket
 from tests.bench.house import House
@@ -28,6 +29,7 @@ IN_HOUSE: dict[str, Measure] = {
     "x509_svids_signed_per_core": x509_svids,
     "fetch_jwt_svid_warm": fetch_jwt_svid_warm,
     "first_fetch_x509_svid": first_fetch_x509_svid,
+    "first_fetch_x509_svid_docker": first_fetch_x509_svid_docker,  # as root
     "exchange_socket": exchange_socket,
     "exchange_https": exchange_https,
     "entry_to_svid": entry_to_svid,  # the last one: it fills the house

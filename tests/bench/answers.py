@@ -45,12 +45,12 @@ async def first_fetch_x509_svid(house: House, seconds: float) -> list[Item]:
     count = max(20, int(NEWCOMERS * min(1.0, seconds / 4)))
     socket = house.socket("stream")
     async with house.program("newcomer") as newcomer:
-        size = (await _first(newcomer, house.agent_socket, 5))["size"]
+        size = (await first(newcomer, house.agent_socket, 5))["size"]
         async with house.bare("stream", "--socket", socket, "--answer", str(size)):
-            await _first(newcomer, socket, 5)
+            await first(newcomer, socket, 5)
             half = (count + 1) // 2
-            bare = [ms for _ in range(2) for ms in (await _first(newcomer, socket, half))["ms"]]
-            ours = [ms for _ in range(2) for ms in (await _first(newcomer, house.agent_socket, half))["ms"]]
+            bare = [ms for _ in range(2) for ms in (await first(newcomer, socket, half))["ms"]]
+            ours = [ms for _ in range(2) for ms in (await first(newcomer, house.agent_socket, half))["ms"]]
     name = "first_fetch_x509_svid"
     return [
         within(f"{name}_p50", percentile(ours, 50), "ms", percentile(bare, 50), P50_MS),
@@ -58,5 +58,6 @@ async def first_fetch_x509_svid(house: House, seconds: float) -> list[Item]:
     ]
 
 
-async def _first(newcomer: Process, socket: str, count: int) -> Mapping[str, Any]:
+async def first(newcomer: Process, socket: str, count: int) -> Mapping[str, Any]:
+    """So many new processes at a socket, one after the other; ``ms`` of each, and the answer's ``size``."""
     return await newcomer.do("first", socket=socket, path=X509_PATH, count=count, pause=NEWCOMER_PAUSE)

@@ -16,6 +16,7 @@ from broker._proto.spiffe import workload_pb2
 from broker.agent.app import Agent
 from broker.agent.listener import WORKLOAD
 from broker.agent.settings import AgentSettings
+from broker.attestation.catalogue import Catalogue
 from tests.fakes.fake_server import TD, FakeServer, entry_message
 
 HEADER = (("workload.spiffe.io", "true"),)
@@ -64,7 +65,7 @@ class RunningAgent:
 
 @asynccontextmanager
 async def serving(
-    server: FakeServer, directory: Path, *, synced: bool = True, **changed
+    server: FakeServer, directory: Path, *, synced: bool = True, catalogue: Catalogue | None = None, **changed
 ) -> AsyncIterator[RunningAgent]:
     values = {
         "trust_domain": TD,
@@ -77,7 +78,7 @@ async def serving(
     if not changed.get("insecure_bootstrap"):
         values["trust_bundle_path"] = server.trust_file()
     settings = AgentSettings(**(values | changed))
-    async with Agent(settings) as agent:
+    async with Agent(settings, catalogue=catalogue) as agent:
         running = RunningAgent(agent, settings, server)
         task = asyncio.create_task(agent.serve(running.stop))
         try:

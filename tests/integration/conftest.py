@@ -1,11 +1,13 @@
 """A whole estate of real processes: server, node agent, OpenID issuer, an agent pod, a service."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
 
 from broker.dev import demo_identity, demo_task
 from broker.dev.stage import Stage
+from tests.integration.control_groups import forging
+from tests.integration.docker_engine import Engine, docker_engine
 
 STORY = (
     demo_identity.estate,
@@ -32,3 +34,17 @@ async def stage() -> AsyncIterator[Stage]:
         for act in STORY:
             await act(stage)
         yield stage
+
+
+@pytest.fixture(scope="session")
+def engine() -> Iterator[Engine]:
+    """One Docker Engine for every test that needs one."""
+    with docker_engine() as running:
+        yield running
+
+
+@pytest.fixture
+def forge() -> Iterator[Callable[..., int]]:
+    """Puts a process of this host into control groups of its choosing."""
+    with forging() as put:
+        yield put

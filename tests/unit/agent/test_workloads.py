@@ -190,7 +190,7 @@ async def test_a_recycled_process_id_inherits_no_connection() -> None:
 async def test_a_process_id_recycled_during_attestation_gives_nothing(monkeypatch) -> None:
     async with estate() as agent, held_connection(agent.socket, agent.directory / "r", "exit") as held:
         reached, go_on = asyncio.Event(), asyncio.Event()
-        describe = module.Workloads._describe
+        describe = module.Workloads.describe
 
         async def slowly(self, process):
             found = await describe(self, process)
@@ -198,7 +198,7 @@ async def test_a_process_id_recycled_during_attestation_gives_nothing(monkeypatc
             await go_on.wait()
             return found
 
-        monkeypatch.setattr(module.Workloads, "_describe", slowly)
+        monkeypatch.setattr(module.Workloads, "describe", slowly)
         fetching = asyncio.create_task(fetch(held))
         await reached.wait()
         await held.act()

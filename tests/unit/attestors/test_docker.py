@@ -18,6 +18,8 @@ from attestors.workload.docker import DockerAttestor, DockerSettings
 from broker.attestation.contract import AttestorFailed
 from broker.attestation.process import Process
 from broker.attestation.runtime_socket import MAX_ANSWER
+from broker.attestation.strength import Strengths
+from broker.spiffe import Selector
 from tests.fakes.runtime import IMAGE, FakeMachine, FakeRuntime, answer, chunked, inspected
 
 ID, OTHER = "0123456789abcdef" * 4, "fedcba9876543210" * 4
@@ -210,10 +212,47 @@ async def test_what_the_image_carries_does_not_count(case) -> None:
     }
     case.runs(Labels={"app": "payments", "tier": "prod", "run": "1"}, Env=["ROLE=payments", "PATH=/bin", "MINE=1"])
     assert await case.selectors() == {"docker:label:tier:prod", "docker:label:run:1", "docker:env:MINE=1"} | PLAIN
-    assert await case.selectors(ignore_image_labels=False) == {
+    assert await case.selectors(require_runtime_label=False) == {
         "docker:label:app:payments", "docker:label:tier:prod", "docker:label:run:1", "docker:env:MINE=1",
     } | PLAIN  # fmt: skip
-    assert {"docker:env:ROLE=payments", "docker:env:PATH=/bin"} <= await case.selectors(ignore_image_env=False)
+    assert {"docker:env:ROLE=payments", "docker:env:PATH=/bin"} <= await case.selectors(require_runtime_env=False)
+
+
+@pytest.mark.bears("A18")
+async def test_only_labels_with_a_reserved_prefix(case) -> None:
+    case.runs(Labels={"app": "payments", "com.example.id": "orders", "com.examples": "x", "id": "y"}, Env=["A=1"])
+    found = await case.selectors(trusted_label_prefixes=["com.example.", "id"])
+    assert found == {"docker:label:com.example.id:orders", "docker:label:id:y", "docker:env:A=1"} | PLAIN
+    assert await case.selectors(trusted_label_prefixes=[]) == {"docker:env:A=1"} | PLAIN
+
+
+@pytest.mark.bears("A18")
+async def test_only_the_image_by_its_content(case) -> None:
+    case.runs(Labels={"app": "payments"}, Env=["A=1"])
+    assert await case.selectors(trusted_kinds=["image_config_digest"]) == {DIGEST}
+    assert await case.selectors(trusted_kinds=["label", "image_config_digest"]) == {"docker:label:app:payments", DIGEST}
+
+
+@pytest.mark.bears("A18")
+@pytest.mark.parametrize(
+    ("settings", "weak"),
+    [
+        ({}, set()),
+        ({"require_runtime_label": False}, {"label"}),
+        ({"require_runtime_env": False}, {"env"}),
+        ({"use_rootless_podman": True}, {"label", "env", "image_id", "image_config_digest"}),
+    ],
+)
+def test_who_stands_behind_a_selector_follows_from_the_settings(case, settings: dict, weak: set) -> None:
+    strengths = Strengths.of_attestors([case.attestor(**settings)])
+    examples = ("label:app:x", "env:A=1", "image_id:x", f"image_config_digest:sha256:{IMAGE}")
+    vouched = {one.partition(":")[0]: strengths.is_vouched(Selector(f"docker:{one}")) for one in examples}
+    assert {kind for kind, is_vouched in vouched.items() if not is_vouched} == weak
+
+
+def test_a_kind_that_is_not_given_is_not_documented(case) -> None:
+    (doc,) = case.attestor(trusted_kinds=["image_config_digest"]).selectors
+    assert doc.form == "docker:image_config_digest:<sha256:hex>"
 
 
 @pytest.mark.bears("A17")
@@ -451,6 +490,9 @@ async def test_a_container_on_a_users_path_costs_no_question(case) -> None:
         {"use_new_container_locator": False},
         {"container_id_cgroup_matchers": ["/docker/*"]},
         {"sigstore": {}},
+        {"trusted_label_prefixes": [""]},
+        {"trusted_kinds": []},
+        {"trusted_kinds": ["labels"]},
         {"docker_host": "npipe:////./pipe/docker_engine"},
     ],
 )
@@ -464,7 +506,7 @@ def test_settings_have_spires_names_and_safe_defaults() -> None:
     assert (settings.docker_socket_path, settings.podman_socket_path, settings.podman_socket_path_template) == (
         "unix:///var/run/docker.sock", "unix:///run/podman/podman.sock", "unix:///run/user/%d/podman/podman.sock",
     )  # fmt: skip
-    assert (settings.use_rootless_podman, settings.ignore_image_labels, settings.ignore_image_env) == (
+    assert (settings.use_rootless_podman, settings.require_runtime_label, settings.require_runtime_env) == (
         False,
         True,
         True,
