@@ -12,10 +12,21 @@ from broker.agent.backoff import Backoff
 from broker.agent.sessions import Identity
 from broker.agent.upstream import RPC_TIMEOUT, Upstream, answered
 from broker.errors import BrokerError
+from broker.tasks.causes import SessionEnd
 from broker.telemetry.log import get_logger
 
 MAX_REPORT: Final = 2000  # sessions in one request: some 300 bytes each, far below gRPC's 4 MiB
 MAX_ENDED: Final = 100_000  # untold ends kept while the server is away; above that it learns by expiry
+
+_CAUSES: Final = {
+    SessionEnd.PROCESS_EXITED: sessions_pb2.SESSION_END_PROCESS_EXITED,
+    SessionEnd.PROCESS_CHANGED: sessions_pb2.SESSION_END_PROCESS_CHANGED,
+    SessionEnd.SELECTORS_CHANGED: sessions_pb2.SESSION_END_SELECTORS_CHANGED,
+    SessionEnd.ENTRY_GONE: sessions_pb2.SESSION_END_ENTRY_GONE,
+    SessionEnd.ATTESTATION_REFUSED: sessions_pb2.SESSION_END_ATTESTATION_REFUSED,
+    SessionEnd.ATTESTATION_LAPSED: sessions_pb2.SESSION_END_ATTESTATION_LAPSED,
+    SessionEnd.AGENT_STOPPED: sessions_pb2.SESSION_END_AGENT_STOPPED,
+}
 
 _log = get_logger("agent.reports")
 
@@ -40,7 +51,7 @@ class SessionReports:
     def __init__(self, upstream: Upstream) -> None:
         self._upstream = upstream
         self._current: dict[str, sessions_pb2.WorkloadSession] = {}
-        self._ended: dict[str, None] = {}
+        self._ended: dict[str, SessionEnd] = {}
         self._news = asyncio.Event()
 
     def leaf(self, identity: Identity) -> None:
@@ -48,11 +59,11 @@ class SessionReports:
         self._current[identity.id] = session_message(identity)
         self._news.set()
 
-    def ended(self, identities: Iterable[Identity]) -> None:
+    def ended(self, identities: Iterable[Identity], cause: SessionEnd) -> None:
         """These are over."""
         for identity in identities:
             self._current.pop(identity.id, None)
-            self._ended[identity.id] = None
+            self._ended[identity.id] = cause
         while len(self._ended) > MAX_ENDED:
             del self._ended[next(iter(self._ended))]
         self._news.set()
@@ -86,11 +97,10 @@ class SessionReports:
         """Tell one request's worth; what was not heard is kept. Raises BrokerError."""
         current = list(self._current.values())[:MAX_REPORT]
         ended = list(self._ended)[:MAX_REPORT]
-        await answered(
-            self._upstream.sessions.ReportSessions(
-                sessions_pb2.ReportSessionsRequest(current=current, ended=ended), timeout=RPC_TIMEOUT
-            )
-        )
+        request = sessions_pb2.ReportSessionsRequest(current=current, ended=ended)
+        for session_id in ended:
+            request.causes[session_id] = _CAUSES[self._ended[session_id]]
+        await answered(self._upstream.sessions.ReportSessions(request, timeout=RPC_TIMEOUT))
         for message in current:
             if self._current.get(message.id) is message:
                 del self._current[message.id]

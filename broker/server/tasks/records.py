@@ -8,6 +8,7 @@ from broker.server.store.rows import SessionRow, TokenRow
 from broker.server.tasks.requests import Actor
 from broker.spiffe.jose import b64url_encode
 from broker.tasks import Task, TaskClaims
+from broker.tasks.causes import SessionEnd
 from broker.tasks.claims import purpose_hash
 
 
@@ -104,12 +105,13 @@ def session_started(row: SessionRow) -> Record:
     return Record(Event.SESSION_STARTED, row.started_at, str(row.agent), row.id, fields)
 
 
-def session_ended(row: SessionRow, tasks_ended: int, at: datetime) -> Record:
-    """Record that a workload session is over, and how many tasks went with it."""
+def session_ended(row: SessionRow, cause: SessionEnd, tasks_ended: int, at: datetime) -> Record:
+    """Record that a workload session is over, why in its node agent's words, and how many tasks went with it."""
     fields: dict[str, FieldValue] = {
         "node": str(row.agent),
         "spiffe_id": str(row.spiffe_id),
         "entry_id": row.entry_id,
+        "cause": cause.value,
         "tasks_ended": tasks_ended,
     }
     return Record(Event.SESSION_ENDED, at, str(row.agent), row.id, fields)

@@ -4,9 +4,10 @@ A session that is gone ends its tasks in the same transaction. An agent speaks o
 its own sessions; what it says beyond that is left out and named, so that one stale line does not hold up the others.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from types import MappingProxyType
 from typing import Final
 
 from broker.clock import Clock
@@ -17,10 +18,12 @@ from broker.server.tasks import records
 from broker.server.tasks.admission import Vouching
 from broker.server.tasks.lifecycle import end_session
 from broker.spiffe import SpiffeId
+from broker.tasks.causes import SessionEnd
 from broker.tasks.texts import THUMBPRINT, check_id
 
 MAX_REPORTED: Final = 10_000
 """Sessions in one report: more than a node has processes with an identity."""
+_NO_CAUSES: Final[Mapping[str, SessionEnd]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +52,15 @@ class Sessions:
         self._vouching = vouching
 
     async def report(
-        self, agent: SpiffeId, current: Sequence[ReportedSession], ended: Sequence[str]
+        self,
+        agent: SpiffeId,
+        current: Sequence[ReportedSession],
+        ended: Sequence[str],
+        causes: Mapping[str, SessionEnd] = _NO_CAUSES,
     ) -> dict[str, BrokerError]:
         """Take one report in, wholly or not at all; give the sessions that were left out, each with its reason.
+
+        ``causes``: of those in ``ended``; one that is not named there ended with its process.
 
         Raises:
             Invalid: the report is too long.
@@ -69,16 +78,22 @@ class Sessions:
                 )
             else:
                 spoken_for.append(session)
-        return left_out | await self._store.write(lambda writer: self._take(writer, agent, spoken_for, ended))
+        return left_out | await self._store.write(lambda writer: self._take(writer, agent, spoken_for, ended, causes))
 
     def _take(
-        self, writer: Writer, agent: SpiffeId, current: Sequence[ReportedSession], ended: Sequence[str]
+        self,
+        writer: Writer,
+        agent: SpiffeId,
+        current: Sequence[ReportedSession],
+        ended: Sequence[str],
+        causes: Mapping[str, SessionEnd],
     ) -> dict[str, BrokerError]:
         now = self._clock.now()
         left_out: dict[str, BrokerError] = {}
         # Ends first: a report may hold a new session of an entry whose old one is gone.
         for session_id in ended:
-            end_session(writer, session_id, agent=agent, now=now)
+            cause = causes.get(session_id, SessionEnd.PROCESS_EXITED)
+            end_session(writer, session_id, agent=agent, now=now, cause=cause)
         for session in current:
             known = writer.session(session.id)
             row = SessionRow(

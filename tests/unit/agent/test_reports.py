@@ -7,6 +7,7 @@ from broker.agent import reports as module
 from broker.agent.reports import SessionReports, session_message
 from broker.agent.sessions import Identity
 from broker.errors import Unavailable
+from broker.tasks.causes import SessionEnd
 from tests.fakes.running_agent import estate, until
 
 
@@ -58,12 +59,13 @@ async def test_what_was_not_heard_is_kept_and_an_end_overtakes_its_beginning(ent
     server.is_away = True
     with pytest.raises(Unavailable):
         await reports.tell()
-    reports.ended([one])
+    reports.ended([one], SessionEnd.PROCESS_CHANGED)
     server.is_away = False
     await reports.tell()
     (request,) = server.heard
     assert [message.id for message in request.current] == ["ws_2"]
     assert list(request.ended) == ["ws_1"]
+    assert dict(request.causes) == {"ws_1": sessions_pb2.SESSION_END_PROCESS_CHANGED}
     assert request.current[0] == sessions_pb2.WorkloadSession(
         id="ws_2", spiffe_id=str(entry.spiffe_id), entry_id="e1", x5t="x5t", not_after=99
     )
@@ -79,7 +81,7 @@ async def test_long_reports_are_cut_and_the_untold_is_bounded(entry, monkeypatch
     while not reports.is_settled:
         await reports.tell()
     assert [len(request.current) for request in server.heard] == [2, 1]
-    reports.ended(identity(n, entry) for n in range(9))
+    reports.ended((identity(n, entry) for n in range(9)), SessionEnd.PROCESS_EXITED)
     assert list(reports._ended) == [f"ws_{n}" for n in range(4, 9)]
 
 

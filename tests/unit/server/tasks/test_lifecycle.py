@@ -19,6 +19,7 @@ from broker.server.tasks.config import TaskDefaults
 from broker.server.tasks.requests import Actor, IssueRequest
 from broker.spiffe import SpiffeId
 from broker.tasks import Cause, State, Supervision, Task, start_child
+from broker.tasks.causes import SessionEnd
 from tests.fakes.oidc import OidcIssuer
 from tests.unit.server.tasks.estate import (
     AGENT,
@@ -220,6 +221,31 @@ async def test_the_end_of_a_process_ends_its_tasks(estate: Estate) -> None:
     with pytest.raises(Refused) as caught:
         await estate.start()
     assert caught.value.reason == "session_ended"
+
+
+@pytest.mark.bears("V07")
+@pytest.mark.parametrize(
+    ("cause", "of_tasks"),
+    [
+        (SessionEnd.PROCESS_EXITED, Cause.PROCESS_EXITED),
+        (SessionEnd.PROCESS_CHANGED, Cause.SESSION_ENDED),
+        (SessionEnd.SELECTORS_CHANGED, Cause.SESSION_ENDED),
+        (SessionEnd.ATTESTATION_LAPSED, Cause.SESSION_ENDED),
+        (SessionEnd.ENTRY_GONE, Cause.ENTRY_DELETED),
+    ],
+)
+async def test_a_session_that_is_withdrawn_ends_its_tasks_as_an_exit_does(
+    estate: Estate, cause: SessionEnd, of_tasks: Cause
+) -> None:
+    task = await estate.start()
+    issued = await estate.issue(task)
+    await estate.sessions.report(NODE, [], ["ws_1"], {"ws_1": cause})
+    ended = await task_of(estate, task.id)
+    assert (ended.state, ended.cause) == (State.REVOKED, of_tasks)
+    assert next((frame.kind, frame.cause) for frame in await frames(estate)) == ("session", of_tasks)
+    (record,) = await estate.records("session_ended")
+    assert record.fields["cause"] == cause
+    assert await estate.tokens.introspect(issued.access_token, AGENT) is None
 
 
 async def test_an_unsupervised_task_outlives_its_process_and_its_tokens_do_not(
