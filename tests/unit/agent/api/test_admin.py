@@ -156,6 +156,26 @@ async def test_a_process_with_an_identity() -> None:
     assert (told.considered, told.code, told.status) == (1, "issued", "OK")
 
 
+async def test_an_entry_that_names_nodes_is_neither_counted_nor_advised() -> None:
+    """Our server keeps them to itself; another one's agents are told of them."""
+    alias = entry_message("alias", "/nodes/all", ["unix:uid:4000000001"])
+    alias.entry.parent_id.path = "/spire/server"
+    far = entry_message("far", "/far", ["k8s:sa:x", "unix:gid:4000000001"])
+    async with estate(entries=(alias, far)) as agent:
+        _, denial_id = await refused_with(agent)
+        kept = (await denial(agent, denial_id)).explanation
+        now = await explained(agent, pid=os.getpid())
+        for told in (kept, now):
+            assert ([one.id for one in told.entries], told.considered) == (["far"], 1)
+            assert "entry far is the nearest" in told.most_likely
+        for named in (
+            await explained(agent, pid=os.getpid(), entry_id="alias"),
+            await explained(agent, entry_id="alias"),
+        ):
+            assert [(one.id, one.code) for one in named.entries] == [("alias", "names_nodes")]
+            assert named.most_likely == "entry alias: names nodes, not workloads"
+
+
 async def test_a_process_without_one_is_told_nothing_and_its_operator_all() -> None:
     async with estate(entries=(STRANGER, entry_message("far", "/far", ["k8s:sa:x", "unix:uid:4000000001"]))) as agent:
         error, denial_id = await refused_with(agent)
