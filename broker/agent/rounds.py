@@ -16,11 +16,9 @@ from broker.agent.workloads import Workloads
 from broker.clock import Clock
 
 ROUND: Final = 1.0  # seconds in which every process is looked at, up to LOOKS_PER_SECOND of them
-LOOKS_PER_SECOND: Final = 2500  # some 8 microseconds each: 2 % of a core
-SLICE: Final = 50  # looks in one turn of the loop: below half a millisecond
-FULL_LOOKS_PER_SECOND: Final = (
-    200  # some 50 microseconds each: 1 % of a core; whoever was looked at longest ago is next
-)
+LOOKS_PER_SECOND: Final = 1500  # some 11 microseconds each: below 2 % of a core
+SLICE: Final = 50  # looks in one turn of the loop: below a millisecond
+FULL_LOOKS_PER_SECOND: Final = 100  # some 60 microseconds each: below 1 % of a core; the longest unseen are next
 ASKED_PER_SECOND: Final = 50  # sessions about which the attestors are asked again: up to 1,500 sessions are in time
 ASKED_AT_ONCE: Final = 8  # callers that wait for their first attestation have 64 places of their own
 REST_OF_UNCONNECTED: Final = 10  # a session without connections is asked about so many times less often
