@@ -134,13 +134,16 @@ class Sessions:
         asyncio.get_running_loop().add_reader(process.pidfd, self.end, session, SessionEnd.PROCESS_EXITED)
         return session
 
-    def check(self, session: WorkloadSession, *, fully: bool = False) -> None:
-        """Raise NotAttested unless the process is still the one that was attested; a session that is not, ends."""
+    def check(self, session: WorkloadSession, *, fully: bool | None = None) -> None:
+        """Raise NotAttested unless the process is still the one that was attested; a session that is not, ends.
+
+        ``fully``: None, where it was not looked at fully for a second.
+        """
         if session.is_ended:
             raise NotAttested("the session has ended", code="session_ended")
         now = self._clock.monotonic()
         try:
-            if fully or now - session.checked_at >= FULL_CHECK_EVERY:
+            if fully or (fully is None and now - session.checked_at >= FULL_CHECK_EVERY):
                 session.process.still_same()
                 session.checked_at = now
             else:

@@ -117,7 +117,9 @@ async def test_the_full_check_comes_once_a_second(sleeper, monkeypatch) -> None:
     estate.sessions.check(session)
     estate.sessions.check(session)
     estate.sessions.check(session, fully=True)
-    assert done == ["cheap", "full", "cheap", "full"]
+    estate.clock.ahead = 10
+    estate.sessions.check(session, fully=False)  # a round over thousands: cheap, however long ago
+    assert done == ["cheap", "full", "cheap", "full", "cheap"]
     estate.sessions.end_all()
 
 
