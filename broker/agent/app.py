@@ -232,7 +232,7 @@ class Agent:
         entitlement = Entitlement(workloads, sessions, cache, settings.first_identity_wait.total_seconds())
         show = Redaction(settings.explain_selectors)
         explainer = Explainer(workloads, cache, strengths, clock, show)
-        denials = Denials(explainer, RefusalLog(get_logger("agent.refusals"), clock), clock)
+        denials = Denials(explainer, RefusalLog(get_logger("agent.refusals"), clock), clock, self.reports.refused)
         self._admin = AdminSocket(
             settings.admin_socket_path, settings.private_dir / "admin-grpc", AdminApi(explainer, denials, sessions)
         )

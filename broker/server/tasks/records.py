@@ -6,6 +6,7 @@ from datetime import datetime
 from broker.audit.events import Event, FieldValue, Record
 from broker.server.store.rows import SessionRow, TokenRow
 from broker.server.tasks.requests import Actor
+from broker.spiffe import SpiffeId
 from broker.spiffe.jose import b64url_encode
 from broker.tasks import Task, TaskClaims
 from broker.tasks.causes import SessionEnd
@@ -115,3 +116,9 @@ def session_ended(row: SessionRow, cause: SessionEnd, tasks_ended: int, at: date
         "tasks_ended": tasks_ended,
     }
     return Record(Event.SESSION_ENDED, at, str(row.agent), row.id, fields)
+
+
+def workload_refused(node: SpiffeId, code: str, uid: int, count: int, at: datetime) -> Record:
+    """Record in one row that callers of one local user were refused at a node agent's socket for one reason."""
+    fields: dict[str, FieldValue] = {"node": str(node), "door": "agent", "code": code, "left_out": count - 1}
+    return Record(Event.WORKLOAD_REFUSED, at, str(node), f"uid:{uid}" if uid >= 0 else "uid:unknown", fields)

@@ -7,7 +7,7 @@ from broker._proto.service import Context, ServiceBinding
 from broker.errors import Invalid
 from broker.server.api.access import Caller, agent_of
 from broker.server.api.grpc.convert import moment_of
-from broker.server.tasks.sessions import ReportedSession
+from broker.server.tasks.sessions import RefusedCallers, ReportedSession
 from broker.server.tasks.sessions import Sessions as SessionCases
 from broker.spiffe import SpiffeId
 from broker.tasks.causes import SessionEnd
@@ -44,9 +44,9 @@ class Sessions:
             session_id: _CAUSES.get(number, SessionEnd.OTHER)
             for session_id, number in request.causes.items()
         }
-        left_out = await self._sessions.report(
-            agent, [_reported(one) for one in request.current], request.ended, causes
-        )
+        refused = [RefusedCallers(one.code, one.uid, one.count) for one in request.refused]
+        current = [_reported(one) for one in request.current]
+        left_out = await self._sessions.report(agent, current, request.ended, causes, refused)
         for error in left_out.values():
             log.warning("session_left_out", agent=str(agent), code=error.reason)
         return sessions_pb2.ReportSessionsResponse()

@@ -41,7 +41,7 @@ class WorkloadSession(_message.Message):
     def __init__(self, id: _Optional[str] = ..., spiffe_id: _Optional[str] = ..., entry_id: _Optional[str] = ..., x5t: _Optional[str] = ..., not_after: _Optional[int] = ...) -> None: ...
 
 class ReportSessionsRequest(_message.Message):
-    __slots__ = ("current", "ended", "causes")
+    __slots__ = ("current", "ended", "causes", "refused")
     class CausesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -52,10 +52,22 @@ class ReportSessionsRequest(_message.Message):
     CURRENT_FIELD_NUMBER: _ClassVar[int]
     ENDED_FIELD_NUMBER: _ClassVar[int]
     CAUSES_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
     current: _containers.RepeatedCompositeFieldContainer[WorkloadSession]
     ended: _containers.RepeatedScalarFieldContainer[str]
     causes: _containers.ScalarMap[str, SessionEnd]
-    def __init__(self, current: _Optional[_Iterable[_Union[WorkloadSession, _Mapping[str, _Anything]]]] = ..., ended: _Optional[_Iterable[str]] = ..., causes: _Optional[_Mapping[str, SessionEnd]] = ...) -> None: ...
+    refused: _containers.RepeatedCompositeFieldContainer[RefusedCallers]
+    def __init__(self, current: _Optional[_Iterable[_Union[WorkloadSession, _Mapping[str, _Anything]]]] = ..., ended: _Optional[_Iterable[str]] = ..., causes: _Optional[_Mapping[str, SessionEnd]] = ..., refused: _Optional[_Iterable[_Union[RefusedCallers, _Mapping[str, _Anything]]]] = ...) -> None: ...
+
+class RefusedCallers(_message.Message):
+    __slots__ = ("code", "uid", "count")
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    UID_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    code: str
+    uid: int
+    count: int
+    def __init__(self, code: _Optional[str] = ..., uid: _Optional[int] = ..., count: _Optional[int] = ...) -> None: ...
 
 class ReportSessionsResponse(_message.Message):
     __slots__ = ()
