@@ -19,7 +19,7 @@ from typing import ClassVar, Final
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from broker.attestation.contract import AttestorFailed, SelectorDoc, Strength
+from broker.attestation.contract import AttestorFailed, AttestorUnavailable, SelectorDoc, Strength
 from broker.attestation.process import Process
 from broker.attestation.reads import Abandoned, BlockingReads
 from broker.attestation.sealed import TooLarge, digest, executable_memory, fill, seal
@@ -168,7 +168,8 @@ class _Program:
 
     def failed(self, how: str, code: str) -> AttestorFailed:
         """Make the refusal; nothing that the program wrote stands in it."""
-        return AttestorFailed(f"the program {self.settings.name} {how}", code=code)
+        failure = AttestorUnavailable if code == "attestor_timeout" else AttestorFailed
+        return failure(f"the program {self.settings.name} {how}", code=code)
 
     def _run(self, question: bytes, until: float, abandoned: Abandoned) -> tuple[int, bytes]:
         stdin = os.memfd_create("question", os.MFD_CLOEXEC)

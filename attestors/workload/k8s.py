@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from broker.attestation.cgroups import Runtime
 from broker.attestation.containers import THIS_NODE, Container, Node, locate, require_owned
-from broker.attestation.contract import AttestorFailed, SelectorDoc, Strength
+from broker.attestation.contract import AttestorUnavailable, SelectorDoc, Strength
 from broker.attestation.kubernetes import (
     Fault,
     Server,
@@ -164,7 +164,7 @@ class K8sAttestor:
                 pod, status = await self._find(container, until)
                 labels = await self._namespace_labels(process.uid, pod.metadata.namespace, until)
         except TimeoutError:
-            raise AttestorFailed("Kubernetes did not answer in time", code="attestor_timeout") from None
+            raise AttestorUnavailable("Kubernetes did not answer in time", code="attestor_timeout") from None
         return frozenset(_selectors(pod, None if self._settings.disable_container_selectors else status, labels))
 
     async def _find(self, container: Container, until: float) -> tuple[Pod, ContainerStatus | None]:
@@ -322,8 +322,8 @@ def _labels_of(namespace: str, here: Surroundings, deadline: Deadline) -> Mappin
     return metadata.labels or {}
 
 
-def _failed(who: Literal["kubelet", "api_server"], fault: Fault) -> AttestorFailed:
+def _failed(who: Literal["kubelet", "api_server"], fault: Fault) -> AttestorUnavailable:
     name = {"kubelet": "kubelet", "api_server": "API server"}[who]
-    return AttestorFailed(
+    return AttestorUnavailable(
         f"the {name} {fault.what}", code=f"{who}_{fault.kind}", hint=fault.hint or _HINTS.get(fault.kind, "")
     )

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from broker.attestation.cgroups import Cgroup, Place, find_places, is_outside_namespace, parse_cgroups
 from broker.attestation.containers import THIS_NODE, WRITABLE_BY_OTHERS, Container, Node, require_owned
-from broker.attestation.contract import AttestorFailed, SelectorDoc, Strength
+from broker.attestation.contract import AttestorFailed, AttestorUnavailable, SelectorDoc, Strength
 from broker.attestation.process import Process
 from broker.attestation.reads import Abandoned, BlockingReads
 from broker.clock import SystemClock
@@ -297,7 +297,7 @@ def _read(model: type[M], line: bytes) -> M:
 
 
 def _late() -> AttestorFailed:
-    return AttestorFailed("systemd did not answer in time", code="attestor_timeout")
+    return AttestorUnavailable("systemd did not answer in time", code="attestor_timeout")
 
 
 def _nonsense() -> AttestorFailed:
@@ -305,7 +305,7 @@ def _nonsense() -> AttestorFailed:
 
 
 def _unreachable() -> AttestorFailed:
-    return AttestorFailed(
+    return AttestorUnavailable(
         "systemd cannot be asked about the process",
         code="systemd_unreachable",
         hint="busctl and the system bus must work where the agent runs: try busctl status",

@@ -20,7 +20,7 @@ from typing import ClassVar, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from broker.attestation.contract import AttestorFailed, SelectorDoc, Strength
+from broker.attestation.contract import AttestorFailed, AttestorUnavailable, SelectorDoc, Strength
 from broker.attestation.kernel import FileId, file_id
 from broker.attestation.process import Process
 from broker.attestation.reads import Abandoned, BlockingReads
@@ -91,7 +91,7 @@ class UnixAttestor:
             async with asyncio.timeout(ATTEST_TIMEOUT):
                 return await self._reads.run(process.uid, lambda stop: frozenset(self._selectors(process, stop)))
         except TimeoutError:
-            raise AttestorFailed("the process could not be described in time", code="attestor_timeout") from None
+            raise AttestorUnavailable("the process could not be described in time", code="attestor_timeout") from None
 
     def _selectors(self, process: Process, abandoned: Abandoned) -> Iterator[Selector]:
         facts = process.facts
@@ -177,7 +177,7 @@ def _hash(fd: int, size: int, abandoned: Abandoned) -> str:
     left = size
     while left > 0 and (block := os.read(fd, min(HASH_BLOCK, left))):
         if abandoned():
-            raise AttestorFailed("the executable could not be hashed in time", code="attestor_timeout")
+            raise AttestorUnavailable("the executable could not be hashed in time", code="attestor_timeout")
         digest.update(block)
         left -= len(block)
     return digest.hexdigest()

@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from broker.attestation.contract import AttestorFailed, WorkloadAttestor
+from broker.attestation.contract import AttestorFailed, AttestorUnavailable, WorkloadAttestor
 from broker.attestation.process import Process
 from broker.errors import BrokerError
 from broker.spiffe import Selector
@@ -39,12 +39,29 @@ def combined(answers: Sequence[Answer]) -> frozenset[Selector]:
     return frozenset().union(*(answer.selectors for answer in answers))
 
 
+def asked_again(before: Iterable[Answer], now: Sequence[Answer], *, may_bridge: bool) -> tuple[Answer, ...]:
+    """Give the answers that hold for a process that was attested before; raises what ends its attestation.
+
+    ``may_bridge``: of an attestor that could not learn anything now, its last answer holds.
+    """
+    last = {answer.attestor: answer for answer in before if answer.error is None}
+    bridged = tuple(
+        last.get(answer.attestor, answer) if may_bridge and isinstance(answer.error, AttestorUnavailable) else answer
+        for answer in now
+    )
+    # What is known to be wrong comes before what is not known.
+    errors = [answer.error for answer in bridged if answer.error is not None]
+    for error in sorted(errors, key=lambda one: isinstance(one, AttestorUnavailable)):
+        raise error
+    return bridged
+
+
 async def _ask(attestor: WorkloadAttestor, process: Process, seconds: float) -> Answer:
     try:
         async with asyncio.timeout(seconds):
             return Answer(attestor.name, await attestor.attest(process))
     except TimeoutError:
-        error: BrokerError = AttestorFailed("the attestors did not answer in time", code="attestor_timeout")
+        error: BrokerError = AttestorUnavailable("the attestors did not answer in time", code="attestor_timeout")
     except BrokerError as refusal:
         error = refusal
     except Exception as defect:  # noqa: BLE001 - an attestor may be anybody's; its defect refuses the caller

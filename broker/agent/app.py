@@ -27,6 +27,7 @@ from broker.agent.listener import FEED, TASKS, WORKLOAD, AdminSocket, PublicSock
 from broker.agent.redaction import Redaction
 from broker.agent.refusal_log import RefusalLog
 from broker.agent.reports import SessionReports
+from broker.agent.rounds import Rounds
 from broker.agent.sessions import Sessions
 from broker.agent.settings import AgentSettings
 from broker.agent.signing import Signing
@@ -34,7 +35,7 @@ from broker.agent.svids import SvidKeeper
 from broker.agent.sync import Sync
 from broker.agent.trust import read_trust_bundle
 from broker.agent.upstream import Upstream
-from broker.agent.workloads import Workloads
+from broker.agent.workloads import Freshness, Workloads
 from broker.attestation.catalogue import Catalogue
 from broker.attestation.contract import WorkloadAttestor
 from broker.attestation.process import require_procfs
@@ -135,6 +136,7 @@ class Agent:
                 group.create_task(self._live(), name="live"),
                 group.create_task(self.svids.maintain(), name="spares"),
                 group.create_task(self._watch_clock(), name="clock"),
+                group.create_task(self.rounds.run(), name="rounds"),
             ]
             await stop.wait()
             for loop in loops:
@@ -222,11 +224,15 @@ class Agent:
             on_new_leaf=self.reports.leaf,
         )
         self.relay = FeedRelay(upstream, clock)
-        self.workloads = workloads = Workloads(attestors, sessions)
+        freshness = Freshness(
+            settings.attest_again_every.total_seconds(), settings.attestors_bridged_for.total_seconds()
+        )
+        self.workloads = workloads = Workloads(attestors, sessions, clock, freshness)
+        self.rounds = Rounds(workloads, sessions, clock, freshness.ask_every)
         entitlement = Entitlement(workloads, sessions, cache, settings.first_identity_wait.total_seconds())
         show = Redaction(settings.explain_selectors)
         explainer = Explainer(workloads, cache, strengths, clock, show)
-        denials = Denials(explainer, RefusalLog(get_logger("agent.refusals"), clock), clock)
+        denials = Denials(explainer, RefusalLog(get_logger("agent.refusals"), clock), clock, self.reports.refused)
         self._admin = AdminSocket(
             settings.admin_socket_path, settings.private_dir / "admin-grpc", AdminApi(explainer, denials, sessions)
         )

@@ -6,6 +6,7 @@ The reasons go to the log in the same moment, redacted as for ``broker explain``
 
 import secrets
 from collections import OrderedDict, deque
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Final
@@ -42,10 +43,14 @@ class Denial:
 class Denials:
     """Records refusals, logs them, finds them again."""
 
-    def __init__(self, explainer: Explainer, log: RefusalLog, clock: Clock) -> None:
+    def __init__(
+        self, explainer: Explainer, log: RefusalLog, clock: Clock, on_refused: Callable[[str, int], None]
+    ) -> None:
+        """``on_refused`` is called with the code and the user of each."""
         self._explainer = explainer
         self._log = log
         self._clock = clock
+        self._on_refused = on_refused
         self._kept: OrderedDict[str, tuple[int, Denial]] = OrderedDict()
         self._by_user: dict[int, deque[str]] = {}
 
@@ -63,7 +68,9 @@ class Denials:
             held = None
         denial = Denial(secrets.token_hex(ID_BYTES), self._clock.now(), method, explained, held)
         process = explained.process
-        self._keep(denial, NO_USER if process is None else process.uid)
+        uid = NO_USER if process is None else process.uid
+        self._keep(denial, uid)
+        self._on_refused(explained.code, uid)
         self._log(
             "refused",
             denial=denial.id,

@@ -1,9 +1,11 @@
 """Tells the server which workload sessions live, and which have ended: at once, in order, until it has heard.
 
 One request at a time; what happens meanwhile goes with the next. After a reconnection everything current is told again.
+Refused callers are told, too, in sum and some seconds later: their number is a stranger's to choose.
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterable
 from typing import Final
 
@@ -12,10 +14,25 @@ from broker.agent.backoff import Backoff
 from broker.agent.sessions import Identity
 from broker.agent.upstream import RPC_TIMEOUT, Upstream, answered
 from broker.errors import BrokerError
+from broker.tasks.causes import SessionEnd
 from broker.telemetry.log import get_logger
 
 MAX_REPORT: Final = 2000  # sessions in one request: some 300 bytes each, far below gRPC's 4 MiB
 MAX_ENDED: Final = 100_000  # untold ends kept while the server is away; above that it learns by expiry
+
+REFUSALS_EVERY: Final = 10.0  # seconds in which refusals are summed up
+MAX_REFUSED: Final = 64  # kinds, by reason and user, in one report: a record each in the server's log
+OTHERS: Final = ("other", -1)  # the kind of those above that
+
+_CAUSES: Final = {
+    SessionEnd.PROCESS_EXITED: sessions_pb2.SESSION_END_PROCESS_EXITED,
+    SessionEnd.PROCESS_CHANGED: sessions_pb2.SESSION_END_PROCESS_CHANGED,
+    SessionEnd.SELECTORS_CHANGED: sessions_pb2.SESSION_END_SELECTORS_CHANGED,
+    SessionEnd.ENTRY_GONE: sessions_pb2.SESSION_END_ENTRY_GONE,
+    SessionEnd.ATTESTATION_REFUSED: sessions_pb2.SESSION_END_ATTESTATION_REFUSED,
+    SessionEnd.ATTESTATION_LAPSED: sessions_pb2.SESSION_END_ATTESTATION_LAPSED,
+    SessionEnd.AGENT_STOPPED: sessions_pb2.SESSION_END_AGENT_STOPPED,
+}
 
 _log = get_logger("agent.reports")
 
@@ -40,7 +57,10 @@ class SessionReports:
     def __init__(self, upstream: Upstream) -> None:
         self._upstream = upstream
         self._current: dict[str, sessions_pb2.WorkloadSession] = {}
-        self._ended: dict[str, None] = {}
+        self._ended: dict[str, SessionEnd] = {}
+        self._refused: Counter[tuple[str, int]] = Counter()
+        self._are_refusals_due = False
+        self._refusals_timer: asyncio.TimerHandle | None = None
         self._news = asyncio.Event()
 
     def leaf(self, identity: Identity) -> None:
@@ -48,11 +68,11 @@ class SessionReports:
         self._current[identity.id] = session_message(identity)
         self._news.set()
 
-    def ended(self, identities: Iterable[Identity]) -> None:
+    def ended(self, identities: Iterable[Identity], cause: SessionEnd) -> None:
         """These are over."""
         for identity in identities:
             self._current.pop(identity.id, None)
-            self._ended[identity.id] = None
+            self._ended[identity.id] = cause
         while len(self._ended) > MAX_ENDED:
             del self._ended[next(iter(self._ended))]
         self._news.set()
@@ -63,9 +83,23 @@ class SessionReports:
             if identity.x509 is not None and not identity.x509.shared:
                 self.leaf(identity)
 
+    def refused(self, code: str, uid: int) -> None:
+        """A caller was refused; ``uid`` -1: of a user that is not known."""
+        kind = (code, uid)
+        if kind not in self._refused and len(self._refused) >= MAX_REFUSED - 1:
+            kind = OTHERS
+        self._refused[kind] += 1
+        if self._refusals_timer is None:
+            self._refusals_timer = asyncio.get_running_loop().call_later(REFUSALS_EVERY, self._refusals_are_due)
+
+    def _refusals_are_due(self) -> None:
+        self._refusals_timer = None
+        self._are_refusals_due = True
+        self._news.set()
+
     @property
     def is_settled(self) -> bool:
-        """Whether the server has heard everything."""
+        """Whether the server has heard everything that is to be told at once."""
         return not self._current and not self._ended
 
     async def run(self) -> None:
@@ -74,7 +108,7 @@ class SessionReports:
         while True:
             await self._news.wait()
             self._news.clear()
-            while not self.is_settled:
+            while not self.is_settled or self._are_refusals_due:
                 try:
                     await self.tell()
                     backoff.reset()
@@ -86,13 +120,18 @@ class SessionReports:
         """Tell one request's worth; what was not heard is kept. Raises BrokerError."""
         current = list(self._current.values())[:MAX_REPORT]
         ended = list(self._ended)[:MAX_REPORT]
-        await answered(
-            self._upstream.sessions.ReportSessions(
-                sessions_pb2.ReportSessionsRequest(current=current, ended=ended), timeout=RPC_TIMEOUT
-            )
-        )
+        request = sessions_pb2.ReportSessionsRequest(current=current, ended=ended)
+        for session_id in ended:
+            request.causes[session_id] = _CAUSES[self._ended[session_id]]
+        refused = dict(self._refused) if self._are_refusals_due else {}
+        for (code, uid), count in refused.items():
+            request.refused.add(code=code, uid=uid, count=count)
+        await answered(self._upstream.sessions.ReportSessions(request, timeout=RPC_TIMEOUT))
         for message in current:
             if self._current.get(message.id) is message:
                 del self._current[message.id]
         for session_id in ended:
             self._ended.pop(session_id, None)
+        if refused:
+            self._refused -= Counter(refused)  # in place, it drops what has become 0
+            self._are_refusals_due = False

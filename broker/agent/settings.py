@@ -58,6 +58,16 @@ class AgentSettings(ProgramSettings):
     first_identity_wait: Duration = Field(
         default=timedelta(seconds=2), description="how long a caller without an entry waits for one before it is denied"
     )
+    attest_again_every: Duration = Field(
+        default=timedelta(seconds=30),
+        ge=timedelta(seconds=1),
+        description="how often the attestors are asked again about a connected process: its labels may have changed",
+    )
+    attestors_bridged_for: Duration = Field(
+        default=timedelta(minutes=5),
+        description="for how long an attested process keeps its identities while an attestor gets no answer, such as"
+        " from a runtime that restarts",
+    )
     share_when_offline: bool = Field(
         default=True,
         description="while the server is away a new process may share its entry's last spare SVID, without task tokens",

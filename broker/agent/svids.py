@@ -17,8 +17,9 @@ from broker.agent.cache import EstateCache
 from broker.agent.holdings import JwtHolding, X509Holding
 from broker.agent.sessions import Identity, WorkloadSession
 from broker.agent.signing import Signing
+from broker.agent.workloads import NO_IDENTITY
 from broker.clock import Clock
-from broker.errors import BrokerError, Unavailable
+from broker.errors import BrokerError, NoIdentity, Unavailable
 from broker.registry import Entry
 from broker.telemetry.log import get_logger
 
@@ -136,6 +137,9 @@ class SvidKeeper:
                 return
         if session.is_ended:
             raise Unavailable("the session has ended", code="session_ended")
+        if session.identities.get(entry.id) is not identity:
+            # Told to the server it would outlive its withdrawal there.
+            raise NoIdentity(NO_IDENTITY)
         identity.x509, identity.retry_at = holding, 0.0
         self._used_at[entry.id] = self._clock.now()
         if not holding.shared:

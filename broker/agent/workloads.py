@@ -1,19 +1,24 @@
 """From a connection to an attested session: snapshot at accept, attest at the first call, compare afterwards.
 
+A process that is not what it was loses its session and its connections, and is attested anew when it comes back. One that
+is only described otherwise (a label was changed) keeps them, and loses or gains entries: the attestors are asked again.
 Nothing that a caller sends is looked at. Outward every refusal is the same sentence; the reason stays in its cause.
 """
 
 import asyncio
+import random
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
-from broker.agent.answers import Answer, ask, combined
+from broker.agent.answers import Answer, ask, asked_again, combined
 from broker.agent.sessions import Sessions, WorkloadSession
-from broker.attestation.contract import AttestorFailed, WorkloadAttestor
+from broker.attestation.contract import AttestorFailed, AttestorUnavailable, WorkloadAttestor
 from broker.attestation.process import Facts, Process
+from broker.clock import Clock
 from broker.errors import BrokerError, NoIdentity, NotAttested, Unavailable
+from broker.tasks.causes import SessionEnd
 from broker.telemetry.log import get_logger
 from broker.transport.peercred import KernelPeer
 
@@ -22,9 +27,22 @@ ATTESTATION_FAILED: Final = "workload attestation failed"
 ATTESTATION_FAILED_CODE: Final = "attestation_failed"
 ATTEST_TIMEOUT: Final = 10.0  # seconds for all attestors at once; each has its own, shorter one
 CLOSE_AFTER: Final = 0.2  # seconds for the refusal to be read before a changed process's connection is closed
+CLOSE_TOGETHER: Final = 0.05  # seconds in which those that are to be closed are gathered
 MAX_ATTESTATIONS: Final = 64  # at once: a storm of callers waits here, not in threads
 
 _log = get_logger("agent.workloads")
+
+
+@dataclass(frozen=True, slots=True)
+class Freshness:
+    """For how long answers of attestors hold, in seconds."""
+
+    ask_every: float = 30.0
+    bridge: float = 300.0  # for so long a last answer holds whose attestor learns nothing: a runtime's restart
+
+    def next_ask(self, now: float) -> float:
+        """Give the time of the next question, 10 % earlier or later: those who came together are asked apart."""
+        return now + self.ask_every * random.uniform(0.9, 1.1)  # noqa: S311 - spreads load, hides nothing
 
 
 @dataclass(slots=True, eq=False)
@@ -46,9 +64,18 @@ class Workloads:
     ``drop`` closes the connections that a predicate names; it is set by whoever listens.
     """
 
-    def __init__(self, attestors: Sequence[WorkloadAttestor], sessions: Sessions) -> None:
+    def __init__(
+        self,
+        attestors: Sequence[WorkloadAttestor],
+        sessions: Sessions,
+        clock: Clock,
+        freshness: Freshness = Freshness(),
+    ) -> None:
         self._attestors = tuple(attestors)
         self._sessions = sessions
+        self._clock = clock
+        self._freshness = freshness
+        self._closing: set[Caller | WorkloadSession] = set()
         self.drop: Callable[[Callable[[Caller], bool]], object] = _nothing_to_drop
         self._room = asyncio.Semaphore(MAX_ATTESTATIONS)
         self._asking: dict[tuple[int, Facts], asyncio.Future[tuple[Answer, ...]]] = {}
@@ -82,8 +109,52 @@ class Workloads:
         try:
             self._sessions.check(session, fully=True)
         except NotAttested as error:
-            self._close_soon(lambda caller: caller.session is session)
+            self._close_soon(session)
             raise NoIdentity(NO_IDENTITY) from error
+
+    def look(self, session: WorkloadSession, *, fully: bool) -> None:
+        """Look whether the process still is what was attested, without anybody asking; one that is not loses all."""
+        try:
+            self._sessions.check(session, fully=fully)
+        except NotAttested:
+            self._close_soon(session)
+
+    def is_due(self, session: WorkloadSession, now: float) -> bool:
+        """Say whether what the attestors said of a session is too old for a new connection; ``now`` is monotonic."""
+        return not session.is_ended and now >= session.ask_at
+
+    async def attest_again(self, session: WorkloadSession) -> None:
+        """Ask the attestors again, if it is time, and withdraw what no longer holds. Its outcome is in the session."""
+        async with session.asking:
+            if not self.is_due(session, self._clock.monotonic()):
+                return
+            try:
+                self._take(session, await self.describe(session.process))
+            finally:
+                if session.is_ended:
+                    session.process.close()
+
+    def _take(self, session: WorkloadSession, told: tuple[Answer, ...]) -> None:
+        # Whatever the attestors looked at was this process only if it still is.
+        self.look(session, fully=True)
+        if session.is_ended:
+            return
+        now = self._clock.monotonic()
+        session.ask_at = self._freshness.next_ask(now)
+        may_bridge = now - session.vouched_at < self._freshness.bridge
+        try:
+            answers = asked_again(session.answers, told, may_bridge=may_bridge)
+        except BrokerError as error:
+            is_lapsed = isinstance(error, AttestorUnavailable)
+            _log.warning(
+                "workload_not_attested_again", pid=session.process.pid, code=error.reason, reason=error.message
+            )
+            self._sessions.end(session, SessionEnd.ATTESTATION_LAPSED if is_lapsed else SessionEnd.ATTESTATION_REFUSED)
+            self._close_soon(session)
+            return
+        if not any(answer.error for answer in told):
+            session.vouched_at = now
+        self._sessions.describe(session, combined(answers), answers)
 
     async def _attested(self, caller: Caller) -> WorkloadSession:
         async with caller.attesting:
@@ -103,6 +174,9 @@ class Workloads:
         with suppress(NotAttested):
             caller.executable = process.link("exe")
         session = self._sessions.of(process)
+        if session is not None and self.is_due(session, self._clock.monotonic()):
+            await self.attest_again(session)
+            session = self._sessions.of(process)
         while session is None and (asking := self._asking.get((process.pid, process.facts))) is not None:
             # Another connection of the same process was first: what it hears is heard for all.
             await asyncio.wait([asking])
@@ -135,6 +209,8 @@ class Workloads:
                 return None
             session = self._sessions.start(process, selectors)
             session.answers = answers
+            session.vouched_at = self._clock.monotonic()
+            session.ask_at = self._freshness.next_ask(session.vouched_at)
         finally:
             del self._asking[asked]
             if answers:
@@ -149,9 +225,18 @@ class Workloads:
         async with self._room:
             return await ask(self._attestors, process, ATTEST_TIMEOUT)
 
-    def _close_soon(self, predicate: Callable[[Caller], bool]) -> None:
-        # What it is now may be entitled, too: it is attested anew, on a connection that is its own.
-        asyncio.get_running_loop().call_later(CLOSE_AFTER, lambda: self.drop(predicate))
+    def _close_soon(self, gone: Caller | WorkloadSession) -> None:
+        # What it is now may be entitled, too: it is attested anew, on a connection that is its own. Closed together: each
+        # drop looks at every connection, and thousands may change at once.
+        if not self._closing:
+            asyncio.get_running_loop().call_later(CLOSE_TOGETHER, self._close_together)
+        self._closing.add(gone)
+
+    def _close_together(self) -> None:
+        closing, self._closing = self._closing, set()
+        asyncio.get_running_loop().call_later(
+            CLOSE_AFTER, lambda: self.drop(lambda caller: caller in closing or caller.session in closing)
+        )
 
     def _let_go(self, caller: Caller) -> None:
         if caller.is_released:
@@ -164,7 +249,7 @@ class Workloads:
 
     def _outward(self, caller: Caller, error: NotAttested) -> BrokerError:
         if error.reason in {"process_changed", "session_ended"}:
-            self._close_soon(lambda other: other is caller)
+            self._close_soon(caller.session or caller)
         return outward(error)
 
 

@@ -5,7 +5,8 @@ evidence, and the server's, which judges it. They are found by entry points (``c
 stores or the wire.
 
 A workload attestor answers ``frozenset()`` for "not mine"; it raises :class:`AttestorFailed` for "mine, and I could not
-tell", which refuses the caller: fewer selectors than the truth could match another entry than intended.
+tell", which refuses the caller: fewer selectors than the truth could match another entry than intended. It is asked again
+while a session lives: what a label or a runtime says may change.
 """
 
 from collections.abc import Awaitable, Callable
@@ -28,6 +29,14 @@ class AttestorFailed(NotAttested):
     """The process or node is this attestor's to describe, and it could not."""
 
     code = "attestor_failed"
+
+
+class AttestorUnavailable(AttestorFailed):
+    """Whoever must be asked did not answer: nothing was learnt, for the process or against it.
+
+    At the first attestation the same as any failure. Of a process that was attested before, the last answer holds for a
+    while, so that a runtime that is restarted does not end every session on the node.
+    """
 
 
 class Strength(StrEnum):
@@ -59,7 +68,10 @@ class WorkloadAttestor(Protocol):
         ...
 
     async def attest(self, process: Process) -> frozenset[Selector]:
-        """Give every selector that holds for the process; raises ``AttestorFailed`` when that cannot be told."""
+        """Give every selector that holds for the process; raises ``AttestorFailed`` when that cannot be told.
+
+        Raises ``AttestorUnavailable`` where that is only because somebody else did not answer.
+        """
         ...
 
 

@@ -10,12 +10,12 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from broker.attestation.containers import Container
-from broker.attestation.contract import AttestorFailed
+from broker.attestation.contract import AttestorFailed, AttestorUnavailable
 from broker.attestation.kubernetes import Fault
 
 
-class NotYet(AttestorFailed):
-    """The kubelet does not show the container yet; it may soon."""
+class NotYet(AttestorUnavailable):
+    """The kubelet does not show the container yet; it may soon. One that was restarted shows none for a moment."""
 
 
 class KubernetesObject(BaseModel):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, cast
 
 from typing_extensions import override
 
-from broker.attestation.contract import AttestorFailed
+from broker.attestation.contract import AttestorFailed, AttestorUnavailable
 from broker.attestation.reads import Abandoned
 from broker.clock import SystemClock
 
@@ -96,7 +96,7 @@ class RuntimeSocket:
             raise late() from None
         except (OSError, http.client.HTTPException):
             # The text of either could hold a piece of the answer.
-            raise AttestorFailed(
+            raise AttestorUnavailable(
                 "the container runtime cannot be asked", code="runtime_unreachable", hint="check its socket's path"
             ) from None
 
@@ -128,7 +128,9 @@ def _body(answer: _Answer) -> bytes:
     if response.status == http.HTTPStatus.NOT_FOUND:
         raise NotThere
     if response.status != http.HTTPStatus.OK:
-        raise AttestorFailed(f"the container runtime answered {response.status}", code="runtime_answer")
+        is_its_fault = response.status >= http.HTTPStatus.INTERNAL_SERVER_ERROR
+        failure = AttestorUnavailable if is_its_fault else AttestorFailed
+        raise failure(f"the container runtime answered {response.status}", code="runtime_answer")
     body = response.read(MAX_ANSWER + 1)
     if len(body) > MAX_ANSWER or response.length:  # a length that is left over: cut short
         raise AttestorFailed("the runtime's answer is too long or cut short", code="runtime_answer")
@@ -137,4 +139,4 @@ def _body(answer: _Answer) -> bytes:
 
 def late() -> AttestorFailed:
     """Make the refusal for a runtime that is too slow."""
-    return AttestorFailed("the container runtime did not answer in time", code="attestor_timeout")
+    return AttestorUnavailable("the container runtime did not answer in time", code="attestor_timeout")

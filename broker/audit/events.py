@@ -57,6 +57,7 @@ class Event(StrEnum):
     SVID_REFUSED = "svid_refused"
     SESSION_STARTED = "session_started"
     SESSION_ENDED = "session_ended"
+    WORKLOAD_REFUSED = "workload_refused"
     TASK_STARTED = "task_started"
     TASK_REFUSED = "task_refused"
     TASK_SUSPENDED = "task_suspended"
@@ -181,7 +182,7 @@ _FAMILIES: Final = {
         Event.AUTHORITY_PRUNED,
     ),
     _BUNDLE: (Event.BUNDLE_CHANGED, Event.BUNDLE_DELETED),
-    frozenset[str](): (Event.ADMIN_REFUSED,),
+    frozenset[str](): (Event.ADMIN_REFUSED, Event.WORKLOAD_REFUSED),
 }
 
 FIELDS: Final[Mapping[Event, frozenset[str]]] = {

@@ -69,7 +69,8 @@ def most_likely(found: Sequence[Finding]) -> str:
     if not found:
         return "no entry names this agent as its parent: broker entry create --parent-id AGENT …"
     # An entry that could never be issued is the cause only where nothing else speaks against it.
-    nearest = next((one for one in found if one.code != UNVOUCHED or not one.lacks), found[0])
+    never = {UNVOUCHED, *WITHHELD}
+    nearest = next((one for one in found if one.code not in never or not one.lacks), found[0])
     match nearest.code:
         case "entry_expired" if not nearest.lacks:
             return f"entry {nearest.entry_id} is over: broker entry create makes a new one"
@@ -87,6 +88,10 @@ def _refused(each: Considered, show: Callable[[Selector], str]) -> Finding:
     entry = each.entry
     notes: list[str] = []
     codes: list[str] = []
+    if each.withheld:
+        # First: an entry that is not for workloads is not earned by any selectors, whatever it lacks.
+        codes.append(each.withheld)
+        notes.append(WITHHELD.get(each.withheld, each.withheld))
     if each.unvouched:
         codes.append(UNVOUCHED)
         notes.append("refused: nobody but the workload vouches for any of its selectors")
@@ -95,9 +100,6 @@ def _refused(each: Considered, show: Callable[[Selector], str]) -> Finding:
     if each.expired and entry.expires_at is not None:
         codes.append(EXPIRED)
         notes.append(f"expired {entry.expires_at:%Y-%m-%d %H:%M:%S} UTC")
-    if each.withheld:
-        codes.append(each.withheld)
-        notes.append(WITHHELD.get(each.withheld, each.withheld))
     lacks = tuple(show(selector) for selector in sorted(each.missing))
     if len(lacks) > MAX_LACKS:
         notes.append(f"and {len(lacks) - MAX_LACKS} more selectors")

@@ -1,4 +1,4 @@
-"""Why a task ended or was refused: a closed set, for records, frames and answers. What follows is not known here."""
+"""Why a task or a workload session ended: closed sets, for records, frames and answers. What follows is not known here."""
 
 from enum import StrEnum
 
@@ -37,3 +37,33 @@ class Cause(StrEnum):
     """Another task took over the work."""
     OPERATOR = "operator"
     """A person of the platform team ended it."""
+
+
+class SessionEnd(StrEnum):
+    """What ended a workload session. The value is stable: it stands in the audit log, and in the node agent's."""
+
+    PROCESS_EXITED = "process_exited"
+    PROCESS_CHANGED = "process_changed"
+    """It is another program, user, control group or namespace than the one that was attested."""
+    SELECTORS_CHANGED = "selectors_changed"
+    """It is described otherwise now, and no longer has all that the entry asks for."""
+    ENTRY_GONE = "entry_gone"
+    """The entry was deleted, has expired, or is another SPIFFE ID's."""
+    ATTESTATION_REFUSED = "attestation_refused"
+    """An attestor was asked again and said that what it had said does not hold."""
+    ATTESTATION_LAPSED = "attestation_lapsed"
+    """An attestor gave no answer for too long."""
+    AGENT_STOPPED = "agent_stopped"
+    OTHER = "other"
+    """The node agent is newer, and gave a cause that is not known here."""
+
+    @property
+    def of_tasks(self) -> Cause:
+        """Give the cause of the tasks that end with the session."""
+        match self:
+            case SessionEnd.PROCESS_EXITED:
+                return Cause.PROCESS_EXITED
+            case SessionEnd.ENTRY_GONE:
+                return Cause.ENTRY_DELETED
+            case _:
+                return Cause.SESSION_ENDED

@@ -28,6 +28,9 @@ Metadata = Sequence[tuple[str, str | bytes]]
 
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024  # gRPC's usual bound; larger answers are paged
 MAX_STREAMS = 256  # of one connection: bounds what its opening and resetting can hold in memory
+MAX_PENDING = (
+    8192  # calls that wait for the event loop; gRPC's own 1,000 cancels callers of a node that wakes up at once
+)
 MAX_METADATA_BYTES = 16 * 1024
 PREFACE_DEADLINE_MS = 10_000  # a connection that does not begin to speak HTTP/2 is closed
 MIN_PING_INTERVAL_MS = 10_000  # clients may ask this often whether we live
@@ -181,6 +184,8 @@ def _options(ping_every: float | None) -> list[tuple[str, int]]:
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_concurrent_streams", MAX_STREAMS),
+        ("grpc.server.max_pending_requests", MAX_PENDING),
+        ("grpc.server.max_pending_requests_hard_limit", 2 * MAX_PENDING),
         ("grpc.max_metadata_size", MAX_METADATA_BYTES),
         ("grpc.absolute_max_metadata_size", 2 * MAX_METADATA_BYTES),
         ("grpc.compression_enabled_algorithms_bitset", _IDENTITY_ONLY),

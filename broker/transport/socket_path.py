@@ -10,8 +10,9 @@ import os
 import socket
 import stat
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 from broker.errors import Misconfigured
 from broker.transport.acceptor import BACKLOG
@@ -28,13 +29,37 @@ class ClaimedSocket:
     path: Path
     listening: socket.socket
     lock: int
-    inode: int
+    place: tuple[int, int]  # device and inode of the path
+
+    def is_in_place(self) -> bool:
+        """Say whether the path still leads to this socket, for callers who come now."""
+        try:
+            return _place(self.path) == self.place
+        except OSError:
+            return False
+
+    def claimed_again(self, *, mode: int, directory_mode: int) -> Self:
+        """Listen on the path anew, as :func:`claim_socket` does; closing this one's socket is the caller's.
+
+        Raises Misconfigured, and leaves this one as it is, where the place is not safe or is somebody else's now.
+        """
+        lock_path = _lock_path(_directory(self.path.parent, directory_mode) / self.path.name)
+        lock = self.lock if _is_at(lock_path, self.lock) else _lock(lock_path)
+        try:
+            again = replace(self, listening=_taken(self.path, mode), lock=lock, place=_place(self.path))
+        except BaseException:
+            if lock != self.lock:
+                os.close(lock)
+            raise
+        if lock != self.lock:
+            os.close(self.lock)
+        return again
 
     def release(self) -> None:
         """Close the socket and remove the path, if it is still ours."""
         self.listening.close()
         with suppress(OSError):
-            if self.path.lstat().st_ino == self.inode:
+            if self.is_in_place():
                 self.path.unlink()
         os.close(self.lock)
 
@@ -51,17 +76,13 @@ def claim_socket(path: Path, *, mode: int, directory_mode: int) -> ClaimedSocket
         raise Misconfigured(
             f"{resolved} is too long for a socket", code=_UNSAFE, hint=f"at most {MAX_PATH_BYTES} bytes"
         )
-    lock = _lock(directory / f".{path.name}.lock")
+    lock = _lock(_lock_path(resolved))
     try:
-        _clear(resolved)
-        listening = _listen(resolved, mode)
-    except OSError as error:
-        os.close(lock)
-        raise Misconfigured(f"{resolved}: {error.strerror}", code=_UNSAFE) from error
+        listening = _taken(resolved, mode)
+        return ClaimedSocket(resolved, listening, lock, _place(resolved))
     except BaseException:
         os.close(lock)
         raise
-    return ClaimedSocket(resolved, listening, lock, resolved.lstat().st_ino)
 
 
 def require_safe_directory(directory: Path) -> None:
@@ -107,6 +128,31 @@ def _lock(path: Path) -> int:
         os.close(lock)
         raise Misconfigured(f"another server holds {path}", code=_IN_USE, hint="stop it first") from error
     return lock
+
+
+def _lock_path(path: Path) -> Path:
+    return path.with_name(f".{path.name}.lock")
+
+
+def _is_at(path: Path, fd: int) -> bool:
+    """Say whether the path still leads to what is open here; it goes with its directory."""
+    held = os.fstat(fd)
+    with suppress(OSError):
+        return _place(path) == (held.st_dev, held.st_ino)
+    return False
+
+
+def _place(path: Path) -> tuple[int, int]:
+    facts = path.lstat()
+    return facts.st_dev, facts.st_ino
+
+
+def _taken(path: Path, mode: int) -> socket.socket:
+    try:
+        _clear(path)
+        return _listen(path, mode)
+    except OSError as error:
+        raise Misconfigured(f"{path}: {error.strerror}", code=_UNSAFE) from error
 
 
 def _clear(path: Path) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from broker.errors import BrokerError, NotAttested, Refused
+from broker.errors import BrokerError, Misconfigured, NotAttested, Refused
 from broker.transport.acceptor import Acceptor, connection_room
 from broker.transport.callers import CallerIndex
 from broker.transport.flood import FrameMeter
@@ -25,6 +25,7 @@ C = TypeVar("C")
 
 MAX_CONNECTIONS = 16_384  # a node runs a few thousand processes; less where descriptors are fewer
 FDS_PER_CONNECTION = 4  # accepted, pidfd, dialled, and gRPC's own end
+LOOK_EVERY = 10.0  # seconds between looks whether the path still leads here
 SHARE_OF_ONE_UID = 0.75  # of the room: one user that opens connections without end leaves places for the others
 
 
@@ -79,6 +80,7 @@ class UnixListener(Generic[C]):
         self._setups: set[asyncio.Task[None]] = set()
         self._claimed: ClaimedSocket | None = None
         self._acceptor: Acceptor | None = None
+        self._next_look: asyncio.TimerHandle | None = None
 
     @property
     def connections(self) -> int:
@@ -97,13 +99,41 @@ class UnixListener(Generic[C]):
         self._room = connection_room(self._max_connections, FDS_PER_CONNECTION)
         self._room_of_uid = max(1, int(self._room * SHARE_OF_ONE_UID))
         self._claimed = claim_socket(self._path, mode=self._mode, directory_mode=self._directory_mode)
-        self._acceptor = Acceptor(self._claimed.listening, self._accepted, lambda: len(self._open) < self._room)
+        self._accept_on(self._claimed)
+        self._next_look = asyncio.get_running_loop().call_later(LOOK_EVERY, self._look_again)
+
+    def look(self) -> None:
+        """Look whether the path still leads here; one that was removed or left by a dead server is taken anew.
+
+        Connections that are open stay. A path that somebody else serves is not taken from him: it is told as an error.
+        """
+        if self._claimed is None or self._claimed.is_in_place():
+            return
+        try:
+            claimed = self._claimed.claimed_again(mode=self._mode, directory_mode=self._directory_mode)
+        except Misconfigured as error:
+            _LOG.error("callers are led elsewhere: %s", error.message)
+            return
+        _LOG.warning("%s had been removed or replaced, and is served again", claimed.path)
+        self._claimed = claimed
+        self._accept_on(claimed)
+
+    def _look_again(self) -> None:
+        self._next_look = asyncio.get_running_loop().call_later(LOOK_EVERY, self._look_again)
+        self.look()
+
+    def _accept_on(self, claimed: ClaimedSocket) -> None:
+        if self._acceptor is not None:
+            self._acceptor.close()
+        self._acceptor = Acceptor(claimed.listening, self._accepted, lambda: len(self._open) < self._room)
         self._acceptor.start()
 
     async def stop(self) -> None:
         """Stop accepting, end all connections, remove the socket. Harmless when repeated."""
         if self._acceptor is None or self._claimed is None:
             return
+        if self._next_look is not None:
+            self._next_look.cancel()
         self._acceptor.close()
         self._claimed.release()
         self._acceptor = self._claimed = None

@@ -154,6 +154,8 @@ class FakeServer:
         self.jwts_signed = 0
         self.sessions: dict[str, sessions_pb2.WorkloadSession] = {}
         self.ended: list[str] = []
+        self.refused: list[tuple[str, int, int]] = []
+        self.causes: list[str] = []  # of the ends, by their names on the wire
         self.watches: list[watch_pb2.WatchRequest] = []
         self.task_requests: list[object] = []
         self.task_error: BrokerError | None = None
@@ -350,6 +352,8 @@ class FakeServer:
         for session_id in request.ended:
             self.sessions.pop(session_id, None)
             self.ended.append(session_id)
+            self.causes.append(sessions_pb2.SessionEnd.Name(request.causes[session_id]))
+        self.refused += [(one.code, one.uid, one.count) for one in request.refused]
         return sessions_pb2.ReportSessionsResponse()
 
     async def StartTask(self, request, context, peer):

@@ -2,9 +2,10 @@
 
 import asyncio
 import shutil
+import sqlite3
 import tempfile
 import time
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, closing
 from pathlib import Path
 
 import grpc
@@ -19,6 +20,7 @@ from broker.agent.app import Agent
 from broker.agent.listener import WORKLOAD
 from broker.agent.settings import AgentSettings
 from broker.agent.upstream import AGENT
+from broker.audit.events import Event, Record
 from broker.client import Bundles, Entries, Nodes, dial_socket
 from broker.server.app import server
 from broker.server.settings import OperationsSettings, ServerSettings, StoreSettings
@@ -27,6 +29,7 @@ from tests.fakes.processes import held_connection
 from tests.fakes.running_agent import HEADER, ME, RunningAgent, until
 
 TD = TrustDomain("example.org")
+SLEEP = str(Path(shutil.which("sleep")).resolve())
 
 
 class Estate:
@@ -152,6 +155,30 @@ async def test_sessions_live_and_end_with_their_process(estate) -> None:
             await until(lambda: agent.agent.reports.is_settled)
             await held.act()
             await until(lambda: len(agent.agent.sessions) == 0 and agent.agent.reports.is_settled)
+
+
+def ends_on_record(directory: Path) -> list[tuple[str, str]]:
+    """Session and cause of every end in the chain."""
+    with closing(sqlite3.connect(f"file:{directory}/broker.db?mode=ro", uri=True)) as database:
+        bodies = [row[0] for row in database.execute("SELECT body FROM audit_records ORDER BY seq")]
+    records = [Record.from_body(bytes(body)) for body in bodies]
+    return [(one.subject, one.fields["cause"]) for one in records if one.event is Event.SESSION_ENDED]
+
+
+@pytest.mark.bears("A05", "V07")
+async def test_what_is_withdrawn_between_two_messages_is_on_record_with_its_cause(estate) -> None:
+    async with estate.server(), estate.agent() as agent:
+        await estate.register(agent)
+        async with (
+            held_connection(agent.socket, estate.directory / "r", "exec", SLEEP, "60") as held,
+            grpc.aio.insecure_channel(f"unix:{held.relay}") as channel,
+        ):
+            stream = Stub(channel, WORKLOAD).FetchX509SVID(workload_pb2.X509SVIDRequest(), metadata=HEADER)
+            assert (await stream.read()).svids
+            await until(lambda: agent.agent.reports.is_settled)
+            (session,) = (one.id for each in agent.agent.sessions for one in each.identities.values())
+            await held.act()  # another program, and nothing to send to it
+            await until(lambda: ends_on_record(estate.directory) == [(session, "process_changed")], 20)
 
 
 @pytest.mark.bears("O04")

@@ -23,6 +23,7 @@ from broker.server.tasks.requests import Actor, check_key
 from broker.spiffe import SpiffeId
 from broker.tasks import LEEWAY, Cause, State, Task
 from broker.tasks import end as ended
+from broker.tasks.causes import SessionEnd
 from broker.tasks.texts import check_purpose
 
 FORGET_AFTER: Final = MAX_TOKEN_TTL + 2 * LEEWAY
@@ -160,7 +161,14 @@ def revoke_token(writer: Writer, row: TokenRow, *, by: str, now: datetime) -> in
     return seq
 
 
-def end_session(writer: Writer, session_id: str, *, agent: SpiffeId, now: datetime) -> bool:
+def end_session(
+    writer: Writer,
+    session_id: str,
+    *,
+    agent: SpiffeId,
+    now: datetime,
+    cause: SessionEnd = SessionEnd.PROCESS_EXITED,
+) -> bool:
     """End a workload session and every task attached to it; False when it is unknown, another agent's, or over.
 
     An unsupervised task has no session and outlives its process; the tokens that the process held die with the session's frame.
@@ -174,7 +182,7 @@ def end_session(writer: Writer, session_id: str, *, agent: SpiffeId, now: dateti
             committed_at=_milliseconds(now),
             forget_at=_forget_at(now),
             session=session_id,
-            cause=Cause.PROCESS_EXITED.value,
+            cause=cause.of_tasks.value,
         )
     )
     # Ancestors first: what hangs below them ends with them, once.
@@ -182,8 +190,8 @@ def end_session(writer: Writer, session_id: str, *, agent: SpiffeId, now: dateti
     for task in tasks:
         current = writer.task(task.id)
         if current is not None and not current.state.is_terminal:
-            end(writer, current, State.REVOKED, Cause.PROCESS_EXITED, by=str(agent), now=now)
-    writer.record(records.session_ended(known, len(tasks), now))
+            end(writer, current, State.REVOKED, cause.of_tasks, by=str(agent), now=now)
+    writer.record(records.session_ended(known, cause, len(tasks), now))
     return True
 
 

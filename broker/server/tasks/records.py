@@ -6,8 +6,10 @@ from datetime import datetime
 from broker.audit.events import Event, FieldValue, Record
 from broker.server.store.rows import SessionRow, TokenRow
 from broker.server.tasks.requests import Actor
+from broker.spiffe import SpiffeId
 from broker.spiffe.jose import b64url_encode
 from broker.tasks import Task, TaskClaims
+from broker.tasks.causes import SessionEnd
 from broker.tasks.claims import purpose_hash
 
 
@@ -104,12 +106,19 @@ def session_started(row: SessionRow) -> Record:
     return Record(Event.SESSION_STARTED, row.started_at, str(row.agent), row.id, fields)
 
 
-def session_ended(row: SessionRow, tasks_ended: int, at: datetime) -> Record:
-    """Record that a workload session is over, and how many tasks went with it."""
+def session_ended(row: SessionRow, cause: SessionEnd, tasks_ended: int, at: datetime) -> Record:
+    """Record that a workload session is over, why in its node agent's words, and how many tasks went with it."""
     fields: dict[str, FieldValue] = {
         "node": str(row.agent),
         "spiffe_id": str(row.spiffe_id),
         "entry_id": row.entry_id,
+        "cause": cause.value,
         "tasks_ended": tasks_ended,
     }
     return Record(Event.SESSION_ENDED, at, str(row.agent), row.id, fields)
+
+
+def workload_refused(node: SpiffeId, code: str, uid: int, count: int, at: datetime) -> Record:
+    """Record in one row that callers of one local user were refused at a node agent's socket for one reason."""
+    fields: dict[str, FieldValue] = {"node": str(node), "door": "agent", "code": code, "left_out": count - 1}
+    return Record(Event.WORKLOAD_REFUSED, at, str(node), f"uid:{uid}" if uid >= 0 else "uid:unknown", fields)

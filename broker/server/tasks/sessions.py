@@ -4,11 +4,14 @@ A session that is gone ends its tasks in the same transaction. An agent speaks o
 its own sessions; what it says beyond that is left out and named, so that one stale line does not hold up the others.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from types import MappingProxyType
 from typing import Final
 
+from broker.audit.events import Record
 from broker.clock import Clock
 from broker.errors import BrokerError, Conflict, Invalid, Refused
 from broker.server.store.ports import Store, Writer
@@ -17,10 +20,18 @@ from broker.server.tasks import records
 from broker.server.tasks.admission import Vouching
 from broker.server.tasks.lifecycle import end_session
 from broker.spiffe import SpiffeId
+from broker.tasks.causes import SessionEnd
 from broker.tasks.texts import THUMBPRINT, check_id
 
 MAX_REPORTED: Final = 10_000
 """Sessions in one report: more than a node has processes with an identity."""
+MAX_REFUSED: Final = 64
+"""Kinds of refusals in one report, a record each: agents sum them up."""
+MAX_UID: Final = 2**32
+MAX_COUNT: Final = 2**53  # what a record's number can be
+OTHER_CODE: Final = "other"
+_CODE: Final = re.compile("[a-z0-9_]{1,64}")
+_NO_CAUSES: Final[Mapping[str, SessionEnd]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +51,24 @@ class ReportedSession:
             raise Invalid("the thumbprint is not a SHA-256 hash in base64url", code="invalid_thumbprint")
 
 
+@dataclass(frozen=True, slots=True)
+class RefusedCallers:
+    """How many callers of one local user were refused at a node agent's socket, and why.
+
+    Refuses nothing: a code that an attestor made up must not hold up the ends of sessions in the same report.
+    """
+
+    code: str
+    uid: int  # -1: not known
+    count: int
+
+    def record(self, node: SpiffeId, at: datetime) -> Record:
+        """Write it down, in one row."""
+        code = self.code if _CODE.fullmatch(self.code) else OTHER_CODE
+        uid = self.uid if 0 <= self.uid < MAX_UID else -1
+        return records.workload_refused(node, code, uid, max(1, min(self.count, MAX_COUNT)), at)
+
+
 class Sessions:
     """Takes in the reports of node agents."""
 
@@ -49,9 +78,16 @@ class Sessions:
         self._vouching = vouching
 
     async def report(
-        self, agent: SpiffeId, current: Sequence[ReportedSession], ended: Sequence[str]
+        self,
+        agent: SpiffeId,
+        current: Sequence[ReportedSession],
+        ended: Sequence[str],
+        causes: Mapping[str, SessionEnd] = _NO_CAUSES,
+        refused: Sequence[RefusedCallers] = (),
     ) -> dict[str, BrokerError]:
         """Take one report in, wholly or not at all; give the sessions that were left out, each with its reason.
+
+        ``causes``: of those in ``ended``; one that is not named there ended with its process. ``refused``: a record each.
 
         Raises:
             Invalid: the report is too long.
@@ -59,6 +95,8 @@ class Sessions:
         """
         if len(current) + len(ended) > MAX_REPORTED:
             raise Invalid(f"a report has at most {MAX_REPORTED} sessions", code="too_many_sessions")
+        if len(refused) > MAX_REFUSED:
+            raise Invalid(f"a report has at most {MAX_REFUSED} kinds of refusals", code="too_many_refusals")
         left_out: dict[str, BrokerError] = {}
         spoken_for: list[ReportedSession] = []
         for session in current:
@@ -69,16 +107,28 @@ class Sessions:
                 )
             else:
                 spoken_for.append(session)
-        return left_out | await self._store.write(lambda writer: self._take(writer, agent, spoken_for, ended))
+
+        def act(writer: Writer) -> dict[str, BrokerError]:
+            for each in refused:
+                writer.record(each.record(agent, self._clock.now()))
+            return self._take(writer, agent, spoken_for, ended, causes)
+
+        return left_out | await self._store.write(act)
 
     def _take(
-        self, writer: Writer, agent: SpiffeId, current: Sequence[ReportedSession], ended: Sequence[str]
+        self,
+        writer: Writer,
+        agent: SpiffeId,
+        current: Sequence[ReportedSession],
+        ended: Sequence[str],
+        causes: Mapping[str, SessionEnd],
     ) -> dict[str, BrokerError]:
         now = self._clock.now()
         left_out: dict[str, BrokerError] = {}
         # Ends first: a report may hold a new session of an entry whose old one is gone.
         for session_id in ended:
-            end_session(writer, session_id, agent=agent, now=now)
+            cause = causes.get(session_id, SessionEnd.PROCESS_EXITED)
+            end_session(writer, session_id, agent=agent, now=now, cause=cause)
         for session in current:
             known = writer.session(session.id)
             row = SessionRow(

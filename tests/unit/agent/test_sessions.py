@@ -12,6 +12,7 @@ from broker.attestation.process import Process
 from broker.clock import SystemClock
 from broker.errors import NotAttested
 from broker.spiffe import Selector
+from broker.tasks.causes import SessionEnd
 from tests.fakes.fake_server import TD, FakeCa, entry_message
 from tests.fakes.running_agent import until
 
@@ -31,7 +32,12 @@ class Estate:
         self.cache.replace([entry(entry_message("e1", "/a", ["unix:uid:1"]), TD)], [bundle(FakeCa().message())])
         self.clock = Clock()
         self.ended = []
-        self.sessions = Sessions(self.cache, self.clock, on_identities_ended=self.ended.extend)
+        self.causes = []
+        self.sessions = Sessions(self.cache, self.clock, on_identities_ended=self.took)
+
+    def took(self, identities, cause) -> None:
+        self.ended.extend(identities)
+        self.causes.append(cause)
 
 
 def opened(pid: int) -> Process:
@@ -80,7 +86,7 @@ async def test_the_end_of_the_process_is_the_end_of_the_session(sleeper) -> None
     assert estate.ended == [identity]
     with pytest.raises(NotAttested):
         estate.sessions.check(session)
-    estate.sessions.end(session)
+    estate.sessions.end(session, SessionEnd.OTHER)
     assert estate.ended == [identity]
 
 
@@ -111,7 +117,9 @@ async def test_the_full_check_comes_once_a_second(sleeper, monkeypatch) -> None:
     estate.sessions.check(session)
     estate.sessions.check(session)
     estate.sessions.check(session, fully=True)
-    assert done == ["cheap", "full", "cheap", "full"]
+    estate.clock.ahead = 10
+    estate.sessions.check(session, fully=False)  # a round over thousands: cheap, however long ago
+    assert done == ["cheap", "full", "cheap", "full", "cheap"]
     estate.sessions.end_all()
 
 

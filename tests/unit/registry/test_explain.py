@@ -1,6 +1,8 @@
 """The wording of a decision: order, what is lacking, and what is probably to be done."""
 
-from broker.registry import match
+from dataclasses import replace
+
+from broker.registry import Decision, match
 from broker.registry.explain import MAX_LACKS, Finding, finding_lines, findings, most_likely
 from broker.spiffe import Selector
 from tests.unit.registry.estate import NOW, entry, selectors
@@ -63,3 +65,16 @@ def test_only_the_nearest_and_only_so_many() -> None:
     assert len(findings(decision, max_refused=3)) == 3
     (many,) = findings(match([entry("e", *(f"a:{n}" for n in range(MAX_LACKS + 2)))], selectors("b:c"), NOW))
     assert (len(many.lacks), many.note) == (MAX_LACKS, "and 2 more selectors")
+
+
+def test_an_entry_that_is_not_for_workloads_is_no_advice_whatever_it_lacks() -> None:
+    nodes, meant = entry("nodes", "unix:uid:7", spiffe_id="/nodes"), entry("meant", "unix:uid:8", "unix:gid:9")
+    decision = match([nodes, meant], selectors("unix:uid:1"), NOW)
+    considered = tuple(
+        replace(each, withheld="names_nodes" if each.entry is nodes else "") for each in decision.considered
+    )
+    found = findings(Decision(decision.selectors, (), considered))
+    assert (found[0].entry_id, found[0].code, found[0].lacks) == ("nodes", "names_nodes", ("unix:uid:7",))
+    assert "entry meant is the nearest" in most_likely(found)
+    # Alone, because somebody asked for it by its id: what it is, and nothing to create.
+    assert most_likely(found[:1]) == "entry nodes: names nodes, not workloads"

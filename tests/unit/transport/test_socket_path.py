@@ -10,6 +10,8 @@ import pytest
 from broker.errors import Misconfigured
 from broker.transport.socket_path import ClaimedSocket, claim_socket
 
+pytestmark = pytest.mark.bears("A19", "A20")  # one way to claim a place, for every socket
+
 
 def claim(path: Path, mode: int = 0o600) -> ClaimedSocket:
     return claim_socket(path, mode=mode, directory_mode=0o755)
@@ -21,8 +23,9 @@ def refused(path: Path) -> str:
     return caught.value.reason
 
 
-def test_makes_directories_and_sets_modes_whatever_the_umask(short: Path) -> None:
-    before = os.umask(0o077)
+@pytest.mark.parametrize("umask", [0, 0o077])
+def test_makes_directories_and_sets_modes_whatever_the_umask(short: Path, umask: int) -> None:
+    before = os.umask(umask)
     try:
         claimed = claim(short / "a" / "b" / "s", mode=0o777)
     finally:
@@ -57,7 +60,7 @@ def test_refuses_a_path_that_another_program_serves(short: Path) -> None:
         assert (short / "s").exists()
 
 
-@pytest.mark.parametrize("kind", ["file", "directory", "link"])
+@pytest.mark.parametrize("kind", ["file", "directory", "link", "dangling link"])
 def test_never_removes_what_is_not_a_socket(short: Path, kind: str) -> None:
     path = short / "s"
     if kind == "file":
@@ -65,7 +68,7 @@ def test_never_removes_what_is_not_a_socket(short: Path, kind: str) -> None:
     elif kind == "directory":
         path.mkdir()
     else:
-        path.symlink_to("/dev/null")
+        path.symlink_to("/dev/null" if kind == "link" else short / "nothing")
     assert refused(path) == "socket_path_unsafe"
     assert os.path.lexists(path)
 
@@ -106,3 +109,55 @@ def test_release_leaves_a_socket_that_took_its_place(short: Path) -> None:
         other.bind(str(short / "s"))
         claimed.release()
         assert (short / "s").exists()
+
+
+def again(claimed: ClaimedSocket) -> ClaimedSocket:
+    return claimed.claimed_again(mode=0o666, directory_mode=0o755)
+
+
+def test_a_place_that_was_removed_is_taken_again_under_the_same_lock(short: Path) -> None:
+    claimed = claim(short / "s")
+    assert claimed.is_in_place()
+    (short / "s").unlink()
+    assert not claimed.is_in_place()
+    second = again(claimed)
+    claimed.listening.close()
+    assert second.is_in_place()
+    assert stat.S_IMODE((short / "s").stat().st_mode) == 0o666
+    assert second.lock == claimed.lock
+    assert refused(short / "s") == "socket_in_use"
+    second.release()
+    assert not (short / "s").exists()
+
+
+def test_a_place_that_went_with_its_directory_is_taken_again_with_a_lock(short: Path) -> None:
+    claimed = claim(short / "d" / "s")
+    for one in (short / "d").iterdir():
+        one.unlink()
+    (short / "d").rmdir()
+    second = again(claimed)
+    claimed.listening.close()
+    assert refused(short / "d" / "s") == "socket_in_use"
+    second.release()
+    claim(short / "d" / "s").release()
+
+
+@pytest.mark.parametrize("who", ["served", "file", "unsafe"])
+def test_a_place_that_is_somebody_elses_is_not_taken_from_him(short: Path, who: str) -> None:
+    claimed = claim(short / "d" / "s")
+    (short / "d" / "s").unlink()
+    with socket.socket(socket.AF_UNIX) as other:
+        if who == "file":
+            (short / "d" / "s").write_text("precious")
+        else:
+            other.bind(str(short / "d" / "s"))
+            other.listen()
+        if who == "unsafe":
+            (short / "d").chmod(0o777)
+        before = len(os.listdir("/proc/self/fd"))
+        with pytest.raises(Misconfigured):
+            again(claimed)
+        assert len(os.listdir("/proc/self/fd")) == before
+        assert os.path.lexists(short / "d" / "s")
+        claimed.release()
+        assert os.path.lexists(short / "d" / "s")

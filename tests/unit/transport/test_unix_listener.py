@@ -21,6 +21,7 @@ import pytest
 from broker._proto.service import Stub, handler
 from broker._proto.spiffe import workload_pb2
 from broker.errors import BrokerError, Misconfigured, Refused
+from broker.transport import unix_listener as module
 from broker.transport.acceptor import RESERVED_FDS, connection_room
 from broker.transport.callers import CallerIndex
 from broker.transport.flood import RESET_BURST
@@ -409,6 +410,46 @@ async def test_a_bad_place_is_refused_before_anything_listens(short: Path) -> No
     with pytest.raises(Misconfigured):
         await listener.start()
     await listener.stop()
+
+
+@pytest.mark.bears("A19", "A20")
+async def test_a_socket_that_is_removed_comes_back_and_open_connections_stay(
+    short: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LOOK_EVERY", 0.05)
+    async with house(short) as one, one.channel() as before:
+        stub = Stub(before, WORKLOAD)
+        await stub.FetchJWTSVID(ASK)
+        was = one.path.stat()
+        one.path.unlink()
+        await one.until(one.path.exists)
+        assert one.path.stat().st_mode == was.st_mode
+        assert (await stub.FetchJWTSVID(ASK)).svids
+        async with one.channel() as after:
+            assert (await Stub(after, WORKLOAD).FetchJWTSVID(ASK)).svids
+        assert one.listener.connections == 2
+    assert not one.path.exists()
+
+
+@pytest.mark.bears("A19", "A20")
+async def test_somebody_who_took_the_place_is_told_of_and_not_thrown_out(
+    short: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with house(short) as one:
+        one.path.unlink()
+        with socket.socket(socket.AF_UNIX) as fake:
+            fake.bind(str(one.path))
+            fake.listen()
+            theirs = one.path.stat().st_ino
+            one.listener.look()
+            assert "callers are led elsewhere" in caplog.text
+            assert one.path.stat().st_ino == theirs
+        # He is gone and his socket is dead: it is ours again.
+        one.listener.look()
+        async with one.channel() as channel:
+            assert (await Stub(channel, WORKLOAD).FetchJWTSVID(ASK)).svids
+    one.listener.look()  # after the end there is nothing to look after
+    assert not one.path.exists()
 
 
 async def test_nobody_behind_the_listener_closes_the_caller(short: Path) -> None:

@@ -7,12 +7,23 @@ from broker._proto.service import Context, ServiceBinding
 from broker.errors import Invalid
 from broker.server.api.access import Caller, agent_of
 from broker.server.api.grpc.convert import moment_of
-from broker.server.tasks.sessions import ReportedSession
+from broker.server.tasks.sessions import RefusedCallers, ReportedSession
 from broker.server.tasks.sessions import Sessions as SessionCases
 from broker.spiffe import SpiffeId
+from broker.tasks.causes import SessionEnd
 from broker.telemetry.log import get_logger
 
 BINDING: Final = ServiceBinding.of(sessions_pb2.DESCRIPTOR, "Sessions")
+
+_CAUSES: Final = {
+    sessions_pb2.SESSION_END_PROCESS_EXITED: SessionEnd.PROCESS_EXITED,
+    sessions_pb2.SESSION_END_PROCESS_CHANGED: SessionEnd.PROCESS_CHANGED,
+    sessions_pb2.SESSION_END_SELECTORS_CHANGED: SessionEnd.SELECTORS_CHANGED,
+    sessions_pb2.SESSION_END_ENTRY_GONE: SessionEnd.ENTRY_GONE,
+    sessions_pb2.SESSION_END_ATTESTATION_REFUSED: SessionEnd.ATTESTATION_REFUSED,
+    sessions_pb2.SESSION_END_ATTESTATION_LAPSED: SessionEnd.ATTESTATION_LAPSED,
+    sessions_pb2.SESSION_END_AGENT_STOPPED: SessionEnd.AGENT_STOPPED,
+}
 
 log = get_logger("sessions")
 
@@ -28,7 +39,14 @@ class Sessions:
     ) -> sessions_pb2.ReportSessionsResponse:
         """Take in what lives and what has ended; what hangs on an ended session ends with it."""
         agent = agent_of(caller).id
-        left_out = await self._sessions.report(agent, [_reported(one) for one in request.current], request.ended)
+        causes = {
+            # An end is an end, also where a newer agent gives a cause that is not known here.
+            session_id: _CAUSES.get(number, SessionEnd.OTHER)
+            for session_id, number in request.causes.items()
+        }
+        refused = [RefusedCallers(one.code, one.uid, one.count) for one in request.refused]
+        current = [_reported(one) for one in request.current]
+        left_out = await self._sessions.report(agent, current, request.ended, causes, refused)
         for error in left_out.values():
             log.warning("session_left_out", agent=str(agent), code=error.reason)
         return sessions_pb2.ReportSessionsResponse()

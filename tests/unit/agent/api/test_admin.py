@@ -1,6 +1,7 @@
 """The operator's questions: real processes, the real attestors, and the decision that callers really got."""
 
 import asyncio
+import errno
 import os
 import subprocess
 import sys
@@ -88,6 +89,7 @@ async def denial(agent, denial_id: str) -> admin_pb2.Denial:
         return await stub.ExplainDenial(admin_pb2.ExplainDenialRequest(id=denial_id), timeout=10)
 
 
+@pytest.mark.bears("A20")
 async def test_the_socket_is_for_the_agents_user_alone() -> None:
     async with estate() as agent:
         path = agent.settings.admin_socket_path
@@ -97,6 +99,7 @@ async def test_the_socket_is_for_the_agents_user_alone() -> None:
     assert not path.exists()
 
 
+@pytest.mark.bears("A20")
 def test_only_root_and_the_agents_user_are_admitted() -> None:
     for uid in (0, os.geteuid()):
         assert admit_operator(KernelPeer(1, uid, 0, -1)).uid == uid
@@ -106,6 +109,23 @@ def test_only_root_and_the_agents_user_are_admitted() -> None:
 
 
 @pytest.mark.root("a process of another user")
+@pytest.mark.bears("A20")
+async def test_another_user_cannot_even_connect() -> None:
+    async with estate() as agent:
+        code = (
+            "import os,socket,sys; os.setgid(65533); os.setuid(65533); s=socket.socket(socket.AF_UNIX)\n"
+            "try: s.connect(sys.argv[1])\nexcept OSError as error: print(error.errno)"
+        )
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-I", "-S", "-c", code, str(agent.settings.admin_socket_path),
+            stdout=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        out, _ = await process.communicate()
+        assert int(out) == errno.EACCES
+
+
+@pytest.mark.root("a process of another user")
+@pytest.mark.bears("A20")
 async def test_another_user_gets_nothing_even_where_the_files_let_it_in() -> None:
     async with estate() as agent:
         path = agent.settings.admin_socket_path
@@ -134,6 +154,26 @@ async def test_a_process_with_an_identity() -> None:
     assert told.strengths[ME] == "kernel"
     assert [(one.id, one.code) for one in told.entries] == [("e1", "issued")]
     assert (told.considered, told.code, told.status) == (1, "issued", "OK")
+
+
+async def test_an_entry_that_names_nodes_is_neither_counted_nor_advised() -> None:
+    """Our server keeps them to itself; another one's agents are told of them."""
+    alias = entry_message("alias", "/nodes/all", ["unix:uid:4000000001"])
+    alias.entry.parent_id.path = "/spire/server"
+    far = entry_message("far", "/far", ["k8s:sa:x", "unix:gid:4000000001"])
+    async with estate(entries=(alias, far)) as agent:
+        _, denial_id = await refused_with(agent)
+        kept = (await denial(agent, denial_id)).explanation
+        now = await explained(agent, pid=os.getpid())
+        for told in (kept, now):
+            assert ([one.id for one in told.entries], told.considered) == (["far"], 1)
+            assert "entry far is the nearest" in told.most_likely
+        for named in (
+            await explained(agent, pid=os.getpid(), entry_id="alias"),
+            await explained(agent, entry_id="alias"),
+        ):
+            assert [(one.id, one.code) for one in named.entries] == [("alias", "names_nodes")]
+            assert named.most_likely == "entry alias: names nodes, not workloads"
 
 
 async def test_a_process_without_one_is_told_nothing_and_its_operator_all() -> None:

@@ -10,15 +10,17 @@ from pathlib import Path
 import pytest
 
 from broker.audit.events import Record
-from broker.errors import BrokerError, Conflict, NotFound, Refused, Unavailable
+from broker.errors import BrokerError, Conflict, Invalid, NotFound, Refused, Unavailable
 from broker.server import failpoints
 from broker.server.store.ports import Reader, Writer
 from broker.server.store.rows import FrameRow
 from broker.server.tasks import lifecycle
 from broker.server.tasks.config import TaskDefaults
 from broker.server.tasks.requests import Actor, IssueRequest
+from broker.server.tasks.sessions import MAX_COUNT, MAX_REFUSED, RefusedCallers
 from broker.spiffe import SpiffeId
 from broker.tasks import Cause, State, Supervision, Task, start_child
+from broker.tasks.causes import SessionEnd
 from tests.fakes.oidc import OidcIssuer
 from tests.unit.server.tasks.estate import (
     AGENT,
@@ -222,6 +224,31 @@ async def test_the_end_of_a_process_ends_its_tasks(estate: Estate) -> None:
     assert caught.value.reason == "session_ended"
 
 
+@pytest.mark.bears("V07")
+@pytest.mark.parametrize(
+    ("cause", "of_tasks"),
+    [
+        (SessionEnd.PROCESS_EXITED, Cause.PROCESS_EXITED),
+        (SessionEnd.PROCESS_CHANGED, Cause.SESSION_ENDED),
+        (SessionEnd.SELECTORS_CHANGED, Cause.SESSION_ENDED),
+        (SessionEnd.ATTESTATION_LAPSED, Cause.SESSION_ENDED),
+        (SessionEnd.ENTRY_GONE, Cause.ENTRY_DELETED),
+    ],
+)
+async def test_a_session_that_is_withdrawn_ends_its_tasks_as_an_exit_does(
+    estate: Estate, cause: SessionEnd, of_tasks: Cause
+) -> None:
+    task = await estate.start()
+    issued = await estate.issue(task)
+    await estate.sessions.report(NODE, [], ["ws_1"], {"ws_1": cause})
+    ended = await task_of(estate, task.id)
+    assert (ended.state, ended.cause) == (State.REVOKED, of_tasks)
+    assert next((frame.kind, frame.cause) for frame in await frames(estate)) == ("session", of_tasks)
+    (record,) = await estate.records("session_ended")
+    assert record.fields["cause"] == cause
+    assert await estate.tokens.introspect(issued.access_token, AGENT) is None
+
+
 async def test_an_unsupervised_task_outlives_its_process_and_its_tokens_do_not(
     tmp_path: Path, oidc: OidcIssuer
 ) -> None:
@@ -384,3 +411,23 @@ async def test_overdue_children_are_recorded_once_as_what_they_are(estate: Estat
     states = {record.subject: record.fields["state"] for record in await estate.records("task_ended")}
     assert states == {root.id: "revoked", first.id: "expired", second.id: "cascaded"}
     assert len(await estate.records("task_ended")) == 3
+
+
+@pytest.mark.bears("L03")
+async def test_refusals_at_a_nodes_socket_are_on_record_in_sum(estate: Estate) -> None:
+    told = [
+        RefusedCallers("no_identity_issued", 4001, 300),
+        RefusedCallers("An attestor's own", -5, 0),
+        RefusedCallers("attestor_failed", 2**40, 2**60),
+    ]
+    await estate.start()
+    await estate.sessions.report(NODE, [], ["ws_1"], {}, told)
+    rows = await estate.records("workload_refused")
+    assert [(one.actor, one.subject, one.fields["code"], one.fields["left_out"]) for one in rows] == [
+        (str(NODE), "uid:4001", "no_identity_issued", 299),
+        (str(NODE), "uid:unknown", "other", 0),
+        (str(NODE), "uid:unknown", "attestor_failed", MAX_COUNT - 1),
+    ]
+    assert len(await estate.records("session_ended")) == 1, "what is odd holds nothing up"
+    with pytest.raises(Invalid):
+        await estate.sessions.report(NODE, [], [], {}, told * MAX_REFUSED)
