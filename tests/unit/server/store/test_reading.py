@@ -1,6 +1,7 @@
 import asyncio
 import threading
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,11 @@ import pytest
 from broker.clock import SystemClock
 from broker.errors import Unavailable
 from broker.server.store import reading
-from broker.server.store.connection import open_writer
 from broker.server.store.ports import Reader
 from broker.server.store.reading import READERS, ReadPool
 from broker.server.store.schema import known_migrations, migrate
+from broker.server.store.sqlite_connection import SqliteSchema, open_writer
+from broker.server.store.sqlite_transactions import SqliteSnapshots
 
 
 @pytest.fixture
@@ -19,8 +21,8 @@ async def pool(tmp_path: Path) -> AsyncIterator[ReadPool]:
     path = tmp_path / "x.db"
     path.touch()
     db = open_writer(path)
-    migrate(db, known_migrations(), SystemClock())
-    made = ReadPool(path)
+    migrate(SqliteSchema(db), known_migrations(), SystemClock())
+    made = ReadPool(partial(SqliteSnapshots, path))
     made.open()
     yield made
     await made.close()
