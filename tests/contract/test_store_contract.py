@@ -40,11 +40,16 @@ Opener = Callable[[], AbstractAsyncContextManager[Store]]
 
 ADAPTERS: dict[str, Callable[[Path], AbstractAsyncContextManager[Store]]] = {
     "sqlite": lambda directory: SqliteStore.open(directory / "broker.db"),
+    "postgres": None,
 }
 
 
 @pytest.fixture(params=sorted(ADAPTERS))
 def opener(request: pytest.FixtureRequest, tmp_path: Path) -> Opener:
+    if request.param == "postgres":
+        url = request.getfixturevalue("postgresql")
+        from broker.server.store.postgres import PostgresStore
+        return lambda: PostgresStore.open(url)
     return lambda: ADAPTERS[request.param](tmp_path)
 
 

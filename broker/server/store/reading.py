@@ -39,16 +39,13 @@ class ReadPool:
         self._connect = connect
         self._threads = ThreadPoolExecutor(READERS, thread_name_prefix="store-reader")
         self._free: queue.SimpleQueue[Snapshots] = queue.SimpleQueue()
-        self._open: list[Snapshots] = []
         self._waiting: set[asyncio.Future[Any]] = set()
         self._running = 0
 
     def open(self) -> None:
         """Open the connections. Blocks."""
         for _ in range(READERS):
-            one = self._connect()
-            self._open.append(one)
-            self._free.put(one)
+            self._free.put(self._connect())
 
     async def run(self, query: Callable[[Reader], T]) -> T:
         """Run one query in a thread, on one snapshot; raises Unavailable, or what the query raises."""
@@ -77,9 +74,10 @@ class ReadPool:
     async def close(self, *, wait: bool = True) -> None:
         """Let running queries finish, then close every connection; without ``wait``, leave them to the end of the process."""
         await asyncio.to_thread(self._threads.shutdown, wait, cancel_futures=not wait)
-        if wait:
-            for one in self._open:
-                one.close()
+        # Those that are not free are in use by a thread that waits for an answer, and go with the process.
+        with suppress(queue.Empty):
+            while True:
+                self._free.get_nowait().close()
 
     def _settle_soon(self, loop: asyncio.AbstractEventLoop, work: Future[T], future: asyncio.Future[T]) -> None:
         # From any thread; a loop that is gone waits for nothing.
