@@ -4,6 +4,8 @@ A notification only says when to ask; what is told to subscribers is read from t
 Without one it asks every ``BEAT_SECONDS``: a notification that is lost costs a moment, and silence is an answer.
 """
 
+import os
+import select
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -48,6 +50,7 @@ class Follower:
         self._given = 0
         self._contact = time.monotonic()
         self._stopping = threading.Event()
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC)
         self._heard = threading.Event()
         self.broken: Unavailable | None = None
         """Why it can never be current again, if so: subscribers would miss something."""
@@ -66,8 +69,11 @@ class Follower:
     def stop(self) -> None:
         """End the thread. Blocks for a moment."""
         self._stopping.set()
+        os.eventfd_write(self._wake, 1)
         if self._thread.ident is not None:
             self._thread.join(2 * BEAT_SECONDS)
+        if not self._thread.is_alive():
+            os.close(self._wake)
 
     def _main(self) -> None:
         while not self._stopping.is_set():
@@ -87,10 +93,19 @@ class Follower:
             while self._ask(tables):
                 pass
             self._heard.set()
-            for notification in connection.notifies(timeout=BEAT_SECONDS):
-                self._contact = time.monotonic()
-                if not self._is_own(notification.pid):
-                    break
+            self._wait(connection)
+
+    def _wait(self, connection: Connection) -> None:
+        """Wait until another server has said something, for a beat at most, or until the end."""
+        end = time.monotonic() + BEAT_SECONDS
+        ready = select.poll()
+        ready.register(connection.fileno(), select.POLLIN)
+        ready.register(self._wake, select.POLLIN)
+        while not self._stopping.is_set() and (left := end - time.monotonic()) > 0:
+            ready.poll(left * 1000)
+            said = [note for note in connection.notifies(timeout=0) if not self._is_own(note.pid)]
+            if said:
+                return
 
     def _ask(self, tables: SqlReader) -> bool:
         """Give on what is new; tell whether there may be more."""

@@ -9,7 +9,7 @@ answers again, everything goes on by itself.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Final, Self, TypeVar
@@ -22,7 +22,7 @@ from broker.server.store.following import BEAT_SECONDS, CURRENT_SECONDS, Followe
 from broker.server.store.group import Bench, Group, GroupWriter
 from broker.server.store.opening import check_chain_end, store_id
 from broker.server.store.ports import Reader, Store, Writer
-from broker.server.store.postgres_connection import PostgresSchema, PostgresSql, connect, read_url
+from broker.server.store.postgres_connection import PostgresSchema, PostgresSql, Target, connect, read_url
 from broker.server.store.postgres_transactions import MIGRATE_LOCK, PostgresSnapshots, PostgresWriting
 from broker.server.store.reading import ReadPool
 from broker.server.store.rows import Change
@@ -40,9 +40,9 @@ T = TypeVar("T")
 class PostgresStore(Store):
     """A store in a PostgreSQL database. Made by :meth:`open` only."""
 
-    def __init__(self, settings: Mapping[str, str], clock: Clock, migrations: Sequence[Migration]) -> None:
+    def __init__(self, target: Target, clock: Clock, migrations: Sequence[Migration]) -> None:
         """Prepare; nothing is opened yet."""
-        self._connect = partial(connect, settings)
+        self._connect = partial(connect, target)
         self._clock = clock
         self._migrations = migrations
         self._loop = asyncio.get_running_loop()
@@ -65,8 +65,7 @@ class PostgresStore(Store):
 
         Closing finishes every act that was accepted, as long as the database answers.
         """
-        settings = read_url(url)
-        store = cls(settings, clock or SystemClock(), known_migrations() if migrations is None else migrations)
+        store = cls(read_url(url), clock or SystemClock(), known_migrations() if migrations is None else migrations)
         try:
             await store._start()
             with short_turns():

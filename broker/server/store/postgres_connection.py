@@ -16,7 +16,7 @@ from psycopg.types.numeric import Int8Dumper
 from psycopg.types.string import StrDumper
 from typing_extensions import override
 
-from broker.errors import Misconfigured, Unavailable
+from broker.errors import Invalid, Misconfigured, Unavailable
 from broker.server.store.schema import Schema
 from broker.server.store.sql import Dangling, Duplicate, Row, Sql, Value, not_storable
 
@@ -72,7 +72,6 @@ _FAULTS: Final = {
     "53100": ("store_full", "free space on the database's file system; the server goes on by itself"),
     "53300": ("store_connections", "the database has no connection left: raise max_connections"),
     "53": ("store_memory", "the database is out of memory, or of something else"),
-    "54000": ("store_limit", "a name is longer than PostgreSQL can index (about 2,700 bytes)"),
     "58": ("store_io", "the database's file system reports errors"),
     "XX": ("store_corrupt", "look at the database's log; restore it from a backup"),
 }
@@ -84,7 +83,33 @@ _REPEATABLE: Final = frozenset({"40001", "40P01"})
 _NUL: Final = "NUL"
 
 
-def read_url(url: str) -> Mapping[str, str]:
+class Target:
+    """Which database, and how to connect to it; shown without its password."""
+
+    def __init__(self, settings: Mapping[str, str]) -> None:
+        """Keep libpq's settings."""
+        self._settings = settings
+
+    def __getitem__(self, name: str) -> str | None:
+        """Give one setting, or None."""
+        return self._settings.get(name)
+
+    @override
+    def __repr__(self) -> str:
+        """Name the database only."""
+        return f"Target(host={self['host']!r}, dbname={self['dbname']!r})"
+
+    def text(self) -> str:
+        """Give all of it as libpq reads it, the password too."""
+        return make_conninfo(**self._settings)
+
+    def without_password(self, said: str) -> str:
+        """Give what the driver said on one line; it does not say the password, and if it did it would not be shown."""
+        said = " ".join(said.split())
+        return said.replace(self["password"] or "\0", "***")
+
+
+def read_url(url: str) -> Target:
     """Read ``postgresql://user:password@host/database?…`` and add our defaults; raises Misconfigured(code="store_url")."""
     try:
         given = {name: str(value) for name, value in conninfo_to_dict(url).items() if value is not None}
@@ -102,17 +127,15 @@ def read_url(url: str) -> Mapping[str, str]:
         settings.setdefault("sslmode", "verify-full")
         if settings["sslmode"] == "verify-full":
             settings.setdefault("sslrootcert", "system")
-    return settings
+    return Target(settings)
 
 
-def connect(settings: Mapping[str, str]) -> Connection:
+def connect(target: Target) -> Connection:
     """Open a connection, set and checked; raises Misconfigured, Unavailable. Blocks."""
     try:
-        connection: Connection = psycopg.connect(
-            make_conninfo(**settings), autocommit=True, cursor_factory=psycopg.RawCursor
-        )
+        connection: Connection = psycopg.connect(target.text(), autocommit=True, cursor_factory=psycopg.RawCursor)
     except psycopg.Error as error:
-        raise _not_connected(error, settings) from None
+        raise _not_connected(error, target) from None
     try:
         connection.prepare_threshold = 1
         connection.prepared_max = CACHED_STATEMENTS
@@ -134,11 +157,9 @@ def connect(settings: Mapping[str, str]) -> Connection:
     return connection
 
 
-def _not_connected(error: psycopg.Error, settings: Mapping[str, str]) -> Misconfigured | Unavailable:
+def _not_connected(error: psycopg.Error, target: Target) -> Misconfigured | Unavailable:
     state = error.sqlstate or ""
-    said = " ".join(str(error).split())
-    password = settings.get("password")
-    said = said.replace(password, "***") if password else said
+    said = target.without_password(str(error))
     if state.startswith(_NOBODY) or any(words in said for words in _DENIED):
         return Misconfigured(
             f"the database refuses the server: {said}", code="store_denied", hint="check user, password and database"
@@ -224,6 +245,10 @@ class PostgresSql(Sql):
 def _refuse(error: psycopg.Error | UnicodeEncodeError) -> NoReturn:
     if isinstance(error, UnicodeEncodeError) or (isinstance(error, psycopg.DataError) and _NUL in str(error)):
         raise not_storable() from None
+    if isinstance(error, psycopg.errors.ProgramLimitExceeded):
+        raise Invalid(
+            "a name is longer than PostgreSQL can index", code="text_too_long", hint="use fewer than 2,500 bytes"
+        ) from None
     fault = storage_fault(error)
     if fault is None:
         raise error
