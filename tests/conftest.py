@@ -33,6 +33,8 @@ def cluster() -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def postgresql(cluster: Cluster) -> str:
-    """The URL of an empty database of one's own."""
-    return cluster.database()
+def postgresql(cluster: Cluster) -> Iterator[str]:
+    """The URL of an empty PostgreSQL database of one's own (a schema, to be exact)."""
+    url = cluster.schema()
+    yield url
+    cluster.drop_schema(url)

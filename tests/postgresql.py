@@ -114,16 +114,26 @@ class Cluster:
     def database(self, name: str = "") -> str:
         """Make an empty database and give its URL."""
         name = name or f"test_{next(self._names)}"
-        self.execute("postgres", f"CREATE DATABASE {name} TEMPLATE template0")
+        self.execute(self.url("postgres"), f"CREATE DATABASE {name} TEMPLATE template0")
         return self.url(name)
+
+    def schema(self) -> str:
+        """Make an empty schema in a database of the cluster and give the URL that leads to it: much cheaper than a database."""
+        name = f"test_{next(self._names)}"
+        self.execute(self.url("postgres"), f"CREATE SCHEMA {name}")
+        return f"{self.url('postgres')}&options=-csearch_path%3D{name}"
+
+    def drop_schema(self, url: str) -> None:
+        """Remove a schema and all in it."""
+        self.execute(self.url("postgres"), f"DROP SCHEMA {url.rpartition('%3D')[2]} CASCADE")
 
     def url(self, name: str, *, password: str = PASSWORD) -> str:
         """Give the URL of a database."""
         return f"postgresql://broker:{password}@/{name}?host={self.directory}"
 
-    def execute(self, name: str, text: str) -> Sequence[tuple[Any, ...]]:
-        """Run a statement in a database, beside any server of ours."""
-        with psycopg.connect(self.url(name), autocommit=True) as connection:
+    def execute(self, url: str, text: str) -> Sequence[tuple[Any, ...]]:
+        """Run a statement, beside any server of ours."""
+        with psycopg.connect(url, autocommit=True) as connection:
             cursor = connection.execute(text)
             return cursor.fetchall() if cursor.description else ()
 
