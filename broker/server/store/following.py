@@ -21,7 +21,7 @@ from broker.server.store.tables import SqlReader
 
 BEAT_SECONDS: Final = 0.5
 """Between two questions at most."""
-CURRENT_SECONDS: Final = 2.0
+CURRENT_SECONDS: Final = 1.5
 """Without an answer for so long, what memory holds may be behind: callers are told, and nothing is decided from it."""
 RETRY_SECONDS: Final = 0.25
 """Between two attempts to connect: it is the shortest part of coming back."""

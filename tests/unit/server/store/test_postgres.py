@@ -49,7 +49,7 @@ def proxy(cluster: Cluster, tmp_path: Path) -> Iterator[PostgresProxy]:
 
 @asynccontextmanager
 async def through(proxy: PostgresProxy, url: str) -> AsyncIterator[PostgresStore]:
-    async with PostgresStore.open(f"{url.split('?', maxsplit=1)[0]}?host={proxy.directory}") as store:
+    async with PostgresStore.open(url.replace(str(proxy.server), str(proxy.directory))) as store:
         yield store
 
 
