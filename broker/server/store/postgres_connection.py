@@ -204,26 +204,30 @@ class PostgresSql(Sql):
         """Speak through this connection from now on."""
         self._connection = connection
         self._cursor = connection.cursor()
+        self._attempts = False
 
     @override
     def run(self, text: str, values: Sequence[Value] = ()) -> int:
         self._execute(text, values)
         return self._cursor.rowcount
 
+    def begin_act(self) -> None:
+        """Note that a savepoint was just set: whatever this connection had set within the one before is gone."""
+        self._attempts = False
+
     @override
     def attempt(self, text: str, values: Sequence[Value] = ()) -> int:
-        # A statement that fails spoils its transaction here: it runs in a savepoint of its own, all in one round trip.
+        # A statement that fails spoils its transaction here, down to the last savepoint. One of them is open at a time; the act
+        # that ends releases it, which is a round trip less.
         try:
-            with self._connection.pipeline():
-                self._connection.execute("SAVEPOINT attempt")
-                self._cursor.execute(_numbered(text), values, prepare=True)
-                self._connection.execute("RELEASE attempt")
+            self._connection.execute("RELEASE attempt; SAVEPOINT attempt" if self._attempts else "SAVEPOINT attempt")
+            self._attempts = True
+            return self.run(text, values)
         except (psycopg.errors.UniqueViolation, psycopg.errors.ForeignKeyViolation) as error:
-            self._connection.execute("ROLLBACK TO attempt; RELEASE attempt")
+            self._connection.execute("ROLLBACK TO attempt")
             raise (Duplicate if isinstance(error, psycopg.errors.UniqueViolation) else Dangling) from error
-        except (psycopg.Error, UnicodeEncodeError) as error:
+        except psycopg.Error as error:
             _refuse(error)
-        return self._cursor.rowcount
 
     @override
     def row(self, text: str, values: Sequence[Value] = ()) -> Row | None:

@@ -89,6 +89,7 @@ class PostgresWriting(Bench):
     def begin_act(self) -> None:
         self._kept = self._tables.pending()
         self._connection.execute(f"{self._take_owed()}SAVEPOINT act".encode())
+        self._sql.begin_act()
 
     @override
     def keep_act(self) -> None:

@@ -67,3 +67,19 @@ async def test_more_than_may_wait_are_told_to_come_again(pool: ReadPool, monkeyp
     go_on.set()
     await asyncio.gather(*waiting, return_exceptions=True)
     assert await pool.run(lambda r: r.change_head()) == 0
+
+
+async def test_who_is_told_that_no_answer_will_come_waits_no_longer_than_that(pool: ReadPool) -> None:
+    go_on = threading.Event()
+    waiting = [asyncio.ensure_future(pool.run(lambda _: go_on.wait(10))) for _ in range(READERS + 2)]
+    await asyncio.sleep(0)
+    pool.give_up(Unavailable("silent", code="store_unreachable"))
+    outcomes = await asyncio.gather(*waiting, return_exceptions=True)
+    assert {isinstance(each, Unavailable) and each.reason for each in outcomes} == {"store_unreachable"}
+    go_on.set()
+    assert await pool.run(lambda r: r.change_head()) == 0
+
+
+async def test_a_query_that_raises_stop_iteration_ends_nobody(pool: ReadPool) -> None:
+    with pytest.raises(RuntimeError):
+        await asyncio.wait_for(pool.run(lambda _: next(iter(()))), 5)
