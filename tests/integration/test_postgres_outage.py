@@ -1,11 +1,15 @@
 """What was acknowledged is there, whatever happens to PostgreSQL under two servers: real kills, under load."""
 
 import asyncio
+import shutil
 import signal
+import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from itertools import count
+from pathlib import Path
 
+import grpc.aio
 import pytest
 
 from broker.audit.events import Record
@@ -14,6 +18,7 @@ from broker.errors import Unavailable
 from broker.server.store.postgres import PostgresStore
 from broker.server.store.rows import Change
 from tests.integration.test_durability import exchange
+from tests.integration.test_server_identity import Estate, join_token, running
 from tests.postgresql import Cluster
 from tests.unit.server.store.samples import task
 
@@ -170,3 +175,55 @@ async def test_a_postgresql_that_stands_still_is_waited_for_by_nobody(own: Clust
             own.signal_all(signal.SIGCONT)
         await load.until_each_writes()
         await load.verify()
+
+
+@pytest.mark.bears("R03")
+async def test_a_commit_that_a_standby_has_not_confirmed_is_not_acknowledged(own: Cluster) -> None:
+    url = own.database()
+    async with PostgresStore.open(url) as store:
+        assert await store.write(lambda w: w.change("k", "before", "")) == 1
+        own.execute(url, "ALTER SYSTEM SET synchronous_standby_names = 'away'")
+        own.execute(url, "SELECT pg_reload_conf()")
+        told: list[int] = []
+        store.subscribe(lambda changes: told.extend(_seqs(changes)))
+        waiting = asyncio.ensure_future(store.write(lambda w: w.change("k", "unconfirmed", "")))
+        cancel = "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+        async with asyncio.timeout(DEADLINE):
+            while not await asyncio.to_thread(own.execute, url, cancel):
+                assert not waiting.done()
+                await asyncio.sleep(PAUSE)
+        with pytest.raises(Unavailable) as unknown:
+            await waiting
+        assert unknown.value.reason == "store_outcome_unknown"
+
+        own.execute(url, "ALTER SYSTEM RESET synchronous_standby_names")
+        own.execute(url, "SELECT pg_reload_conf()")
+        async with asyncio.timeout(DEADLINE):
+            assert await store.write(lambda w: w.change("k", "after", "")) == 3
+        assert told == [2, 3]
+
+
+@pytest.mark.bears("R02")
+async def test_a_server_goes_on_by_itself_when_postgresql_comes_back(own: Cluster) -> None:
+    # Short: a Unix socket's path has at most 107 bytes.
+    directory = Path(tempfile.mkdtemp(prefix="broker", dir="/tmp"))
+    try:
+        async with running(Estate(directory, own.database())) as server:
+            assert await join_token(server)
+            await asyncio.to_thread(own.stop, signal.SIGQUIT)
+            for _ in range(3):
+                with pytest.raises(grpc.aio.AioRpcError) as refused:
+                    await join_token(server)
+                assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+            await asyncio.to_thread(own.start)
+            async with asyncio.timeout(DEADLINE):
+                while True:
+                    try:
+                        await join_token(server)
+                    except grpc.aio.AioRpcError:
+                        await asyncio.sleep(PAUSE)
+                    else:
+                        break
+            assert not server.failed.done()
+    finally:
+        shutil.rmtree(directory)

@@ -42,11 +42,12 @@ class PostgresWriting(Bench):
         self._connect = connect
         self._channel = channel
         self._told = told
-        self._connection = connect()
+        self._connection = self._connected()
         self._sql = PostgresSql(self._connection)
         self._tables = SqlWriter(self._sql)
         self._heads = (self._tables.change_head(), self._tables.chain_head().seq)
         self._missed: Sequence[Change] = ()
+        self._warned = False
         self._kept = 0
         self._owed = ""
 
@@ -105,18 +106,18 @@ class PostgresWriting(Bench):
     def commit(self) -> Sequence[Change]:
         last = self._tables.last_change()
         announced = "" if last is None else f"NOTIFY {self._channel}, '{last}'; "
+        self._warned = False
         try:
             cursor = self._connection.execute(f"{self._take_owed()}{announced}COMMIT".encode())
         except psycopg.Error as error:
-            if is_lost(error):
-                raise Unavailable(
-                    "the connection was lost during the commit: whether it took place is not known",
-                    code="store_outcome_unknown",
-                    hint="repeat the request under the same idempotency key",
-                ) from error
+            if is_lost(error) or self._connection.closed:
+                raise _unknown() from error
             raise
         while cursor.nextset():
             pass
+        if self._warned:
+            # It is here, but not where it must also be: the wait for a standby was broken off.
+            raise _unknown()
         if cursor.statusmessage != "COMMIT":
             raise Unavailable("the database undid the transaction", code="store_busy", hint="try again")
         self._heads = (last or self._heads[0], self._tables.last_record() or self._heads[1])
@@ -148,9 +149,18 @@ class PostgresWriting(Bench):
     def close(self) -> None:
         self._connection.close()
 
+    def _connected(self) -> Connection:
+        connection = self._connect()
+        connection.add_notice_handler(self._hear)
+        return connection
+
+    def _hear(self, notice: psycopg.errors.Diagnostic) -> None:
+        if notice.severity_nonlocalized == "WARNING":
+            self._warned = True
+
     def _reconnect(self) -> None:
         try:
-            self._connection = self._connect()
+            self._connection = self._connected()
         except Misconfigured as error:
             # It was right when we started: somebody changed the database, and may change it back.
             raise Unavailable(error.message, code=error.reason, hint=error.hint) from None
@@ -166,6 +176,14 @@ class PostgresWriting(Bench):
     def _take_owed(self) -> str:
         owed, self._owed = self._owed, ""
         return owed
+
+
+def _unknown() -> Unavailable:
+    return Unavailable(
+        "whether the commit took place is not known",
+        code="store_outcome_unknown",
+        hint="repeat the request under the same idempotency key",
+    )
 
 
 def require_onward(before: tuple[int, int], now: tuple[int, int]) -> None:
