@@ -1,8 +1,11 @@
 """What holds for every test: what needs root says so by its mark, and is skipped with its reason elsewhere."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
+
+from tests.postgresql import Cluster
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -12,3 +15,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         mark = item.get_closest_marker("root")
         if mark is not None:
             item.add_marker(pytest.mark.skip(reason=f"needs root: {mark.args[0] if mark.args else 'see the test'}"))
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """A PostgreSQL server that all tests of the run share; whoever stops it starts it again."""
+    one = Cluster()
+    try:
+        why = one.unusable()
+        if why is not None:
+            pytest.skip(why)
+        one.make()
+        one.start()
+        yield one
+    finally:
+        one.remove()
+
+
+@pytest.fixture
+def postgresql(cluster: Cluster) -> Iterator[str]:
+    """The URL of an empty PostgreSQL database of one's own (a schema, to be exact)."""
+    url = cluster.schema()
+    yield url
+    cluster.drop_schema(url)

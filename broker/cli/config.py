@@ -112,7 +112,7 @@ def _values(value: Any, prefix: str) -> Iterator[tuple[str, str]]:
 
 def _text(value: object) -> str:
     if hasattr(value, "get_secret_value"):
-        return HIDDEN
+        return HIDDEN if value.get_secret_value() else ""
     if isinstance(value, (dict, list)):
         return json.dumps(value, default=str, sort_keys=True)
     if isinstance(value, (tuple, set, frozenset)):

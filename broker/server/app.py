@@ -31,7 +31,7 @@ from broker.server.operations import Operations
 from broker.server.settings import ServerSettings
 from broker.server.store.ports import Store
 from broker.server.store.rows import AuthorityKind, Node
-from broker.server.store.sqlite import SqliteStore
+from broker.server.store.stores import open_store
 from broker.server.tasks.feed import announce_keys
 from broker.server.tasks_half import TasksHalf, tasks_half
 from broker.spiffe import SpiffeId
@@ -100,7 +100,7 @@ async def server(
 async def _assemble(settings: ServerSettings, clock: Clock, stack: AsyncExitStack) -> Server:
     running = Server(settings, Metrics("server"))
     _make_directories(settings)
-    store = await stack.enter_async_context(SqliteStore.open(settings.database_path, clock=clock))
+    store = await stack.enter_async_context(open_store(settings.database_url.get_secret_value(), clock=clock))
     workers = stack.enter_context(ThreadPoolExecutor(SIGNERS, thread_name_prefix="signing"))
     keys = MemoryKeys()
     authorities = Authorities(settings.trust_domain, keys)
@@ -144,7 +144,7 @@ async def _assemble(settings: ServerSettings, clock: Clock, stack: AsyncExitStac
         *(tasks.loops() if tasks else ()),
     ]
     await stack.enter_async_context(_background(loops, running))
-    await _open_operations(settings, running, stack)
+    await _open_operations(settings, running, store, stack)
     running.is_ready = True
     stack.callback(_not_ready, running)
     log.info("server_ready", trust_domain=settings.trust_domain.name, port=listener.port, store=store.id)
@@ -214,10 +214,11 @@ class _Doors:
         self.stack.push_async_callback(backend.stop, STOP_GRACE)
 
 
-async def _open_operations(settings: ServerSettings, running: Server, stack: AsyncExitStack) -> None:
+async def _open_operations(settings: ServerSettings, running: Server, store: Store, stack: AsyncExitStack) -> None:
     if settings.operations.enabled:
         where = settings.operations
-        port = Operations(where.bind_address, where.bind_port, running.metrics, {"server": lambda: running.is_ready})
+        checks = {"server": lambda: running.is_ready, "store": lambda: store.is_current}
+        port = Operations(where.bind_address, where.bind_port, running.metrics, checks)
         await port.start()
         stack.push_async_callback(port.stop)
 

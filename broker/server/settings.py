@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
+from urllib.parse import quote
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 
 from broker.settings import AttestorTable, ProgramSettings, SpiffeIdText, Table, TrustDomainName, read
 from broker.settings import Duration as AnyDuration
@@ -20,6 +21,7 @@ ANY_AUDIENCE: Final = "*"
 """In ``default_allowed_audiences``: whatever the workload asks for, as in SPIRE."""
 MIN_TTL: Final = timedelta(seconds=1)
 
+_STORE_URL: Final = re.compile(r"(?:sqlite:///[^\x00?#]+|postgres(?:ql)?://[^\x00]+)?")
 _ISSUER: Final = re.compile(r"https://[A-Za-z0-9.\-]+(?::[0-9]{1,5})?(?:/[A-Za-z0-9._~\-]+)*")
 
 
@@ -32,6 +34,12 @@ def _lives(value: timedelta) -> timedelta:
 def _issuer(value: str) -> str:
     if _ISSUER.fullmatch(value) is None:
         raise ValueError("not an https URL without query, fragment and final slash")
+    return value
+
+
+def _store_url(value: SecretStr) -> SecretStr:
+    if _STORE_URL.fullmatch(value.get_secret_value()) is None:
+        raise ValueError("write sqlite:///absolute/path.db or postgresql://user@host/database")
     return value
 
 
@@ -48,10 +56,9 @@ IssuerUrl = Annotated[str, AfterValidator(_issuer)]
 class StoreSettings(Table):
     """Where everything that must survive is kept."""
 
-    url: str = Field(
-        default="",
-        pattern=r"^(sqlite:///[^\x00?#]+)?$",
-        description="sqlite:///absolute/path/of/the.db; empty: broker.db in data_dir",
+    url: Annotated[SecretStr, AfterValidator(_store_url)] = Field(
+        default=SecretStr(""),
+        description="sqlite:///absolute/path/of/the.db or postgresql://user@host/database; empty: broker.db in data_dir",
     )
 
 
@@ -163,9 +170,11 @@ class ServerSettings(ProgramSettings):
     )
 
     @property
-    def database_path(self) -> Path:
-        """The SQLite file."""
-        return Path(self.store.url.removeprefix("sqlite://")) if self.store.url else self.data_dir / "broker.db"
+    def database_url(self) -> SecretStr:
+        """The store's URL, which may hold a password."""
+        if self.store.url.get_secret_value():
+            return self.store.url
+        return SecretStr(f"sqlite://{quote(str(self.data_dir / 'broker.db'))}")
 
     @property
     def private_dir(self) -> Path:

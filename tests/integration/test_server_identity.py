@@ -37,7 +37,7 @@ from broker._proto.spire.api.types.x509svid_pb2 import X509SVID
 from broker.clock import SystemClock
 from broker.server.api.grpc import agent, bundle, entries, entry, health, sessions, svid, watch
 from broker.server.app import Server, server
-from broker.server.settings import OperationsSettings, ServerSettings
+from broker.server.settings import OperationsSettings, ServerSettings, StoreSettings
 from broker.spiffe import Bundle, BundleSet, SpiffeId, TrustDomain, verify_jwt_svid, verify_x509_svid
 from broker.transport.dialer import SpiffeDialer
 from broker.transport.tls import TlsIdentity
@@ -52,6 +52,7 @@ class Estate:
     """Where a server lives; it may be started there more than once."""
 
     directory: Path
+    store_url: str = ""
 
     def settings(self, **changes) -> ServerSettings:
         return ServerSettings(
@@ -63,6 +64,7 @@ class Estate:
                 "data_dir": self.directory / "data",
                 "runtime_dir": self.directory / "run",
                 "operations": OperationsSettings(enabled=False),
+                "store": StoreSettings(url=self.store_url),
                 **changes,
             }
         )

@@ -1,4 +1,4 @@
-"""The task half as workloads and verifiers meet it: a real server in this process, real TLS, certificates, OIDC and SQLite."""
+"""The task half as workloads and verifiers meet it: a real server in this process, real TLS, certificates, OIDC and store."""
 
 import asyncio
 import json
@@ -52,10 +52,11 @@ SERVICE = SpiffeId("spiffe://example.org/tickets")
 
 
 @pytest.fixture
-def estate() -> Iterator[Estate]:
+def estate(request: pytest.FixtureRequest) -> Iterator[Estate]:
     # Short: a Unix socket's path has at most 107 bytes.
     directory = Path(tempfile.mkdtemp(prefix="broker", dir="/tmp"))
-    yield Estate(directory)
+    is_postgres = getattr(request, "param", "sqlite") == "postgres"
+    yield Estate(directory, request.getfixturevalue("postgresql") if is_postgres else "")
     shutil.rmtree(directory)
 
 
@@ -136,6 +137,7 @@ def now() -> datetime:
     return SystemClock().now()
 
 
+@pytest.mark.parametrize("estate", ["sqlite", "postgres"], indirect=True)
 @pytest.mark.bears("RV02", "RV11", "V01")
 async def test_a_token_from_exchange_to_its_end(estate: Estate, oidc: OidcIssuer) -> None:
     async with running(estate, **task_settings(oidc)) as one, attested(one) as (node, agent_id, channel):
@@ -274,6 +276,7 @@ async def test_the_node_agent_vouches_for_its_workloads(estate: Estate, oidc: Oi
             assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
 
 
+@pytest.mark.parametrize("estate", ["sqlite", "postgres"], indirect=True)
 @pytest.mark.bears("RV09")
 async def test_a_restart_forgets_no_task_no_token_and_no_end(estate: Estate, oidc: OidcIssuer) -> None:
     settings = task_settings(oidc)

@@ -4,25 +4,24 @@ One COMMIT (one fsync) acknowledges the whole group, so the price of durability 
 
 - an act that raises is undone alone; the others of its group go on;
 - what the storage refuses, at a statement or at the COMMIT, fails the whole group, and nothing of it is told to anyone;
+- a group that surely was not committed may run once more, if the storage says that this can help;
 - results and changes leave the thread only after the COMMIT, in the order of commits.
 
-It knows neither asyncio nor tables: groups come in ready, outcomes go to a callable, the tables are a :class:`Workbench`.
+It knows neither asyncio, nor tables, nor a database: groups come in ready, outcomes go to a callable, the rest is a :class:`Bench`.
 """
 
 import queue
-import sqlite3
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Final, Protocol
-
-from sqlite_utils import Database
 
 from broker.errors import Unavailable
 from broker.server import failpoints
-from broker.server.store.connection import storage_fault
 from broker.server.store.ports import Writer
 from broker.server.store.rows import Change
+
+RUNS: Final = 2
+"""How often a group runs at most: a second loss in a row is an outage, and callers should hear of it."""
 
 
 class Act:
@@ -51,29 +50,54 @@ class Group:
         self.executed.acquire()
 
 
-class Workbench(Writer, Protocol):
-    """The tables as the writer thread drives them: what they cache must follow what is rolled back."""
+class Bench(Protocol):
+    """What one writer thread works with: a connection and its tables, as the steps of a group's transaction."""
 
-    def pending(self) -> int:
-        """Count the changes noted since the last take."""
+    @property
+    def tables(self) -> Writer:
+        """The tables, for the acts."""
         ...
 
-    def undo(self, keep: int) -> None:
-        """Forget the changes beyond ``keep`` and everything cached: a rollback took place."""
+    @property
+    def in_transaction(self) -> bool:
+        """Tell whether what the acts did so far is still there to be committed."""
         ...
 
-    def take(self) -> Sequence[Change]:
-        """Hand out the noted changes; the group is committed."""
+    def begin(self) -> None:
+        """Begin a transaction that nobody else writes beside; Unavailable, or the driver's own error."""
         ...
 
+    def begin_act(self) -> None:
+        """Begin an act: what follows can be undone alone."""
+        ...
 
-@dataclass(frozen=True, slots=True)
-class Bench:
-    """What one writer thread works with: its connection, its tables, and the check that the file is still ours."""
+    def keep_act(self) -> None:
+        """Keep what the act did."""
+        ...
 
-    db: Database
-    tables: Workbench
-    check: Callable[[], None]
+    def undo_act(self) -> None:
+        """Undo what the act did, and only that."""
+        ...
+
+    def commit(self) -> Sequence[Change]:
+        """Make all of it durable, and give every change that subscribers may not have heard of, in order."""
+        ...
+
+    def rollback(self) -> None:
+        """Undo whatever is begun; never raises."""
+        ...
+
+    def fault(self, error: BaseException) -> Unavailable | None:
+        """Give what the callers of a whole group are told of this error; None when it is one act's own."""
+        ...
+
+    def may_repeat(self, error: BaseException) -> bool:
+        """Tell whether the group, which was not committed, may succeed when it runs again at once."""
+        ...
+
+    def close(self) -> None:
+        """Close the connection."""
+        ...
 
 
 class GroupWriter:
@@ -105,16 +129,15 @@ class GroupWriter:
         """Queue a group; never blocks."""
         self._queue.put(group)
 
-    def stop(self) -> None:
-        """Finish what is queued, close the connection, end the thread. Blocks."""
+    def stop(self, timeout: float | None = None) -> None:
+        """Finish what is queued, close the connection, end the thread; wait that many seconds for it at most. Blocks."""
         self._queue.put(None)
         if self._thread.ident is not None:
-            self._thread.join()
+            self._thread.join(timeout)
 
     def _main(self) -> None:
         try:
             bench = self._open_bench()
-            watch = _ForeignWrites(bench)
         except BaseException as error:  # noqa: BLE001  (handed to whoever called start)
             self._failure = error
             return
@@ -122,99 +145,65 @@ class GroupWriter:
             self._opened.set()
         try:
             while (group := self._queue.get()) is not None:
-                _work(bench, watch, group)
+                _work(bench, group)
                 self._settle(group)
         finally:
-            bench.db.close()
+            bench.close()
 
 
-class _ForeignWrites:
-    """Notices rows written by another process (a repair by hand), so that cached heads are read again."""
-
-    def __init__(self, bench: Bench) -> None:
-        self._bench = bench
-        self._version = self._read()
-
-    def look(self) -> None:
-        version = self._read()
-        if version != self._version:
-            self._version = version
-            self._bench.tables.undo(0)
-
-    def _read(self) -> object:
-        return self._bench.db.conn.execute("PRAGMA data_version").fetchone()[0]
-
-
-def _work(bench: Bench, watch: _ForeignWrites, group: Group) -> None:
-    connection = bench.db.conn
+def _work(bench: Bench, group: Group) -> None:
     try:
         try:
-            _check(bench)
-            failpoints.reach("store.before_begin")
-            connection.execute("BEGIN IMMEDIATE")
-            watch.look()
-            for act in group.acts:
-                _run(bench, act)
+            _execute(bench, group)
             failpoints.reach("store.before_commit")
         finally:
             group.executed.release()
-        connection.execute("COMMIT")
-        group.changes = bench.tables.take()
+        group.changes = bench.commit()
         failpoints.reach("store.after_commit")
     except BaseException as error:  # noqa: BLE001  (each caller of the group gets it; the thread must live)
+        bench.rollback()
         _fail(bench, group.acts, error)
 
 
-def _check(bench: Bench) -> None:
-    try:
-        bench.check()
-    except Unavailable:
-        # If it is the log that is gone, what it holds is still open here: bring it home while that lasts.
-        bench.db.conn.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
-        raise
+def _execute(bench: Bench, group: Group) -> None:
+    for left in reversed(range(RUNS)):
+        try:
+            failpoints.reach("store.before_begin")
+            bench.begin()
+            for act in group.acts:
+                _run(bench, act)
+        except Exception as error:
+            if not left or not bench.may_repeat(error):
+                raise
+            bench.rollback()
+            for act in group.acts:
+                act.result = act.error = None
+        else:
+            return
 
 
 def _run(bench: Bench, act: Act) -> None:
-    connection = bench.db.conn
-    kept = bench.tables.pending()
-    connection.execute("SAVEPOINT act")
+    bench.begin_act()
     try:
         act.result = act.run(bench.tables)
         failpoints.reach("store.after_act")
-        connection.execute("RELEASE act")
+        bench.keep_act()
     except BaseException as error:
-        if _is_storage_fault(error) or not connection.in_transaction:
-            # SQLite may have undone more than this act: nothing of the group can be trusted.
+        if bench.fault(error) is not None or not bench.in_transaction:
+            # The storage may have undone more than this act: nothing of the group can be trusted.
             raise
-        connection.execute("ROLLBACK TO act")
-        connection.execute("RELEASE act")
-        bench.tables.undo(kept)
+        bench.undo_act()
         act.result, act.error = None, error
 
 
-def _is_storage_fault(error: BaseException) -> bool:
-    cause = error.__cause__ if isinstance(error, Unavailable) else error
-    return isinstance(cause, sqlite3.Error) and storage_fault(cause) is not None
-
-
 def _fail(bench: Bench, acts: Sequence[Act], error: BaseException) -> None:
-    try:
-        if bench.db.conn.in_transaction:
-            bench.db.conn.execute("ROLLBACK")
-    except sqlite3.Error:
-        # Then BEGIN fails as well, each caller is told, and the next rollback tries again.
-        pass
-    bench.tables.undo(0)
     for act in acts:
         # An act that had raised keeps its own reason: it did not take place either way.
         if act.error is None:
-            act.result, act.error = None, _told(error)
+            act.result, act.error = None, _told(bench, error)
 
 
-def _told(error: BaseException) -> BaseException:
+def _told(bench: Bench, error: BaseException) -> BaseException:
     # Each caller gets its own exception: a shared one would gather everybody's traceback.
-    if isinstance(error, sqlite3.Error):
-        return storage_fault(error) or error
-    if isinstance(error, Unavailable):
-        return Unavailable(error.message, code=error.reason, hint=error.hint)
-    return error
+    told = bench.fault(error) or error
+    return Unavailable(told.message, code=told.reason, hint=told.hint) if isinstance(told, Unavailable) else told

@@ -1,9 +1,9 @@
 """The port of the store: what use cases may ask of it, without a word of SQL.
 
 A *write* is one act: a plain function over a :class:`Writer`, run alone (no other act between its statements), wholly or not at
-all, and acknowledged only when it is durable. An act that raises leaves nothing behind. An act must be quick, must not block, and
-must not await; what it returns is handed out after the commit. A *read* is a plain function over a :class:`Reader` and sees one
-consistent snapshot, never an uncommitted row. Every adapter passes ``tests/contract/test_store_contract.py``.
+all, and acknowledged only when it is durable. An act that raises leaves nothing behind. An act must be quick, must not block, must
+not await, and keeps nothing outside: one that was undone may run again. What it returns is handed out after the commit. A *read* is a plain function over a :class:`Reader` and sees one
+consistent snapshot, never an uncommitted row. Every adapter passes ``tests/contract``.
 
 Whatever the storage refuses (full, read-only, overloaded, cut off) is ``Unavailable``: the outcome of a write is then unknown to
 the caller, who repeats it under the same idempotency key.
@@ -72,6 +72,14 @@ class Store(Protocol):
         """The number of the last change that subscribers were told of."""
         ...
 
+    @property
+    def is_current(self) -> bool:
+        """Tell whether subscribers were told of all that was committed until a moment ago, by whichever server.
+
+        False while the store cannot know: what memory holds may then be behind, and silence says nothing.
+        """
+        ...
+
     async def write(self, act: Callable[[Writer], T]) -> T:
         """Run one act and give its result once it is durable; Unavailable, or what the act raised."""
         ...
@@ -88,7 +96,7 @@ class Store(Protocol):
         ...
 
     async def check(self) -> None:
-        """Raise Unavailable when the store cannot be read or written, or its file is not the one that was opened."""
+        """Raise Unavailable when the store cannot be read or written, or is not the one that was opened."""
         ...
 
 

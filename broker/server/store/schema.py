@@ -1,7 +1,7 @@
 """Migrations: numbered SQL files, applied once, in order, each wholly or not at all, and remembered with their checksums.
 
 A database that a newer server made, or whose applied migration differs from ours, is refused: guessing would lose rows. The
-caller holds the file's lock, so that nobody else migrates at the same time.
+texts are SQLite's dialect, kept to what every store can be told in its own (:class:`Schema`); checksums are of the texts as written.
 """
 
 # ruff: noqa: S608 - the texts are put together from constants of this module only
@@ -9,20 +9,21 @@ caller holds the file's lock, so that nobody else migrates at the same time.
 import hashlib
 import re
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import resources
-from typing import Final
-
-from sqlite_utils import Database
+from typing import Final, Protocol
 
 from broker.clock import Clock
 from broker.errors import Misconfigured
 from broker.server import failpoints
-from broker.server.store.sql import micros
+from broker.server.store.sql import Sql, micros
 
 TABLE: Final = "schema_migrations"
 _NAME: Final = re.compile(r"(?P<version>[0-9]{4})_[a-z0-9_]+\.sql")
+_APPLIED: Final = f"SELECT version, checksum FROM {TABLE}"
+_REMEMBER: Final = f"INSERT INTO {TABLE} (version, name, checksum, applied_at) VALUES (?, ?, ?, ?)"
 _LEDGER: Final = f"""
 CREATE TABLE IF NOT EXISTS {TABLE} (
   version    INTEGER PRIMARY KEY,
@@ -59,40 +60,66 @@ def known_migrations() -> tuple[Migration, ...]:
     return tuple(found)
 
 
-def migrate(db: Database, migrations: Sequence[Migration], clock: Clock) -> None:
+class Schema(Protocol):
+    """What migrating asks of a database."""
+
+    @property
+    def sql(self) -> Sql:
+        """Its connection."""
+        ...
+
+    def table_names(self) -> Collection[str]:
+        """Give the tables that are there, whoever made them."""
+        ...
+
+    def define(self, statement: str) -> None:
+        """Run one statement of a migration, in this database's dialect."""
+        ...
+
+    def alone(self) -> AbstractContextManager[object]:
+        """Keep everybody else from migrating for as long as the block lasts."""
+        ...
+
+    def atomic(self) -> AbstractContextManager[object]:
+        """Do the block wholly or not at all."""
+        ...
+
+
+def migrate(schema: Schema, migrations: Sequence[Migration], clock: Clock) -> None:
     """Bring the schema up to date; raises Misconfigured (store_foreign, store_schema_newer, store_migration_changed)."""
-    tables = db.table_names()
-    if tables and TABLE not in tables:
-        raise Misconfigured(
-            "the database file holds tables that are not ours", code="store_foreign", hint="name another file"
-        )
-    db.execute(_LEDGER)
-    applied = {row["version"]: row["checksum"] for row in db.table(TABLE).rows}
-    newest = migrations[-1].version
-    if max(applied, default=0) > newest:
-        raise Misconfigured(
-            f"the database was made by a newer version: its schema is {max(applied)}, this version knows {newest}",
-            code="store_schema_newer",
-            hint="run the newer version, or restore the backup that was made before the upgrade",
-        )
-    for migration in migrations:
-        if migration.version not in applied:
-            _apply(db, migration, clock)
-        elif applied[migration.version] != migration.checksum:
+    with schema.alone():
+        tables = schema.table_names()
+        if tables and TABLE not in tables:
             raise Misconfigured(
-                f"migration {migration.name} is not the one that was applied to this database",
-                code="store_migration_changed",
-                hint="install an unmodified release; applied migrations are never edited",
+                "the database holds tables that are not ours", code="store_foreign", hint="name another database"
             )
+        schema.define(_LEDGER)
+        applied: dict[int, str] = dict(schema.sql.rows(_APPLIED))
+        newest = migrations[-1].version
+        if max(applied, default=0) > newest:
+            raise Misconfigured(
+                f"the database was made by a newer version: its schema is {max(applied)}, this version knows {newest}",
+                code="store_schema_newer",
+                hint="run the newer version, or restore the backup that was made before the upgrade",
+            )
+        for migration in migrations:
+            if migration.version not in applied:
+                _apply(schema, migration, clock)
+            elif applied[migration.version] != migration.checksum:
+                raise Misconfigured(
+                    f"migration {migration.name} is not the one that was applied to this database",
+                    code="store_migration_changed",
+                    hint="install an unmodified release; applied migrations are never edited",
+                )
 
 
-def _apply(db: Database, migration: Migration, clock: Clock) -> None:
-    with db.atomic():
+def _apply(schema: Schema, migration: Migration, clock: Clock) -> None:
+    with schema.atomic():
         for statement in _statements(migration.text):
-            db.execute(statement)
+            schema.define(statement)
             failpoints.reach("store.in_migration")
         values = (migration.version, migration.name, migration.checksum, micros(clock.now()))
-        db.execute(f"INSERT INTO {TABLE} VALUES (?, ?, ?, ?)", values)
+        schema.sql.run(_REMEMBER, values)
 
 
 def _statements(text: str) -> Iterator[str]:

@@ -1,7 +1,8 @@
 """What the tables ask of a database connection, and how values cross into columns.
 
 The table modules speak portable SQL with ``?`` for values through :class:`Sql`; an adapter implements it, names its own errors
-:class:`Duplicate` and :class:`Dangling`, and turns what its storage refuses into ``Unavailable``.
+:class:`Duplicate` and :class:`Dangling`, turns what its storage refuses into ``Unavailable``, and text that not every storage can
+hold (NUL, lone surrogates) into ``Invalid``: the stores give the same answers.
 """
 
 import hashlib
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Protocol, TypeAlias, TypeVar
 
+from broker.errors import Invalid
 from broker.spiffe import strictjson
 
 Value: TypeAlias = str | int | bytes | None
@@ -31,7 +33,11 @@ class Sql(Protocol):
     """One database connection inside one transaction."""
 
     def run(self, text: str, values: Sequence[Value] = ()) -> int:
-        """Change rows and give their number; Duplicate, Dangling, Unavailable."""
+        """Change rows and give their number; Unavailable."""
+        ...
+
+    def attempt(self, text: str, values: Sequence[Value] = ()) -> int:
+        """Do as ``run`` where a constraint may refuse; Duplicate, Dangling, and the transaction can go on without it."""
         ...
 
     def row(self, text: str, values: Sequence[Value] = ()) -> Row | None:
@@ -102,3 +108,12 @@ def _text(value: object) -> str:
 def digest(text: str) -> str:
     """Give the SHA-256 of a text in hex: a short key for unique columns of any length."""
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def not_storable() -> Invalid:
+    """Say that a text cannot be kept."""
+    return Invalid(
+        "a text holds what cannot be stored",
+        code="invalid_text",
+        hint="leave out NUL characters and lone surrogates",
+    )

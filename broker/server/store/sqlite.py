@@ -5,38 +5,26 @@ COMMIT that holds it has returned. One process per file, held by a lock. All pub
 """
 
 import asyncio
-import secrets
-import sys
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
-from typing import Final, Self, TypeVar
+from typing import Self, TypeVar
 
-from sqlite_utils import Database
 from typing_extensions import override
 
-from broker.audit.chain import GENESIS, ChainHead
-from broker.audit.verify import ChainBroken, verify_chain
 from broker.clock import Clock, SystemClock
-from broker.errors import Misconfigured, Unavailable
-from broker.server.store.connection import SqliteSql, open_writer
+from broker.errors import Unavailable
 from broker.server.store.group import Bench, Group, GroupWriter
 from broker.server.store.location import LockedFile
+from broker.server.store.opening import check_chain_end, store_id
 from broker.server.store.ports import Reader, Store, Writer
 from broker.server.store.reading import ReadPool
 from broker.server.store.rows import Change
 from broker.server.store.schema import Migration, known_migrations, migrate
-from broker.server.store.tables import SqlWriter
-from broker.server.store.writing import WriteQueue
-
-CHECKED_AT_START: Final = 1_000
-"""Audit records checked when the store opens: the end is what a crash or a half-restored copy would damage."""
-
-SWITCH_SECONDS: Final = 0.0005
-"""How soon a busy event loop must hand the interpreter to a thread that waits, such as the writer after its COMMIT.
-
-At Python's 5 ms, a loop that turns faster than that restarts the wait at each turn: COMMITs were seen to wait for seconds.
-"""
+from broker.server.store.sqlite_connection import SqliteSchema, SqliteSql, open_writer
+from broker.server.store.sqlite_transactions import SqliteSnapshots, SqliteWriting
+from broker.server.store.writing import WriteQueue, short_turns
 
 T = TypeVar("T")
 
@@ -51,7 +39,7 @@ class SqliteStore(Store):
         self._migrations = migrations
         self._writer = GroupWriter(self._open_bench, self._hand_over)
         self._writes = WriteQueue(self._writer.submit, asyncio.get_running_loop())
-        self._readers = ReadPool(file.path)
+        self._readers = ReadPool(partial(SqliteSnapshots, file.path))
         self._is_open = True
         self._id = ""
 
@@ -70,7 +58,7 @@ class SqliteStore(Store):
             try:
                 await asyncio.to_thread(store._writer.start)
                 await asyncio.to_thread(store._readers.open)
-                with _short_turns():
+                with short_turns():
                     yield store
             finally:
                 await store._close()
@@ -88,6 +76,12 @@ class SqliteStore(Store):
     def head(self) -> int:
         """The number of the last change that subscribers were told of."""
         return self._writes.head
+
+    @property
+    @override
+    def is_current(self) -> bool:
+        """True: nobody else writes to the file."""
+        return True
 
     @override
     async def write(self, act: Callable[[Writer], T]) -> T:
@@ -122,16 +116,16 @@ class SqliteStore(Store):
         """Open, migrate, check and name the database; in the writer's thread."""
         db = open_writer(self._file.path)
         try:
-            migrate(db, self._migrations, self._clock)
-            self._id = _store_id(db)
-            tables = SqlWriter(SqliteSql(db))
-            _check_chain_end(tables)
-            self._writes.head = tables.change_head()
+            migrate(SqliteSchema(db), self._migrations, self._clock)
+            bench = SqliteWriting(db, self._file.check)
+            self._id = store_id(SqliteSql(db))
+            check_chain_end(bench.tables)
+            self._writes.head = bench.tables.change_head()
             self._file.remember_wal()
         except BaseException:
             db.close()
             raise
-        return Bench(db, tables, self._file.check)
+        return bench
 
     def _hand_over(self, group: Group) -> None:
         self._writes.settle_soon(group)
@@ -141,36 +135,3 @@ class SqliteStore(Store):
         await self._writes.drained()
         await asyncio.to_thread(self._writer.stop)
         await self._readers.close()
-
-
-@contextmanager
-def _short_turns() -> Iterator[None]:
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(min(before, SWITCH_SECONDS))
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before)
-
-
-def _store_id(db: Database) -> str:
-    made = "INSERT INTO store_facts (name, value) VALUES ('id', ?) ON CONFLICT (name) DO NOTHING"
-    db.execute(made, (secrets.token_hex(16),))
-    name: str = db.execute("SELECT value FROM store_facts WHERE name = 'id'").fetchone()[0]
-    return name
-
-
-def _check_chain_end(tables: SqlWriter) -> None:
-    start = GENESIS
-    before = max(0, tables.chain_head().seq - CHECKED_AT_START)
-    if before:
-        link = tables.records(before - 1, 1)[0]
-        start = ChainHead(link.seq, link.hash)
-    try:
-        verify_chain(tables.records(before, CHECKED_AT_START), start=start)
-    except ChainBroken as error:
-        raise Misconfigured(
-            f"the end of the audit chain does not hold: {error.message}",
-            code="store_audit_broken",
-            hint="keep a copy for the investigation, and restore the database from a backup",
-        ) from error

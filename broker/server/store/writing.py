@@ -2,16 +2,18 @@
 
 All of it runs on the event loop's thread; the statements and the COMMIT run on the writer's.
 
-While a group's statements run, the loop stands still, for at most ``HOLD_SECONDS``; during the COMMIT it goes on. The reason is
-the interpreter's lock: the driver gives it away at every statement, and a busy loop hands it back only after the switch interval,
-at best. Measured with a loop that never idles, 32 callers: p99 108 ms without the pause, 28 ms with it. The statements need the
-same processor time either way, for they are memory work; the fsync is what the loop must not wait for.
+While a group's statements run on SQLite, the loop stands still, for at most ``HOLD_SECONDS``; during the COMMIT it goes on. The
+reason is the interpreter's lock: the driver gives it away at every statement, and a busy loop hands it back only after the switch
+interval, at best. Measured with a loop that never idles, 32 callers: p99 108 ms without the pause, 28 ms with it. The statements
+need the same processor time either way, for they are memory work; the fsync is what the loop must not wait for. Statements that
+wait for a network are waited for without a pause.
 """
 
 import asyncio
+import sys
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, Final, TypeVar
 
 from broker.errors import Unavailable
@@ -26,6 +28,12 @@ GROUP_LIMIT: Final = 64
 HOLD_SECONDS: Final = 0.02
 """How long the loop stands still for one group: beyond it something is slow (a disk, a huge act), and others come first."""
 
+SWITCH_SECONDS: Final = 0.0005
+"""How soon a busy event loop must hand the interpreter to a thread that waits, such as the writer after its COMMIT.
+
+At Python's 5 ms, a loop that turns faster than that restarts the wait at each turn: COMMITs were seen to wait for seconds.
+"""
+
 T = TypeVar("T")
 Subscriber = Callable[[Sequence[Change]], None]
 
@@ -33,12 +41,15 @@ Subscriber = Callable[[Sequence[Change]], None]
 class WriteQueue:
     """Acts that wait for the writer, gathered into groups, one group at a time."""
 
-    def __init__(self, submit: Callable[[Group], None], loop: asyncio.AbstractEventLoop) -> None:
-        """Hand groups to ``submit``; be told of their end through :meth:`settle_soon`."""
+    def __init__(
+        self, submit: Callable[[Group], None], loop: asyncio.AbstractEventLoop, *, hold: float = HOLD_SECONDS
+    ) -> None:
+        """Hand groups to ``submit``; be told of their end through :meth:`settle_soon`. ``hold``: see the module's text."""
         self._submit = submit
         self._loop = loop
+        self._hold = hold
         self._waiting: deque[Act] = deque()
-        self._running = 0
+        self._group: Group | None = None
         self._is_busy = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -48,7 +59,8 @@ class WriteQueue:
 
     async def put(self, run: Callable[[Writer], T]) -> T:
         """Run an act and give its result after its COMMIT; raises what it raised, or Unavailable."""
-        if len(self._waiting) + self._running >= QUEUE_LIMIT:
+        running = 0 if self._group is None else len(self._group.acts)
+        if len(self._waiting) + running >= QUEUE_LIMIT:
             raise Unavailable(
                 f"{QUEUE_LIMIT} writes are waiting already", code="store_overloaded", hint="try again in a moment"
             )
@@ -73,6 +85,23 @@ class WriteQueue:
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._settle, group)
 
+    def take_in(self, changes: Sequence[Change]) -> None:
+        """Tell subscribers of committed changes, except those that they know: another source may have been faster.
+
+        Whoever calls begins at the head of some moment, so that there is never a gap.
+        """
+        news = changes if not changes or changes[0].seq > self.head else [c for c in changes if c.seq > self.head]
+        if news:
+            self.head = news[-1].seq
+            self._publish(news)
+
+    def give_up(self, error: Unavailable) -> None:
+        """Tell all who wait that no answer will come in time. What has not begun never will; of the rest nobody knows."""
+        for act in (*self._waiting, *(self._group.acts if self._group else ())):
+            future = _future(act)
+            if not future.done():
+                future.set_exception(Unavailable(error.message, code=error.reason, hint=error.hint))
+
     async def drained(self) -> None:
         """Wait until every act that was accepted is settled."""
         await self._idle.wait()
@@ -89,32 +118,30 @@ class WriteQueue:
         while self._waiting and len(acts) < GROUP_LIMIT:
             act = self._waiting.popleft()
             # A caller who gave up before the act began takes its act along.
-            if not _future(act).cancelled():
+            if not _future(act).done():
                 acts.append(act)
         if not acts:
             self._is_busy = False
             self._idle.set()
             return
-        self._running = len(acts)
-        group = Group(acts)
+        group = self._group = Group(acts)
         self._submit(group)
-        # Not a mistake: see the module's text.
-        group.executed.acquire(timeout=HOLD_SECONDS)
+        if self._hold:
+            # Not a mistake: see the module's text.
+            group.executed.acquire(timeout=self._hold)
 
     def _settle(self, group: Group) -> None:
         # Changes first: whoever awaits the result finds everything that follows from it already known.
-        if group.changes:
-            self.head = group.changes[-1].seq
-            self._publish(group.changes)
-        self._running = 0
+        self.take_in(group.changes)
+        self._group = None
         for act in group.acts:
             future = _future(act)
-            if future.cancelled():
+            if future.done():
                 continue
             if act.error is None:
                 future.set_result(act.result)
             else:
-                future.set_exception(_awaitable(act.error))
+                future.set_exception(awaitable(act.error))
         self._is_busy = False
         if self._waiting:
             self._start_soon()
@@ -134,6 +161,17 @@ def _future(act: Act) -> asyncio.Future[Any]:
     return act.ticket
 
 
-def _awaitable(error: BaseException) -> BaseException:
-    # A future refuses StopIteration: it would end whoever awaits it without a word.
+@contextmanager
+def short_turns() -> Iterator[None]:
+    """Let threads that wait for the interpreter have it soon, for as long as the block lasts."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(min(before, SWITCH_SECONDS))
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
+def awaitable(error: BaseException) -> BaseException:
+    """Give what a future takes: it refuses StopIteration, which would end whoever awaits it without a word."""
     return RuntimeError("an act raised StopIteration") if isinstance(error, StopIteration) else error

@@ -1,8 +1,8 @@
 """The revocation feed: what has ended, pushed after its commit to whoever verifies tokens.
 
 Invariants: a frame is pushed only after the commit that holds it; a subscriber first gets a whole snapshot and then every
-frame after it, in order, or a new snapshot when it was too slow; it never hears nothing for longer than a heartbeat, so
-that silence means something. Which wire carries it is not known here.
+frame after it, in order, or a new snapshot when it was too slow; it hears something with every heartbeat for as long as this
+server knows all that has ended, so that silence means something. Which wire carries it is not known here.
 """
 
 import asyncio
@@ -115,6 +115,11 @@ class Feed:
         return self._store.id
 
     @property
+    def is_current(self) -> bool:
+        """Whether every end of a moment ago is known here, whichever server committed it."""
+        return self._store.is_current
+
+    @property
     def head(self) -> int:
         """The number of the last frame."""
         return self._head
@@ -220,18 +225,27 @@ class Subscription:
             return self._pages.popleft()
         if not subscriber.needs_snapshot and not subscriber.queue:
             subscriber.awake.clear()
-            try:
-                async with asyncio.timeout(self._feed.heartbeat):
-                    await subscriber.awake.wait()
-            except TimeoutError:
-                return Heartbeat(self._feed.head)
+            while not await self._woken():
+                # Cut off from the store, nobody here knows what has ended: silence is then the truth.
+                if self._feed.is_current:
+                    return Heartbeat(self._feed.head)
         if subscriber.needs_snapshot:
+            while not self._feed.is_current:  # noqa: ASYNC110  # nothing announces it
+                await asyncio.sleep(self._feed.heartbeat)
             # From here on every frame is queued: nothing falls between the snapshot and the frames after it.
             subscriber.needs_snapshot = False
             subscriber.queue.clear()
             self._pages.extend(self._feed.snapshot())
             return self._pages.popleft()
         return subscriber.queue.popleft()
+
+    async def _woken(self) -> bool:
+        try:
+            async with asyncio.timeout(self._feed.heartbeat):
+                await self._subscriber.awake.wait()
+        except TimeoutError:
+            return False
+        return True
 
     def ack(self, seq: int, store: str) -> None:
         """Note that every message up to ``seq`` was applied; another store's numbers mean nothing."""

@@ -22,7 +22,7 @@ def test_everything_has_a_default_that_works_and_a_description():
     settings = ServerSettings()
     assert settings.trust_domain == TrustDomain("example.org")
     assert settings.socket_path == Path("/run/broker/server/private/api.sock")
-    assert settings.database_path == Path("/var/lib/broker/server/broker.db")
+    assert settings.database_url.get_secret_value() == "sqlite:///var/lib/broker/server/broker.db"
     # Closed lists are empty, and deny.
     assert (settings.subjects, settings.audiences, settings.admin_ids) == ((), (), ())
 
@@ -66,7 +66,7 @@ def test_a_file_is_read(file):
     assert settings.roles == {"identity"}
     assert settings.ca_ttl == timedelta(minutes=90)
     assert settings.socket_path == Path("/run/x/private/api.sock")
-    assert settings.database_path == Path("/srv/x.db")
+    assert settings.database_url.get_secret_value() == "sqlite:///srv/x.db"
     assert settings.admin_ids == (SpiffeId("spiffe://a.example/admin"),)
     assert settings.tasks.token_ttl == timedelta(seconds=60)
     assert settings.subjects[0].issuer == "https://idp.example/"
@@ -102,7 +102,7 @@ def test_the_environment_wins_over_the_file(file):
         ("[server]\nroles = []", ("server.roles",)),
         ("[server]\nissuer = 'http://x'", ("server.issuer",)),
         ("[server.keys]\nmanager = 'disk'", ("server.keys.manager", "memory")),
-        ("[server.store]\nurl = 'postgresql://x'", ("server.store.url",)),
+        ("[server.store]\nurl = 'mysql://x'", ("server.store.url",)),
         ("[[server.audiences]]\nresource = 'https://x'\nbinding = ['bearer']", ("server.audiences.0.binding",)),
         ("[server", ("TOML",)),
     ],
@@ -117,5 +117,8 @@ def test_what_is_wrong_is_named_with_a_remedy(file, text, words):
 
 def test_a_value_is_not_shown(file):
     with pytest.raises(Misconfigured) as caught:
-        load(file("[server.store]\nurl = 'postgresql://user:secret@host/db'"), {})
+        load(file("[server.store]\nurl = 'mysql://user:secret@host/db'"), {})
     assert "secret" not in f"{caught.value.message} {caught.value.hint}"
+    settings = load(file("[server.store]\nurl = 'postgresql://user:secret@host/db'"), {})
+    assert settings.database_url.get_secret_value().endswith("@host/db")
+    assert "secret@" not in f"{settings!r} {settings.model_dump_json()} {settings.database_url}"

@@ -78,14 +78,14 @@ class EntryWriting(EntryReading):
     def add_entry(self, entry: Entry) -> None:
         """Add; Conflict(code="entry_exists") when the id or a similar entry exists."""
         try:
-            self._sql.run(_ADD, (entry.id, *_values(entry)))
+            self._sql.attempt(_ADD, (entry.id, *_values(entry)))
         except Duplicate:
             raise _exists() from None
 
     def replace_entry(self, entry: Entry) -> None:
         """Replace the entry whose revision is one lower; NotFound, or Conflict (stale_version, entry_exists)."""
         try:
-            changed = self._sql.run(_REPLACE, (*_values(entry), entry.id, entry.revision - 1))
+            changed = self._sql.attempt(_REPLACE, (*_values(entry), entry.id, entry.revision - 1))
         except Duplicate:
             raise _exists() from None
         if changed:

@@ -26,7 +26,7 @@ class IdempotencyWriting(SqlTables):
     def remember(self, owner: str, key: str, digest: str, result: str, expires_at: datetime) -> None:
         """Keep an answer; Conflict(code="idempotency_mismatch") when the key is in use."""
         try:
-            self._sql.run(_REMEMBER, (owner, key, digest, result, micros(expires_at)))
+            self._sql.attempt(_REMEMBER, (owner, key, digest, result, micros(expires_at)))
         except Duplicate:
             raise _mismatch() from None
 

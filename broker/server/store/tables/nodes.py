@@ -73,7 +73,7 @@ class NodeWriting(NodeReading):
         """Add; Conflict(code="join_token_exists") when the hash is there."""
         wanted = None if agent_id is None else str(agent_id)
         try:
-            self._sql.run(_ADD_ADMISSION, (token_hash, wanted, micros(expires_at)))
+            self._sql.attempt(_ADD_ADMISSION, (token_hash, wanted, micros(expires_at)))
         except Duplicate:
             raise Conflict("the join token exists already", code="join_token_exists") from None
 

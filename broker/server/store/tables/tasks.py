@@ -176,7 +176,7 @@ class TaskWriting(TaskReading):
     def add_task(self, task: Task) -> None:
         """Add; Conflict(code="task_exists"), NotFound when its parent or root is unknown."""
         try:
-            self._sql.run(_ADD, _values(task))
+            self._sql.attempt(_ADD, _values(task))
         except Duplicate:
             raise Conflict("a task with this id exists already", code="task_exists") from None
         except Dangling:
@@ -214,7 +214,7 @@ class TaskWriting(TaskReading):
     def bump_epoch(self, root: str) -> int:
         """Raise a tree's epoch by one and give it."""
         try:
-            self._sql.run(_BUMP, (root,))
+            self._sql.attempt(_BUMP, (root,))
         except Dangling:
             raise NotFound("there is no such task") from None
         return self.root_epoch(root)

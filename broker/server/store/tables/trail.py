@@ -71,6 +71,14 @@ class TrailWriting(TrailReading):
         self._noted.append(Change(seq, kind, key, body))
         return seq
 
+    def last_change(self) -> int | None:
+        """Give the number of the last change that was noted since the last take; None when there is none."""
+        return self._noted[-1].seq if self._noted else None
+
+    def last_record(self) -> int | None:
+        """Give the number of the last audit row that is known; None when nobody asked since the last undo."""
+        return None if self._chain is None else self._chain.seq
+
     def pending(self) -> int:
         """Count the changes noted since the last take."""
         return len(self._noted)

@@ -1,5 +1,6 @@
 """Rows to store: short words for what matters, defaults for the rest."""
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -16,8 +17,9 @@ from broker.server.store.rows import (
 )
 from broker.spiffe import Selector, SpiffeId, TrustDomain
 from broker.tasks.authority import Authority
+from broker.tasks.causes import Cause
 from broker.tasks.delegation import Delegation
-from broker.tasks.task import Task
+from broker.tasks.task import State, Task
 
 # With microseconds: what is stored must come back as it was.
 NOW = datetime(2026, 11, 22, 12, 0, 0, 123456, tzinfo=UTC)
@@ -169,3 +171,7 @@ def frame(**fields: Any) -> NewFrame:
 
 def record(subject: str = "tsk_1", **fields: Any) -> Record:
     return Record(event=Event.TOKEN_ISSUED, at=NOW, actor=str(AGENT), subject=subject, fields=fields)
+
+
+def ended(of: Task, state: State = State.COMPLETED, cause: Cause = Cause.COMPLETED) -> Task:
+    return replace(of, state=state, cause=cause, ended_at=NOW + SECOND, version=of.version + 1)

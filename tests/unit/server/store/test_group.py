@@ -13,10 +13,11 @@ from broker.audit.verify import verify_chain
 from broker.clock import SystemClock
 from broker.errors import Misconfigured, Unavailable
 from broker.server import failpoints
-from broker.server.store.connection import SqliteSql, open_writer
 from broker.server.store.group import Act, Bench, Group, GroupWriter
 from broker.server.store.ports import Writer
 from broker.server.store.schema import known_migrations, migrate
+from broker.server.store.sqlite_connection import SqliteSchema, SqliteSql, open_writer
+from broker.server.store.sqlite_transactions import SqliteWriting
 from broker.server.store.tables import SqlWriter
 from tests.unit.server.store.samples import entry, record
 
@@ -45,8 +46,8 @@ class Rig:
 
     def _open(self) -> Bench:
         db = open_writer(self.path)
-        migrate(db, known_migrations(), SystemClock())
-        self.bench = Bench(db, SqlWriter(SqliteSql(db)), self.check)
+        migrate(SqliteSchema(db), known_migrations(), SystemClock())
+        self.bench = SqliteWriting(db, self.check)
         return self.bench
 
     def rows(self, question: str) -> list[tuple[object, ...]]:

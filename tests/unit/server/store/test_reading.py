@@ -1,6 +1,7 @@
 import asyncio
 import threading
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,11 @@ import pytest
 from broker.clock import SystemClock
 from broker.errors import Unavailable
 from broker.server.store import reading
-from broker.server.store.connection import open_writer
 from broker.server.store.ports import Reader
 from broker.server.store.reading import READERS, ReadPool
 from broker.server.store.schema import known_migrations, migrate
+from broker.server.store.sqlite_connection import SqliteSchema, open_writer
+from broker.server.store.sqlite_transactions import SqliteSnapshots
 
 
 @pytest.fixture
@@ -19,8 +21,8 @@ async def pool(tmp_path: Path) -> AsyncIterator[ReadPool]:
     path = tmp_path / "x.db"
     path.touch()
     db = open_writer(path)
-    migrate(db, known_migrations(), SystemClock())
-    made = ReadPool(path)
+    migrate(SqliteSchema(db), known_migrations(), SystemClock())
+    made = ReadPool(partial(SqliteSnapshots, path))
     made.open()
     yield made
     await made.close()
@@ -65,3 +67,19 @@ async def test_more_than_may_wait_are_told_to_come_again(pool: ReadPool, monkeyp
     go_on.set()
     await asyncio.gather(*waiting, return_exceptions=True)
     assert await pool.run(lambda r: r.change_head()) == 0
+
+
+async def test_who_is_told_that_no_answer_will_come_waits_no_longer_than_that(pool: ReadPool) -> None:
+    go_on = threading.Event()
+    waiting = [asyncio.ensure_future(pool.run(lambda _: go_on.wait(10))) for _ in range(READERS + 2)]
+    await asyncio.sleep(0)
+    pool.give_up(Unavailable("silent", code="store_unreachable"))
+    outcomes = await asyncio.gather(*waiting, return_exceptions=True)
+    assert {isinstance(each, Unavailable) and each.reason for each in outcomes} == {"store_unreachable"}
+    go_on.set()
+    assert await pool.run(lambda r: r.change_head()) == 0
+
+
+async def test_a_query_that_raises_stop_iteration_ends_nobody(pool: ReadPool) -> None:
+    with pytest.raises(RuntimeError):
+        await asyncio.wait_for(pool.run(lambda _: next(iter(()))), 5)

@@ -8,8 +8,8 @@ from sqlite_utils import Database
 
 from broker.errors import Misconfigured, Unavailable
 from broker.server import failpoints
-from broker.server.store.connection import open_writer
 from broker.server.store.schema import Migration, known_migrations, migrate
+from broker.server.store.sqlite_connection import SqliteSchema, open_writer
 from tests.unit.server.store.samples import NOW
 
 ONE = Migration(
@@ -36,7 +36,7 @@ def db(tmp_path: Path) -> Iterator[Database]:
 
 
 def run(db: Database, *migrations: Migration) -> None:
-    migrate(db, migrations, StoppedClock())
+    migrate(SqliteSchema(db), migrations, StoppedClock())
 
 
 def test_they_run_once_in_order_and_are_remembered(db: Database) -> None:

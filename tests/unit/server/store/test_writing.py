@@ -137,3 +137,51 @@ async def test_a_group_that_ends_after_its_loop_is_harmless() -> None:
     queue = WriteQueue(lambda _: None, loop := asyncio.new_event_loop())
     loop.close()
     queue.settle_soon(Group([]))
+
+
+async def test_without_a_hold_the_loop_goes_on_at_once() -> None:
+    writer = HandWriter(executes=False)
+    queue = WriteQueue(writer.submit, asyncio.get_running_loop(), hold=0)
+    (waiting,) = start(queue, 1)
+    await turns()
+    assert len(writer.groups) == 1
+    assert not writer.groups[0].executed.acquire(blocking=False)
+    await finish(queue, writer.groups[0])
+    await waiting
+
+
+def changes(*numbers: int) -> list[Change]:
+    return [Change(number, "k", str(number), "") for number in numbers]
+
+
+async def test_changes_of_two_sources_are_told_once_and_in_order() -> None:
+    queue = queue_with(HandWriter())
+    told: list[int] = []
+    queue.subscribe(lambda news: told.extend(change.seq for change in news))
+    for news in (changes(1, 2), changes(1, 2, 3), changes(2), [], changes(3, 4, 5), changes(4, 5)):
+        queue.take_in(news)
+    assert told == [1, 2, 3, 4, 5]
+    assert queue.head == 5
+
+
+async def test_who_is_told_that_no_answer_will_come_is_told_no_more_and_what_had_not_begun_never_does() -> None:
+    writer = HandWriter()
+    queue = queue_with(writer)
+    begun = start(queue, GROUP_LIMIT)
+    await turns()
+    waiting = start(queue, 3)
+    await turns()
+    queue.give_up(Unavailable("silent", code="store_unreachable"))
+    outcomes = await asyncio.gather(*begun, *waiting, return_exceptions=True)
+    assert {isinstance(each, Unavailable) and each.reason for each in outcomes} == {"store_unreachable"}
+    assert len({id(each) for each in outcomes}) == len(outcomes)
+
+    # The group ends after all: its changes are told, its callers are gone, the others run.
+    await finish(queue, writer.groups[0], lambda group: setattr(group, "changes", changes(1)))
+    assert queue.head == 1
+    late = start(queue, 1)
+    await turns()
+    assert [len(group.acts) for group in writer.groups] == [GROUP_LIMIT, 1]
+    await finish(queue, writer.groups[1])
+    await asyncio.gather(*late)
+    await queue.drained()

@@ -14,6 +14,7 @@ from broker.errors import Refused
 from broker.sdk.feed import FeedState
 from broker.server.api.access import LocalPeer
 from broker.server.api.grpc import feed as feed_api
+from broker.server.store.ports import Store
 from broker.server.store.rows import FrameRow
 from broker.server.tasks import feed as feed_module
 from broker.server.tasks.deliveries import BUCKETS, Deliveries, Histogram, Outcome
@@ -68,6 +69,36 @@ async def test_then_every_frame_in_order(estate: Estate) -> None:
             assert [frame.root for frame in frames] == [task.id for task in tasks]
             assert [frame.seq for frame in frames] == sorted(frame.seq for frame in frames)
     assert estate.feed.subscribers == 0
+
+
+class CutOff:
+    """A store that can say that it is cut off."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.is_current = True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+
+@pytest.mark.bears("R05", "V08")
+async def test_a_server_that_is_cut_off_from_the_store_is_silent_until_it_knows_again(estate: Estate) -> None:
+    store = CutOff(estate.store)
+    feed = Feed(store, estate.keys, estate.clock, issuer=ISSUER, heartbeat=0.02)  # type: ignore[arg-type]
+    await feed.start()
+    with feed.subscribe() as subscription, feed.subscribe() as newcomer:
+        await first_pages(subscription)
+        assert isinstance(await anext(subscription), Heartbeat)
+        store.is_current = False
+        waiting = [asyncio.ensure_future(anext(each)) for each in (subscription, newcomer)]
+        await asyncio.sleep(0.2)
+        assert [each.done() for each in waiting] == [False, False]
+        store.is_current = True
+        async with asyncio.timeout(5):
+            heard = [await each for each in waiting]
+        assert [type(each) for each in heard] == [Heartbeat, Snapshot]
+    feed.stop()
 
 
 @pytest.mark.bears("RV07")

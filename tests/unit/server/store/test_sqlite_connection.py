@@ -6,8 +6,8 @@ import pytest
 from sqlite_utils import Database
 
 from broker.errors import Unavailable
-from broker.server.store.connection import SqliteSql, open_reader, open_writer, storage_fault
 from broker.server.store.sql import Dangling, Duplicate
+from broker.server.store.sqlite_connection import SqliteSql, open_reader, open_writer, storage_fault
 
 
 @pytest.fixture
@@ -55,9 +55,9 @@ def test_broken_constraints_have_names_of_ours(writer: Database) -> None:
     assert sql.run("INSERT INTO parent (id, name) VALUES (?, ?)", ("a", "n")) == 1
     for values in (("a", "m"), ("b", "n")):
         with pytest.raises(Duplicate):
-            sql.run("INSERT INTO parent (id, name) VALUES (?, ?)", values)
+            sql.attempt("INSERT INTO parent (id, name) VALUES (?, ?)", values)
     with pytest.raises(Dangling):
-        sql.run("INSERT INTO child (id, parent) VALUES (?, ?)", ("c", "none"))
+        sql.attempt("INSERT INTO child (id, parent) VALUES (?, ?)", ("c", "none"))
     # STRICT: a column takes its type and no other.
     with pytest.raises(sqlite3.IntegrityError):
         sql.run("INSERT INTO parent (id) VALUES (?)", (b"bytes",))

@@ -1,10 +1,11 @@
-"""SQLite connections: how they are opened, what their errors mean, and the :class:`Sql` that the tables use.
+"""SQLite connections: how they are opened, what their errors mean, and the :class:`Sql` and :class:`Schema` over them.
 
 Knows the settings that durability rests on (WAL, ``synchronous=FULL``) and reads each of them back. Knows no table.
 """
 
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Final, NoReturn
 from urllib.parse import quote
@@ -13,7 +14,8 @@ from sqlite_utils import Database
 from typing_extensions import override
 
 from broker.errors import Misconfigured, Unavailable
-from broker.server.store.sql import Dangling, Duplicate, Row, Sql, Value
+from broker.server.store.schema import Schema
+from broker.server.store.sql import Dangling, Duplicate, Row, Sql, Value, not_storable
 
 BUSY_TIMEOUT_MS: Final = 2_000
 """How long to wait for another process's lock (a backup, a checkpoint): what a caller still waits for."""
@@ -63,38 +65,86 @@ class SqliteSql(Sql):
 
     @override
     def run(self, text: str, values: Sequence[Value] = ()) -> int:
+        _require_storable(values)
         try:
             return self._execute(text, values).rowcount
+        except (sqlite3.Error, UnicodeEncodeError) as error:
+            _refuse(error)
+
+    @override
+    def attempt(self, text: str, values: Sequence[Value] = ()) -> int:
+        # A statement that a constraint refuses is undone by itself here.
+        try:
+            return self.run(text, values)
         except sqlite3.IntegrityError as error:
             if error.sqlite_errorcode in _DUPLICATE:
                 raise Duplicate from error
             if error.sqlite_errorcode == sqlite3.SQLITE_CONSTRAINT_FOREIGNKEY:
                 raise Dangling from error
             raise
-        except sqlite3.Error as error:
-            _refuse(error)
 
     @override
     def row(self, text: str, values: Sequence[Value] = ()) -> Row | None:
+        _require_storable(values)
         try:
             row: Row | None = self._execute(text, values).fetchone()
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeEncodeError) as error:
             _refuse(error)
         return row
 
     @override
     def rows(self, text: str, values: Sequence[Value] = ()) -> list[Row]:
+        _require_storable(values)
         try:
             return self._execute(text, values).fetchall()
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeEncodeError) as error:
             _refuse(error)
 
 
-def _refuse(error: sqlite3.Error) -> NoReturn:
+def _require_storable(values: Sequence[Value]) -> None:
+    # SQLite would keep a NUL; no other store does, and a path that is cut off at one is another path.
+    for value in values:
+        if isinstance(value, str) and "\0" in value:
+            raise not_storable()
+
+
+def _refuse(error: sqlite3.Error | UnicodeEncodeError) -> NoReturn:
+    if isinstance(error, UnicodeEncodeError):
+        raise not_storable() from None
     fault = storage_fault(error)
     if fault is None:
         raise error
     raise fault from error
+
+
+class SqliteSchema(Schema):
+    """What migrating asks of SQLite; the texts are in its dialect. The caller holds the file's lock."""
+
+    def __init__(self, db: Database) -> None:
+        """Migrate through this connection."""
+        self._db = db
+        self._sql = SqliteSql(db)
+
+    @property
+    @override
+    def sql(self) -> Sql:
+        return self._sql
+
+    @override
+    def table_names(self) -> Collection[str]:
+        return self._db.table_names()
+
+    @override
+    def define(self, statement: str) -> None:
+        self._db.execute(statement)
+
+    @override
+    def alone(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    @override
+    def atomic(self) -> AbstractContextManager[object]:
+        return self._db.atomic()
 
 
 def open_writer(path: Path) -> Database:
