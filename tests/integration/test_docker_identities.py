@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -30,6 +31,7 @@ pytestmark = [
 ]
 
 SOCKET = "/run/broker/api.sock"
+ASK_AGAIN = 27.0  # seconds after which, at the earliest, the agent asks about a process again by itself
 DENIED = {"error": "PERMISSION_DENIED", "said": "no identity issued"}
 
 
@@ -244,15 +246,18 @@ async def test_labels_of_one_text_are_not_confused(node) -> None:
 async def test_the_engine_is_asked_once_for_a_process(node) -> None:
     mine = await node.register("/eight", "docker:label:eight:yes")
     container = node.start("--label", "eight=yes")
+    began = time.monotonic()
     async with node.connection_of(container) as connection:
         for stream in [connection.stream() for _ in range(10)]:
             assert _ids(await stream.read()) == [mine]
-    assert node.counting.about(container) == 1
+    asked, by_the_clock = node.counting.about(container), int((time.monotonic() - began) / ASK_AGAIN)
+    assert 1 <= asked <= 1 + by_the_clock
     # Another process, on five connections one after the other.
     command = ("exec", "-i", container, PROGRAM, "-m", CLIENT, "fetch-each", SOCKET)
     told = [json.loads(line) for line in node.engine(*command, input=b"{}\n" * 5).splitlines()]
     assert [one["ids"] for one in told] == [[mine]] * 5
-    assert node.counting.about(container) == 2
+    by_the_clock = int((time.monotonic() - began) / ASK_AGAIN)  # on a slow machine
+    assert 2 <= node.counting.about(container) <= 2 + 2 * by_the_clock
 
 
 async def test_a_container_finds_the_socket_of_an_agent_that_was_started_again(node) -> None:

@@ -59,6 +59,7 @@ async def agent_with(runtime: FakeRuntime, directory: Path, place: str = DOCKER)
     async with estate(
         entries=[entry_message("e1", "/orders", ["docker:label:app:orders"])],
         catalogue=in_container(machine, place),
+        attest_again_every="1h",  # not by the clock, here
         attestors={
             "workload": {"unix": {}, "docker": {"docker_socket_path": runtime.url, "podman_socket_path": runtime.url}}
         },
