@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test check bench proto clean
+.PHONY: demo test check bench proto docs clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.all
@@ -22,6 +22,10 @@ check: $(VENV)/.test
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 	@$(BIN)/python -m broker._proto.generate --check
+
+# docs/reference, from the program itself.
+docs: $(VENV)/.test
+	@$(BIN)/python -m tests.reference
 
 proto: $(VENV)/.test
 	@$(BIN)/python -m broker._proto.generate

@@ -4,6 +4,7 @@ import json
 import os
 import types
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
@@ -113,6 +114,10 @@ def _values(value: Any, prefix: str) -> Iterator[tuple[str, str]]:
 def _text(value: object) -> str:
     if hasattr(value, "get_secret_value"):
         return HIDDEN if value.get_secret_value() else ""
+    if isinstance(value, timedelta):
+        from broker.settings import duration_text  # noqa: PLC0415 - imports pydantic
+
+        return duration_text(value)
     if isinstance(value, (dict, list)):
         return json.dumps(value, default=str, sort_keys=True)
     if isinstance(value, (tuple, set, frozenset)):
