@@ -18,12 +18,17 @@ from tests.bench.exchange import exchange_https, exchange_socket
 from tests.bench.house import House
 from tests.bench.measure import Item, result
 from tests.bench.signing import x509_svids
+from tests.bench.starting import version
 from tests.bench.verifying import verify_cold, verify_warm
 
 SECONDS = 6.0
 Measure = Callable[[House, float], Awaitable[list[Item]]]
 
-ALONE: dict[str, Callable[[], list[Item]]] = {"verify_cold": verify_cold, "verify_warm": verify_warm}
+ALONE: dict[str, Callable[[], list[Item]]] = {
+    "verify_cold": verify_cold,
+    "verify_warm": verify_warm,
+    "version": version,
+}
 """Measured in this process."""
 IN_HOUSE: dict[str, Measure] = {
     "x509_svids_signed_per_core": x509_svids,

@@ -112,7 +112,11 @@ class Access:
                 return
             case SvidPeer(svid) if self._holds(svid, roles):
                 return
-        raise Refused("the caller may not call this method", code="access_denied", hint="docs/reference/roles.md says which roles may")
+        raise Refused(
+            "the caller may not call this method",
+            code="access_denied",
+            hint="docs/reference/roles.md says which roles may",
+        )
 
     def _holds(self, svid: X509Svid, roles: frozenset[Role]) -> bool:
         if svid.id.trust_domain != self.trust_domain:

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -44,18 +43,6 @@ def test_version_imports_nothing_heavy() -> None:
         f"print([n for n in {HEAVY!r} if n in sys.modules], file=sys.stderr)"
     )
     assert run(code=code).stderr == "[]\n"
-
-
-def test_version_is_fast() -> None:
-    """120 ms is the budget; the best of some runs counts, because the machine is not ours alone."""
-    best = 1.0
-    for _ in range(12):
-        began = time.monotonic()
-        assert run("version").returncode == 0
-        best = min(best, time.monotonic() - began)
-        if best < 0.12:
-            return
-    pytest.fail(f"the best of 12 was {best * 1000:.0f} ms")
 
 
 @pytest.mark.parametrize("noun", ["svid", "token", "entry", "join-token", "task"])
