@@ -11,11 +11,6 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-from hypothesis import settings
-
-# The same examples in every run, and no failure because a machine is busy.
-settings.register_profile("steady", derandomize=True, deadline=None)
-settings.load_profile("steady")
 
 NOW = datetime(2026, 11, 22, 12, 0, 0, tzinfo=UTC)
 BOTH = (ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH)
