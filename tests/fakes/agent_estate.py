@@ -45,16 +45,7 @@ async def running(*, ready: bool = True, **settings):
     try:
         async with FakeServer(directory) as server:
             server.entries["e1"] = entry_message("e1", "/wl/me", [ME])
-            values = {
-                "trust_domain": "example.org",
-                "server_port": server.port,
-                "runtime_dir": str(directory / "agent"),
-                "trust_bundle_path": str(server.trust_file()),
-                "join_token": "token-1",
-                "first_identity_wait": "200ms",
-            }
-            text = "[agent]\n" + "".join(f"{name} = {value!r}\n" for name, value in (values | settings).items())
-            async with agent_process(directory, text) as process:
+            async with agent_process(directory, agent_text(server, **settings)) as process:
                 it = Running(process, server, directory)
                 await until(lambda: it.socket.exists() or process.returncode is not None, 20)
                 if ready and process.returncode is None:
@@ -65,3 +56,16 @@ async def running(*, ready: bool = True, **settings):
                 yield it
     finally:
         shutil.rmtree(directory)
+
+
+def agent_text(server: FakeServer, **settings) -> str:
+    """The agent's settings as TOML: it joins this server, and keeps everything in the server's directory."""
+    values = {
+        "trust_domain": "example.org",
+        "server_port": server.port,
+        "runtime_dir": str(server.directory / "agent"),
+        "trust_bundle_path": str(server.trust_file()),
+        "join_token": "token-1",
+        "first_identity_wait": "200ms",
+    }
+    return "[agent]\n" + "".join(f"{name} = {value!r}\n" for name, value in (values | settings).items())

@@ -118,14 +118,21 @@ async def held_connection(socket: Path, relay: Path, act: str, *command: str, ui
 
 
 @asynccontextmanager
-async def agent_process(directory: Path, text: str):
-    """An agent in a process of its own, as ``broker agent run`` starts it."""
+async def agent_process(directory: Path, text: str, *, inside: tuple[str, ...] = ()):
+    """An agent in a process of its own, as ``broker agent run`` starts it; ``inside``: a command that runs it, such as unshare."""
     path = directory / "agent.toml"
     path.write_text(text)
     log = directory / "agent.log"
     with log.open("wb") as out:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", AGENT, str(path), stderr=out, cwd=Path(__file__).resolve().parents[2]
+            *inside,
+            sys.executable,
+            "-c",
+            AGENT,
+            str(path),
+            stdout=out,
+            stderr=out,
+            cwd=Path(__file__).resolve().parents[2],
         )
     process.log = log
     try:

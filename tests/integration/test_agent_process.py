@@ -2,13 +2,9 @@
 
 import asyncio
 import os
-import shutil
 import signal
-import socket
-import struct
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import grpc
@@ -18,12 +14,8 @@ from broker._proto.service import Stub
 from broker._proto.spiffe import workload_pb2
 from broker.agent.listener import WORKLOAD
 from tests.fakes.agent_estate import running
-from tests.fakes.processes import agent_process, held_connection, reap, spawn_as
-from tests.fakes.running_agent import HEADER, until
-
-SLEEP = str(Path(shutil.which("sleep")).resolve())
-PATH = "/SpiffeWorkloadAPI/FetchX509SVID"
-needs_root = pytest.mark.root("chosen process ids")
+from tests.fakes.processes import agent_process
+from tests.fakes.running_agent import HEADER
 
 
 @pytest.mark.bears("W16")
@@ -83,56 +75,6 @@ async def test_a_refused_join_is_an_error_that_ends_it() -> None:
         said = agent.process.log.read_text()
         assert "the join token is unknown, expired or used" in said
         assert "wrong" not in said
-
-
-@needs_root
-@pytest.mark.bears("A03")
-@pytest.mark.parametrize("same_program", [True, False], ids=["same program", "other program"])
-async def test_a_process_id_recycled_before_accept_gives_nothing(same_program: bool) -> None:
-    async with running() as agent:
-        agent.process.send_signal(signal.SIGSTOP)
-        async with held_connection(agent.socket, agent.directory / "r", "exit") as held:
-            await held.act()
-            await until(lambda: held.process.returncode is not None)
-            # The very program that the entry is for, under the number that the socket still names.
-            spawn_as(
-                held.pid,
-                [os.path.realpath("/proc/self/exe"), "-I", "-S", "-c", "import time; time.sleep(60)"]
-                if same_program
-                else [SLEEP, "60"],
-            )
-            try:
-                agent.process.send_signal(signal.SIGCONT)
-                assert await agent.fetch(held.relay) in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.PERMISSION_DENIED}
-                assert (await agent.fetch()).svids  # and everybody else is served
-                assert len(agent.server.sessions) <= 1
-            finally:
-                reap(held.pid)
-
-
-@needs_root
-@pytest.mark.bears("A03")
-async def test_the_harness_breaks_an_agent_that_trusts_the_number() -> None:
-    """The positive control: SO_PEERCRED alone would have named the recycled process as the caller."""
-    directory = Path(tempfile.mkdtemp(dir="/tmp"))
-    naive = socket.socket(socket.AF_UNIX)
-    naive.bind(str(directory / "naive"))
-    naive.listen()
-    try:
-        async with held_connection(directory / "naive", directory / "r", "exit") as held:
-            await held.act()
-            await until(lambda: held.process.returncode is not None)
-            spawn_as(held.pid, [SLEEP, "60"])
-            try:
-                accepted, _ = naive.accept()
-                pid, _, _ = struct.unpack("iII", accepted.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-                await until(lambda: os.readlink(f"/proc/{pid}/exe") == SLEEP)  # the victim, to whoever trusts it
-                accepted.close()
-            finally:
-                reap(held.pid)
-    finally:
-        naive.close()
-        shutil.rmtree(directory)
 
 
 async def test_two_agents_do_not_share_a_socket() -> None:

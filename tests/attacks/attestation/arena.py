@@ -1,0 +1,259 @@
+"""Where attacks take place: an agent in a process of its own with one honest workload, and puppets to play everybody else."""
+
+import asyncio
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterable
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+from tests.attacks.attestation import wire
+from tests.fakes.fake_server import FakeServer, entry_message
+from tests.fakes.processes import agent_process
+from tests.fakes.running_agent import until
+from tests.fakes.separate_agent import agent_text
+
+HERE = Path(__file__).parent
+VICTIM = "spiffe://example.org/wl/victim"
+BYSTANDER = "spiffe://example.org/wl/bystander"
+SECONDS = 30.0  # for anything that must happen; the machine may be slow
+PROMPTLY = 2.0  # seconds until a connection without its process is closed
+BOUND = 10.0  # seconds; 99 of 100 calls of a bystander are answered in that time, whatever is going on
+IS_ROOT = os.geteuid() == 0
+UID = 4001 if IS_ROOT else os.geteuid()  # of the victim
+EVIL_UID = 4002
+
+WITH_PATHS = "[agent.attestors.workload.unix]\ndiscover_workload_path = true\n"
+REFUSED = ((wire.STATUS, 7), (wire.STATUS, 14), (wire.STATUS, 16), (wire.CLOSED, None))
+DENIED, FAILED, CLOSED = (wire.STATUS, 7), (wire.STATUS, 14), (wire.CLOSED, None)
+
+
+def served(*paths: str) -> tuple[str, list[str]]:
+    """The answer that gives these identities."""
+    return wire.SERVED, [f"spiffe://example.org{path}" for path in paths]
+
+
+class Held:
+    """A connection in this process's hands, whoever made it."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.wire = wire.Connection(connection)
+
+    async def call(self, seconds: float = SECONDS):
+        return await asyncio.to_thread(lambda: self.wire.hear(self.wire.call(), seconds))
+
+    async def open_stream(self) -> int:
+        return await asyncio.to_thread(self.wire.call)
+
+    async def hear(self, stream: int, seconds: float = SECONDS):
+        return await asyncio.to_thread(self.wire.hear, stream, seconds)
+
+    async def is_closed(self, seconds: float = PROMPTLY) -> bool:
+        """Whether it has come to its end within this time."""
+        return (await self.hear(-1, seconds))[0] == wire.CLOSED
+
+    def close(self) -> None:
+        self.wire.socket.close()
+
+
+class Puppet:
+    """A process of ours that does what it is told; see puppet.py."""
+
+    def __init__(self, process: asyncio.subprocess.Process, control: socket.socket) -> None:
+        self.process, self._control = process, control
+        self._lines = control.makefile("rb")
+        self.held: list[Held] = []
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    async def do(self, verb: str, *arguments):
+        """Have it done; gives the answer."""
+        self._control.sendall(json.dumps([verb, *arguments]).encode() + b"\n")
+        line = await asyncio.to_thread(self._lines.readline)
+        answer = json.loads(line)
+        assert not isinstance(answer, dict), f"{verb}: {answer}"
+        return tuple(answer) if verb in {"call", "ask"} else answer
+
+    async def give(self) -> Held:
+        """Take its connection, while it keeps its own hold of it."""
+        self._control.sendall(b'["give"]\n')
+        # Read by hand: a descriptor comes with its byte, and the answer's line follows.
+        _, (fd,), _, _ = await asyncio.to_thread(socket.recv_fds, self._control, 1, 1)
+        assert json.loads(await asyncio.to_thread(self._lines.readline)) is None
+        held = Held(socket.socket(fileno=fd))
+        self.held.append(held)
+        return held
+
+    async def end(self) -> None:
+        """It exits, and is reaped."""
+        self._control.sendall(b'["end"]\n')
+        await self.process.wait()
+
+
+class Program:
+    """A process that asked once by wire.py and is still there: its answer, and what its executable is called."""
+
+    def __init__(self, process: asyncio.subprocess.Process, said: dict) -> None:
+        self.process = process
+        self.answer = tuple(said["answer"])
+        self.exe_for_itself: str = said["exe"]
+        self.pid: int = said["pid"]
+
+
+class Arena:
+    """The agent, its server, three programs, and what is needed to start processes that play."""
+
+    def __init__(self, directory: Path, server: FakeServer) -> None:
+        self.directory, self.server = directory, server
+        self.agent: asyncio.subprocess.Process
+        self.text: str
+        self.socket = str(directory / "agent" / "public" / "api.sock")
+        self.programs = directory / "wl"
+        self.programs.mkdir()
+        self.victim, self.evil, self.bystander = (self.program(name) for name in ("victim", "evil", "bystander"))
+
+    def program(self, name: str) -> Path:
+        """Another copy of the interpreter: a file of its own."""
+        path = self.programs / name
+        shutil.copyfile(os.path.realpath("/proc/self/exe"), path)
+        path.chmod(0o755)
+        return path
+
+    def register(self, name: str, *selectors: str) -> None:
+        """Have the server say that these selectors earn ``/wl/<name>``."""
+        self.server.put(entry_message(name, f"/wl/{name}", list(selectors)))
+
+    @property
+    def log(self) -> str:
+        return self.agent.log.read_text(errors="replace")
+
+    @asynccontextmanager
+    async def puppet(self, program: Path | None = None, *, uid: int | None = None, inside: Iterable[str] = ()):
+        """A puppet that executes ``program`` (the evil one) as ``uid`` (who we are)."""
+        ours, theirs = socket.socketpair()
+        ours.settimeout(SECONDS)
+        process = await asyncio.create_subprocess_exec(
+            *inside, *command(program or self.evil, "puppet.py", str(theirs.fileno())),
+            pass_fds=(theirs.fileno(),), env=environment(),
+        )  # fmt: skip
+        theirs.close()
+        puppet = Puppet(process, ours)
+        try:
+            if uid is not None and IS_ROOT:
+                await puppet.do("become", uid, uid, [])
+            yield puppet
+        finally:
+            for held in puppet.held:
+                held.close()
+            ours.close()
+            puppet._lines.close()
+            await ended(process)
+
+    @asynccontextmanager
+    async def asks(self, *argv: str, inside: Iterable[str] = (), **options):
+        """A process that asks once; ``argv``: an interpreter, by default the evil one."""
+        if not argv:
+            argv = (str(self.evil),)
+        argv = (*inside, *argv, "-S", "-s", str(HERE / "wire.py"), self.socket, "hold")
+        process = await asyncio.create_subprocess_exec(
+            *argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment(), **options
+        )
+        try:
+            line = await asyncio.wait_for(process.stdout.readline(), SECONDS)
+            assert line, f"{argv[0]} did not get as far as to ask"
+            yield Program(process, json.loads(line))
+        finally:
+            await ended(process)
+
+    async def victim_is_served(self) -> bool:
+        """Whether the honest workload has what it is entitled to: the positive view of every attack."""
+        async with self.puppet(self.victim, uid=UID) as victim:
+            return await victim.do("ask", self.socket) == (wire.SERVED, [VICTIM])
+
+
+class Witness:
+    """The bystander's process."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self._process = process
+
+    async def report(self) -> dict:
+        """What became of its calls so far; waits for the one in progress."""
+        self._process.stdin.write(b"\n")
+        return json.loads(await asyncio.wait_for(self._process.stdout.readline(), 2 * SECONDS))
+
+
+def command(program: Path | str, script: str, *arguments: str) -> tuple[str, ...]:
+    """A script of this directory under an interpreter, without site packages."""
+    return str(program), "-S", "-s", str(HERE / script), *arguments
+
+
+def environment() -> dict[str, str]:
+    """What a copy of the interpreter needs to find its library, whatever it is called and wherever it lies."""
+    variables = {"PATH": os.environ["PATH"], "PYTHONHOME": sys.base_prefix, "PYTHONDONTWRITEBYTECODE": "1"}
+    if sysconfig.get_config_var("Py_ENABLE_SHARED"):
+        variables["LD_LIBRARY_PATH"] = sysconfig.get_config_var("LIBDIR")
+    return variables
+
+
+async def ended(process: asyncio.subprocess.Process) -> None:
+    """End a process of ours, and let go of its pipes."""
+    if process.returncode is None:
+        with suppress(ProcessLookupError):
+            process.kill()
+    await process.wait()
+    if process.stdin is not None:
+        process.stdin.close()
+    if process.stdout is not None:
+        await process.stdout.read()
+
+
+@asynccontextmanager
+async def prepared(*, attestors: str = WITH_PATHS, **settings):
+    """An arena whose agent has not been started; ``text`` is its settings."""
+    directory = Path(tempfile.mkdtemp(dir="/tmp"))
+    directory.chmod(0o755)
+    try:
+        async with FakeServer(directory) as server:
+            it = Arena(directory, server)
+            for name, program, uid in (("victim", it.victim, UID), ("bystander", it.bystander, os.geteuid())):
+                entry = entry_message(name, f"/wl/{name}", [f"unix:uid:{uid}", f"unix:path:{program}"])
+                server.entries[name] = entry
+            it.text = agent_text(server, **settings) + attestors
+            yield it
+    finally:
+        shutil.rmtree(directory)
+
+
+@asynccontextmanager
+async def arena(*, inside: tuple[str, ...] = (), ready: bool = True, **settings):
+    """An arena; ``ready``: the victim has been served before anything begins."""
+    async with prepared(**settings) as it, agent_process(it.directory, it.text, inside=inside) as it.agent:
+        await until(lambda: it.server.watches or it.agent.returncode is not None, SECONDS)
+        if ready:
+            assert it.agent.returncode is None, it.log
+            async with asyncio.timeout(SECONDS):
+                while not await it.victim_is_served():
+                    pass
+        yield it
+
+
+@asynccontextmanager
+async def bystander_of(it: Arena):
+    """An honest workload beside the attack, which must be served throughout."""
+    process = await asyncio.create_subprocess_exec(
+        *command(it.bystander, "bystander.py", it.socket, BYSTANDER),
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment(),
+    )  # fmt: skip
+    try:
+        yield Witness(process)
+    finally:
+        await ended(process)
