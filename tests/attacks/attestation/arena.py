@@ -6,23 +6,23 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
-import sysconfig
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
-from tests.attacks.attestation import wire
+import pytest
+
+from tests.attacks.attestation import portable, wire
 from tests.fakes.fake_server import FakeServer, entry_message
 from tests.fakes.processes import agent_process
 from tests.fakes.running_agent import until
 from tests.fakes.separate_agent import agent_text
 
-HERE = Path(__file__).parent
 VICTIM = "spiffe://example.org/wl/victim"
 BYSTANDER = "spiffe://example.org/wl/bystander"
 SECONDS = 30.0  # for anything that must happen; the machine may be slow
+FOR_EVER = "import time; time.sleep(3600)"
 PROMPTLY = 2.0  # seconds until a connection without its process is closed
 BOUND = 10.0  # seconds; 99 of 100 calls of a bystander are answered in that time, whatever is going on
 IS_ROOT = os.geteuid() == 0
@@ -30,13 +30,14 @@ UID = 4001 if IS_ROOT else os.geteuid()  # of the victim
 EVIL_UID = 4002
 
 WITH_PATHS = "[agent.attestors.workload.unix]\ndiscover_workload_path = true\n"
+# Refused is: no identity, attestation failed, unauthenticated, or a connection that is closed.
 REFUSED = ((wire.STATUS, 7), (wire.STATUS, 14), (wire.STATUS, 16), (wire.CLOSED, None))
 DENIED, FAILED, CLOSED = (wire.STATUS, 7), (wire.STATUS, 14), (wire.CLOSED, None)
 
 
 def served(*paths: str) -> tuple[str, list[str]]:
     """The answer that gives these identities."""
-    return wire.SERVED, [f"spiffe://example.org{path}" for path in paths]
+    return wire.SERVED, sorted(f"spiffe://example.org{path}" for path in paths)
 
 
 class Held:
@@ -67,6 +68,7 @@ class Puppet:
 
     def __init__(self, process: asyncio.subprocess.Process, control: socket.socket) -> None:
         self.process, self._control = process, control
+        control.settimeout(SECONDS)
         self._lines = control.makefile("rb")
         self.held: list[Held] = []
 
@@ -84,13 +86,37 @@ class Puppet:
 
     async def give(self) -> Held:
         """Take its connection, while it keeps its own hold of it."""
-        self._control.sendall(b'["give"]\n')
+        held = Held(await self._take("give"))
+        self.held.append(held)
+        return held
+
+    @asynccontextmanager
+    async def sibling(self):
+        """A child that holds the same connection: another puppet, of which this process is not the parent."""
+        sibling = Puppet(self.process, await self._take("fork"))
+        try:
+            yield sibling
+        finally:
+            sibling.let_go()  # it ends by itself when nobody is there to tell it anything
+
+    def let_go(self) -> None:
+        for held in self.held:
+            held.close()
+        self._lines.close()
+        self._control.close()
+
+    async def _take(self, verb: str) -> socket.socket:
+        self._control.sendall(json.dumps([verb]).encode() + b"\n")
         # Read by hand: a descriptor comes with its byte, and the answer's line follows.
         _, (fd,), _, _ = await asyncio.to_thread(socket.recv_fds, self._control, 1, 1)
         assert json.loads(await asyncio.to_thread(self._lines.readline)) is None
-        held = Held(socket.socket(fileno=fd))
-        self.held.append(held)
-        return held
+        return socket.socket(fileno=fd)
+
+    async def take(self, held: Held) -> None:
+        """Hand it a connection, which replaces its own."""
+        assert await self.do("take") == "ready"
+        await asyncio.to_thread(socket.send_fds, self._control, [b"t"], [held.wire.socket.fileno()])
+        assert json.loads(await asyncio.to_thread(self._lines.readline)) is None
 
     async def end(self) -> None:
         """It exits, and is reaped."""
@@ -118,6 +144,9 @@ class Arena:
         self.socket = str(directory / "agent" / "public" / "api.sock")
         self.programs = directory / "wl"
         self.programs.mkdir()
+        self.home = directory / "python"
+        portable.install(self.home)
+        self.environ = portable.environment(self.home)
         self.victim, self.evil, self.bystander = (self.program(name) for name in ("victim", "evil", "bystander"))
 
     def program(self, name: str) -> Path:
@@ -127,9 +156,20 @@ class Arena:
         path.chmod(0o755)
         return path
 
+    def command(self, program: Path | str, script: str, *arguments: str) -> tuple[str, ...]:
+        """A script of the harness under an interpreter."""
+        return str(program), "-S", "-s", str(self.home / script), *arguments
+
     def register(self, name: str, *selectors: str) -> None:
         """Have the server say that these selectors earn ``/wl/<name>``."""
         self.server.put(entry_message(name, f"/wl/{name}", list(selectors)))
+
+    def executable(self, name: str, text: str) -> Path:
+        """A script in the arena's directory."""
+        path = self.directory / name
+        path.write_text(text)
+        path.chmod(0o755)
+        return path
 
     @property
     def log(self) -> str:
@@ -139,10 +179,9 @@ class Arena:
     async def puppet(self, program: Path | None = None, *, uid: int | None = None, inside: Iterable[str] = ()):
         """A puppet that executes ``program`` (the evil one) as ``uid`` (who we are)."""
         ours, theirs = socket.socketpair()
-        ours.settimeout(SECONDS)
         process = await asyncio.create_subprocess_exec(
-            *inside, *command(program or self.evil, "puppet.py", str(theirs.fileno())),
-            pass_fds=(theirs.fileno(),), env=environment(),
+            *inside, *self.command(program or self.evil, "puppet.py", str(theirs.fileno())),
+            pass_fds=(theirs.fileno(),), env=self.environ,
         )  # fmt: skip
         theirs.close()
         puppet = Puppet(process, ours)
@@ -151,20 +190,21 @@ class Arena:
                 await puppet.do("become", uid, uid, [])
             yield puppet
         finally:
-            for held in puppet.held:
-                held.close()
-            ours.close()
-            puppet._lines.close()
+            puppet.let_go()
             await ended(process)
 
     @asynccontextmanager
     async def asks(self, *argv: str, inside: Iterable[str] = (), **options):
-        """A process that asks once; ``argv``: an interpreter, by default the evil one."""
-        if not argv:
-            argv = (str(self.evil),)
-        argv = (*inside, *argv, "-S", "-s", str(HERE / "wire.py"), self.socket, "hold")
+        """A process that asks once; ``argv``: an interpreter, by default the evil one, and its first arguments."""
+        argv = (*inside, *(argv or (str(self.evil),)), "-S", "-s", str(self.home / "wire.py"), self.socket, "hold")
+        async with self.asks_by(*argv, **options) as program:
+            yield program
+
+    @asynccontextmanager
+    async def asks_by(self, *argv: str, **options):
+        """This command, which is to end in wire.py, as a process that asks once."""
         process = await asyncio.create_subprocess_exec(
-            *argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment(), **options
+            *argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=self.environ, cwd="/", **options
         )
         try:
             line = await asyncio.wait_for(process.stdout.readline(), SECONDS)
@@ -173,10 +213,45 @@ class Arena:
         finally:
             await ended(process)
 
-    async def victim_is_served(self) -> bool:
-        """Whether the honest workload has what it is entitled to: the positive view of every attack."""
-        async with self.puppet(self.victim, uid=UID) as victim:
-            return await victim.do("ask", self.socket) == (wire.SERVED, [VICTIM])
+    def may_unshare(self, *flags: str) -> None:
+        """Skip the test where this user may not make user namespaces."""
+        if subprocess.run(["unshare", "-Ur", *flags, "true"], capture_output=True, check=False).returncode != 0:
+            pytest.skip("user namespaces are not allowed here")
+
+    async def transform(self, puppet: Puppet, program: Path):
+        """Have a puppet become this program (execve), which then does nothing."""
+        puppet._control.sendall(
+            json.dumps(["become_program", str(program), [str(program), "-S", "-s", "-c", FOR_EVER]]).encode() + b"\n"
+        )
+        await until(lambda: os.readlink(f"/proc/{puppet.pid}/exe") == str(program))
+
+    @asynccontextmanager
+    async def rebirth(self):
+        """A function that starts a victim under a number of one's choice, which must be free; see victims.py."""
+        process = await asyncio.create_subprocess_exec(
+            *self.command(self.victim, "victims.py", str(UID), self.socket),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=self.environ,
+        )  # fmt: skip
+
+        async def say(line: str) -> None:
+            process.stdin.write(line.encode() + b"\n")
+            assert json.loads(await asyncio.wait_for(process.stdout.readline(), SECONDS)) is None
+
+        async def born(pid: int) -> None:
+            await say(f"spawn {pid}")
+            assert os.readlink(f"/proc/{pid}/exe") == str(self.victim)
+
+        try:
+            yield born
+            await say("kill")
+        finally:
+            await ended(process)
+
+    async def serve_victim(self) -> None:
+        """Have the honest workload ask until it has what it is entitled to, and nothing else: the positive view."""
+        async with asyncio.timeout(SECONDS), self.puppet(self.victim, uid=UID) as victim:
+            while await victim.do("ask", self.socket) != (wire.SERVED, [VICTIM]):
+                pass
 
 
 class Witness:
@@ -189,19 +264,6 @@ class Witness:
         """What became of its calls so far; waits for the one in progress."""
         self._process.stdin.write(b"\n")
         return json.loads(await asyncio.wait_for(self._process.stdout.readline(), 2 * SECONDS))
-
-
-def command(program: Path | str, script: str, *arguments: str) -> tuple[str, ...]:
-    """A script of this directory under an interpreter, without site packages."""
-    return str(program), "-S", "-s", str(HERE / script), *arguments
-
-
-def environment() -> dict[str, str]:
-    """What a copy of the interpreter needs to find its library, whatever it is called and wherever it lies."""
-    variables = {"PATH": os.environ["PATH"], "PYTHONHOME": sys.base_prefix, "PYTHONDONTWRITEBYTECODE": "1"}
-    if sysconfig.get_config_var("Py_ENABLE_SHARED"):
-        variables["LD_LIBRARY_PATH"] = sysconfig.get_config_var("LIBDIR")
-    return variables
 
 
 async def ended(process: asyncio.subprocess.Process) -> None:
@@ -217,8 +279,8 @@ async def ended(process: asyncio.subprocess.Process) -> None:
 
 
 @asynccontextmanager
-async def prepared(*, attestors: str = WITH_PATHS, **settings):
-    """An arena whose agent has not been started; ``text`` is its settings."""
+async def prepared(*, attestors: Callable[[Arena], str] = lambda it: WITH_PATHS, **settings):
+    """An arena whose agent has not been started; ``text`` is its settings, ``attestors`` the end of them."""
     directory = Path(tempfile.mkdtemp(dir="/tmp"))
     directory.chmod(0o755)
     try:
@@ -227,7 +289,7 @@ async def prepared(*, attestors: str = WITH_PATHS, **settings):
             for name, program, uid in (("victim", it.victim, UID), ("bystander", it.bystander, os.geteuid())):
                 entry = entry_message(name, f"/wl/{name}", [f"unix:uid:{uid}", f"unix:path:{program}"])
                 server.entries[name] = entry
-            it.text = agent_text(server, **settings) + attestors
+            it.text = agent_text(server, **settings) + attestors(it)
             yield it
     finally:
         shutil.rmtree(directory)
@@ -240,9 +302,7 @@ async def arena(*, inside: tuple[str, ...] = (), ready: bool = True, **settings)
         await until(lambda: it.server.watches or it.agent.returncode is not None, SECONDS)
         if ready:
             assert it.agent.returncode is None, it.log
-            async with asyncio.timeout(SECONDS):
-                while not await it.victim_is_served():
-                    pass
+            await it.serve_victim()
         yield it
 
 
@@ -250,8 +310,8 @@ async def arena(*, inside: tuple[str, ...] = (), ready: bool = True, **settings)
 async def bystander_of(it: Arena):
     """An honest workload beside the attack, which must be served throughout."""
     process = await asyncio.create_subprocess_exec(
-        *command(it.bystander, "bystander.py", it.socket, BYSTANDER),
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment(),
+        *it.command(it.bystander, "bystander.py", it.socket, BYSTANDER),
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=it.environ,
     )  # fmt: skip
     try:
         yield Witness(process)

@@ -99,7 +99,29 @@ class Puppet:
         return wire.asked(path)
 
     def give(self):
-        self.control.sendmsg([b"g"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [self.connection.socket.fileno()]))])  # fmt: skip
+        self._pass(self.connection.socket)
+
+    def take(self):
+        self.say("ready")
+        _, (fd,), _, _ = socket.recv_fds(self.control, 1, 1)
+        self.connection = wire.Connection(socket.socket(fileno=fd))
+
+    def fork(self):
+        """A child that holds the same connection and does what it is told on a control socket of its own."""
+        theirs, ours = socket.socketpair()
+        if os.fork() == 0:
+            theirs.close()
+            self.control.close()
+            os.setsid()
+            child = Puppet(ours)
+            child.connection = self.connection
+            child.serve()
+        ours.close()
+        self._pass(theirs)
+        theirs.close()
+
+    def _pass(self, one):
+        self.control.sendmsg([b"g"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [one.fileno()]))])
 
     def zombie(self, path):
         """A child connects and ends; nobody reaps it. The connection is this process's from then on."""

@@ -20,8 +20,6 @@ from tests.attacks.attestation.arena import (
     UID,
     VICTIM,
     Arena,
-    command,
-    environment,
     prepared,
 )
 from tests.fakes.processes import AGENT
@@ -36,7 +34,9 @@ def config(it: Arena) -> Path:
     """What the first process of the namespace is told."""
     (it.directory / "agent.toml").write_text(it.text)
     credulous = {
-        how: command(it.evil, "credulous.py", str(it.directory / how), how, str(UID), str(it.victim), VICTIM, "0.002")
+        how: it.command(
+            it.evil, "credulous.py", str(it.directory / how), how, str(UID), str(it.victim), VICTIM, "0.002"
+        )
         for how in ("number", "start-time")
     }
     path = it.directory / "rounds.json"
@@ -47,10 +47,10 @@ def config(it: Arena) -> Path:
                 "agent_environ": dict(os.environ),
                 "cwd": str(Path(__file__).resolve().parents[3]),
                 "log": str(it.directory / "agent.log"),
-                "victims": command(it.victim, "victims.py", str(UID), it.socket),
-                "bystander": command(it.bystander, "bystander.py", it.socket, BYSTANDER),
+                "victims": it.command(it.victim, "victims.py", str(UID), it.socket),
+                "bystander": it.command(it.bystander, "bystander.py", it.socket, BYSTANDER),
                 "credulous": credulous,
-                "environ": environment(),
+                "environ": it.environ,
                 "socket": it.socket,
                 "uid": UID,
                 "uids": [UID, EVIL_UID],
@@ -69,8 +69,8 @@ def config(it: Arena) -> Path:
 async def test_no_number_that_is_used_again_gives_an_identity() -> None:
     async with prepared() as it:
         first = await asyncio.create_subprocess_exec(
-            *NEW_NUMBERS, *command(it.evil, "pid_rounds.py", str(config(it))),
-            stdout=subprocess.PIPE, env=environment(),
+            *NEW_NUMBERS, *it.command(it.evil, "pid_rounds.py", str(config(it))),
+            stdout=subprocess.PIPE, env=it.environ,
         )  # fmt: skip
         said = await first.stdout.read()
         assert await first.wait() == 0, (it.directory / "agent.log").read_text()

@@ -148,10 +148,9 @@ def _varint(message, at):
 
 
 def identities(message):
-    """The SPIFFE IDs in an X509SVIDResponse or a JWTSVIDResponse."""
-    return [
-        content.decode() for one, svid in _fields(message) if one == 1 for field, content in _fields(svid) if field == 1
-    ]
+    """The SPIFFE IDs in an X509SVIDResponse or a JWTSVIDResponse, sorted."""
+    svids = [content for field, content in _fields(message) if field == 1]
+    return sorted(content.decode() for svid in svids for field, content in _fields(svid) if field == 1)
 
 
 class Connection:
