@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from broker.attestation.contract import AttestorFailed, AttestorUnavailable, SelectorDoc, Strength
 from broker.attestation.kernel import FileId, file_id
-from broker.attestation.process import Process
+from broker.attestation.process import OVERFLOW_ID, Process, is_in_user_namespace
 from broker.attestation.reads import Abandoned, BlockingReads
 from broker.errors import Invalid
 from broker.spiffe import Selector
@@ -94,13 +94,16 @@ class UnixAttestor:
             raise AttestorUnavailable("the process could not be described in time", code="attestor_timeout") from None
 
     def _selectors(self, process: Process, abandoned: Abandoned) -> Iterator[Selector]:
-        facts = process.facts
-        account = _account(process.uid, {process.gid, *facts.groups})
+        # NOTE(security): in a user namespace every group without a number there looks like this one; it is none of them.
+        unknown = {OVERFLOW_ID} if is_in_user_namespace() else set()
+        primary, supplementary = {process.gid} - unknown, process.facts.groups - unknown
+        account = _account(process.uid, primary | supplementary)
         yield Selector.of(NAME, f"uid:{process.uid}")
-        yield Selector.of(NAME, f"gid:{process.gid}")
         yield from _named("user", account.user)
-        yield from _named("group", account.groups.get(process.gid))
-        for group in facts.groups:
+        for group in primary:
+            yield Selector.of(NAME, f"gid:{group}")
+            yield from _named("group", account.groups.get(group))
+        for group in supplementary:
             yield Selector.of(NAME, f"supplementary_gid:{group}")
             yield from _named("supplementary_group", account.groups.get(group))
         if self._settings.discover_workload_path:
