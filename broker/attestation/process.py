@@ -19,7 +19,7 @@ _WHOLE_RANGE = 0xFFFFFFFF
 _START_TIME = 19  # field 22 of /proc/<pid>/stat, counted behind the last ')'
 _NAMESPACES = ("mnt", "pid", "user")
 # NOTE(security): a process chooses its name, but not a line break in it: the kernel writes that as a backslash and n.
-_STATUS = re.compile(rb"^(Uid|Gid|Groups):\t([0-9\t ]*)$", re.MULTILINE)
+_STATUS = re.compile(rb"^(Pid|Uid|Gid|Groups):\t([0-9\t ]*)$", re.MULTILINE)
 
 
 _Raw = tuple[bytes, FileId, tuple[tuple[bytes, bytes], ...], tuple[str, ...], bytes]
@@ -202,6 +202,9 @@ def _require_number(pidfd: int, pid: int) -> None:
 
 def _read_raw(directory: int, pid: int) -> _Raw:
     status = tuple(_STATUS.findall(_read_file(directory, "status", pid)))
+    # NOTE(security): another process's directory may be mounted over this one's, and is procfs all the same.
+    if (b"Pid", b"%d" % pid) not in status:
+        raise NotAttested("/proc describes another process under this number", hint="mount procfs at /proc")
     # NOTE(security): a process may name itself ") S 1 (": the numbers stand behind the last parenthesis.
     stat = _read_file(directory, "stat", pid).rpartition(b")")[2].split(None, _START_TIME + 1)
     try:
