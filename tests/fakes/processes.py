@@ -140,10 +140,17 @@ async def agent_process(directory: Path, text: str, *, inside: tuple[str, ...] =
     finally:
         if process.returncode is None:
             process.send_signal(signal.SIGCONT)
-            process.terminate()
+            os.kill(innermost(process.pid) if inside else process.pid, signal.SIGTERM)
             try:
                 await asyncio.wait_for(process.wait(), 10)
             except TimeoutError:
                 process.kill()
                 await process.wait()
                 raise
+
+
+def innermost(pid: int) -> int:
+    """The process that a chain of commands such as unshare has come to."""
+    while children := Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        pid = int(children[0])
+    return pid

@@ -27,12 +27,20 @@ PROMPTLY = 2.0  # seconds until a connection without its process is closed
 BOUND = 10.0  # seconds; 99 of 100 calls of a bystander are answered in that time, whatever is going on
 IS_ROOT = os.geteuid() == 0
 UID = 4001 if IS_ROOT else os.geteuid()  # of the victim
-EVIL_UID = 4002
+EVIL_UID = 4002 if IS_ROOT else os.geteuid()
 
 WITH_PATHS = "[agent.attestors.workload.unix]\ndiscover_workload_path = true\n"
 # Refused is: no identity, attestation failed, unauthenticated, or a connection that is closed.
 REFUSED = ((wire.STATUS, 7), (wire.STATUS, 14), (wire.STATUS, 16), (wire.CLOSED, None))
 DENIED, FAILED, CLOSED = (wire.STATUS, 7), (wire.STATUS, 14), (wire.CLOSED, None)
+
+
+def as_user(uid: int, *groups: int) -> tuple[str, ...]:
+    """A command that runs what follows as this user, in a group of the same number; nothing where we are this user."""
+    if uid == os.geteuid():
+        return ()
+    listed = f"--groups={','.join(map(str, groups))}" if groups else "--clear-groups"
+    return "setpriv", f"--reuid={uid}", f"--regid={uid}", listed
 
 
 def served(*paths: str) -> tuple[str, list[str]]:
@@ -194,17 +202,27 @@ class Arena:
             await ended(process)
 
     @asynccontextmanager
-    async def asks(self, *argv: str, inside: Iterable[str] = (), **options):
+    async def asks(self, *argv: str, uid: int | None = None, inside: Iterable[str] = ()):
         """A process that asks once; ``argv``: an interpreter, by default the evil one, and its first arguments."""
-        argv = (*inside, *(argv or (str(self.evil),)), "-S", "-s", str(self.home / "wire.py"), self.socket, "hold")
-        async with self.asks_by(*argv, **options) as program:
+        user = () if uid is None else as_user(uid)
+        argv = (
+            *user,
+            *inside,
+            *(argv or (str(self.evil),)),
+            "-S",
+            "-s",
+            str(self.home / "wire.py"),
+            self.socket,
+            "hold",
+        )
+        async with self.asks_by(*argv) as program:
             yield program
 
     @asynccontextmanager
-    async def asks_by(self, *argv: str, **options):
+    async def asks_by(self, *argv: str):
         """This command, which is to end in wire.py, as a process that asks once."""
         process = await asyncio.create_subprocess_exec(
-            *argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=self.environ, cwd="/", **options
+            *argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=self.environ, cwd="/"
         )
         try:
             line = await asyncio.wait_for(process.stdout.readline(), SECONDS)
@@ -267,15 +285,15 @@ class Witness:
 
 
 async def ended(process: asyncio.subprocess.Process) -> None:
-    """End a process of ours, and let go of its pipes."""
+    """End a process of ours, and let go of its pipes. What it started and does not end with it sees its input's end."""
+    if process.stdin is not None:
+        process.stdin.close()
     if process.returncode is None:
         with suppress(ProcessLookupError):
             process.kill()
-    await process.wait()
-    if process.stdin is not None:
-        process.stdin.close()
     if process.stdout is not None:
         await process.stdout.read()
+    await process.wait()
 
 
 @asynccontextmanager

@@ -90,7 +90,9 @@ class Puppet:
     # ---- its connection
 
     def connect(self, path):
+        """Connect, and wait until the agent has accepted: what happens from then on happens after accept."""
         self.connection = wire.connected(path)
+        return self.connection.wait_accepted(30.0)
 
     def call(self, seconds=20.0):
         return self.connection.hear(self.connection.call(), seconds)

@@ -40,7 +40,7 @@ async def test_a_process_without_its_first_thread_is_refused(duel: Arena, when: 
     """The kernel tells nothing of such a process's executable: it is refused, cleanly, and never taken for another one."""
     async with duel.puppet(duel.victim, uid=UID) as victim:
         if when != "before it connects":
-            await victim.do("connect", duel.socket)
+            assert await victim.do("connect", duel.socket)
         if when == "after a call":
             assert await victim.do("call") == served("/wl/victim")
         await victim.do("lose_leader")
@@ -57,7 +57,7 @@ async def test_a_process_without_its_first_thread_is_refused(duel: Arena, when: 
 @pytest.mark.bears("A09")
 async def test_the_connection_of_a_dead_giver(duel: Arena) -> None:
     async with duel.puppet(duel.victim, uid=UID) as giver, duel.puppet(uid=EVIL_UID) as taker:
-        await giver.do("connect", duel.socket)
+        assert await giver.do("connect", duel.socket)
         held = await giver.give()
         await taker.take(held)
         await giver.end()
@@ -72,7 +72,7 @@ async def test_the_connection_of_a_living_giver_speaks_for_the_giver(duel: Arena
     as he lives.
     """
     async with duel.puppet(duel.victim, uid=UID) as giver, duel.puppet(uid=EVIL_UID) as taker:
-        await giver.do("connect", duel.socket)
+        assert await giver.do("connect", duel.socket)
         await taker.take(await giver.give())
         assert await taker.do("call") == served("/wl/victim")
         assert await taker.do("ask", duel.socket) == DENIED  # on a connection of its own it is itself
@@ -84,7 +84,7 @@ async def test_the_connection_of_a_living_giver_speaks_for_the_giver(duel: Arena
 async def test_an_attackers_connection_in_the_victims_hands(duel: Arena) -> None:
     """The other way round: whoever makes the victim use his connection gives the victim no identity, and gets none."""
     async with duel.puppet(uid=UID) as attacker, duel.puppet(duel.victim, uid=UID) as victim:
-        await attacker.do("connect", duel.socket)
+        assert await attacker.do("connect", duel.socket)
         await victim.take(await attacker.give())
         assert await victim.do("call") == DENIED
 
@@ -95,7 +95,7 @@ async def test_an_attackers_connection_in_the_victims_hands(duel: Arena) -> None
 @pytest.mark.bears("A10")
 async def test_a_stream_ends_with_its_process_and_no_rotation_reaches_it(duel: Arena) -> None:
     async with duel.puppet(duel.victim, uid=UID) as victim:
-        await victim.do("connect", duel.socket)
+        assert await victim.do("connect", duel.socket)
         orphan = await victim.give()
         stream = await orphan.open_stream()
         assert await orphan.hear(stream) == served("/wl/victim")
@@ -116,7 +116,7 @@ async def test_a_stream_ends_with_its_process_and_no_rotation_reaches_it(duel: A
 async def test_who_became_the_victims_user_after_connect_is_refused(duel: Arena, first: int, then: int) -> None:
     async with duel.puppet(duel.victim) as process:
         await process.do("effective", first)
-        await process.do("connect", duel.socket)
+        assert await process.do("connect", duel.socket)
         held = await process.give()
         await process.do("effective", 0)
         await process.do("become", then, then, [])
@@ -130,7 +130,7 @@ async def test_who_was_the_victims_user_at_connect_is_refused(duel: Arena) -> No
     duel.register("root", "unix:uid:0", f"unix:path:{duel.victim}")
     async with duel.puppet(duel.victim) as process:
         await process.do("effective", UID)
-        await process.do("connect", duel.socket)
+        assert await process.do("connect", duel.socket)
         await process.do("effective", 0)
         assert await process.do("call") in REFUSED
         assert await process.do("ask", duel.socket) == served("/wl/root")
@@ -143,7 +143,7 @@ async def test_who_was_the_victims_user_at_connect_is_refused(duel: Arena) -> No
 async def test_other_groups_after_connect_are_refused(duel: Arena, change: tuple, asked_before: bool) -> None:
     duel.register("group", "unix:uid:0", "unix:supplementary_gid:4002", f"unix:path:{duel.evil}")
     async with duel.puppet() as process:
-        await process.do("connect", duel.socket)
+        assert await process.do("connect", duel.socket)
         if asked_before:
             assert await process.do("call") == DENIED
         await process.do(*change)
@@ -155,7 +155,7 @@ async def test_other_groups_after_connect_are_refused(duel: Arena, change: tuple
 @pytest.mark.bears("A11")
 async def test_fewer_capabilities_change_nobody(duel: Arena) -> None:
     async with duel.puppet(duel.victim, uid=UID) as victim:
-        await victim.do("connect", duel.socket)
+        assert await victim.do("connect", duel.socket)
         await victim.do("drop_capabilities")
         assert await victim.do("call") == served("/wl/victim")
 
@@ -163,7 +163,7 @@ async def test_fewer_capabilities_change_nobody(duel: Arena) -> None:
 @pytest.mark.bears("A11", "A12")
 async def test_another_user_namespace_after_connect_is_refused(duel: Arena) -> None:
     async with duel.puppet(duel.victim, uid=UID) as victim:
-        await victim.do("connect", duel.socket)
+        assert await victim.do("connect", duel.socket)
         held = await victim.give()
         duel.may_unshare()
         await victim.do("unshare", CLONE_NEWUSER)

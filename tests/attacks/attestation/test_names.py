@@ -10,15 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.attacks.attestation.arena import DENIED, UID, Arena, Program, served
+from tests.attacks.attestation.arena import DENIED, UID, Arena, Program, as_user, served
 
 pytestmark = pytest.mark.asyncio(loop_scope="package")
 AS_ROOT_OF_ITS_OWN = ("unshare", "--user", "--map-root-user", "--mount", "/bin/sh", "-e", "-c")
-
-
-def user() -> dict:
-    """Options of a process that is the victim's user."""
-    return {"user": UID, "group": UID, "extra_groups": []} if os.geteuid() != UID else {}
 
 
 def entry(it: Arena, name: str, path: Path | str) -> tuple[str, list[str]]:
@@ -48,7 +43,7 @@ def inode_of(path: Path) -> tuple[int, int]:
 async def test_its_own_file_mounted_over_the_victims(duel: Arena) -> None:
     duel.may_unshare("-m")
     script = f'mount --bind {duel.evil} {duel.victim}; exec "$0" "$@"'
-    async with duel.asks(str(duel.victim), inside=(*AS_ROOT_OF_ITS_OWN, script), **user()) as attacker:
+    async with duel.asks(str(duel.victim), inside=(*AS_ROOT_OF_ITS_OWN, script), uid=UID) as attacker:
         assert called(attacker) == str(duel.victim)  # the forgery stands
         assert inode(attacker) == inode_of(duel.evil)
         assert attacker.answer == DENIED
@@ -59,7 +54,7 @@ async def test_its_own_directory_mounted_over_the_victims(duel: Arena) -> None:
     duel.may_unshare("-m")
     shutil.copytree(duel.programs, theirs := duel.directory / "theirs")
     script = f'mount --bind {theirs} {duel.programs}; exec "$0" "$@"'
-    async with duel.asks(str(duel.victim), inside=(*AS_ROOT_OF_ITS_OWN, script), **user()) as attacker:
+    async with duel.asks(str(duel.victim), inside=(*AS_ROOT_OF_ITS_OWN, script), uid=UID) as attacker:
         assert called(attacker) == str(duel.victim)
         assert inode(attacker) == inode_of(theirs / "victim")
         assert attacker.answer == DENIED
@@ -82,7 +77,7 @@ async def test_a_root_of_its_own_with_a_victim_in_it(duel: Arena) -> None:
         "AGENT": duel.directory / "agent" / "public",
     }  # fmt: skip
     inside = ("env", *(f"{name}={value}" for name, value in variables.items()), *AS_ROOT_OF_ITS_OWN, script)
-    async with duel.asks(str(duel.victim), inside=inside, **user()) as attacker:
+    async with duel.asks(str(duel.victim), inside=inside, uid=UID) as attacker:
         assert called(attacker) == str(duel.victim)
         assert inode(attacker) != inode_of(duel.victim)
         assert attacker.answer == DENIED
@@ -105,7 +100,7 @@ async def test_a_changed_root_with_a_victim_in_it(duel: Arena) -> None:
     for one in (root, *root.rglob("*")):
         if one.is_dir():
             one.chmod(0o777)
-    async with duel.asks(str(duel.victim), inside=(*AS_ROOT_OF_ITS_OWN, script), **user()) as attacker:
+    async with duel.asks(str(duel.victim), inside=(*AS_ROOT_OF_ITS_OWN, script), uid=UID) as attacker:
         assert attacker.exe_for_itself == str(duel.victim)
         assert called(attacker) == str(within)
         assert attacker.answer == expected
@@ -127,10 +122,11 @@ async def test_the_victims_directory_below_an_overlay(duel: Arena) -> None:
         f"mount -t overlay none -o lowerdir={below},upperdir={place}/upper,workdir={place}/work,userxattr {below}; "
         f'printf x >> {guarded}; exec "$0" "$@"'
     )
-    async with duel.asks(str(guarded), **user()) as honest:
+    async with duel.asks(str(guarded), uid=UID) as honest:
         assert honest.answer == expected
-    async with duel.asks(str(guarded), inside=(*AS_ROOT_OF_ITS_OWN, script), **user()) as attacker:
+    async with duel.asks(str(guarded), inside=(*AS_ROOT_OF_ITS_OWN, script), uid=UID) as attacker:
         assert called(attacker) == str(guarded)
+        (place / "work" / "work").chmod(0o700)  # the kernel's, closed to everybody: it could not be removed
         assert (place / "upper" / "guarded").stat().st_size == guarded.stat().st_size + 1
         assert attacker.answer == DENIED
 
@@ -144,7 +140,7 @@ async def test_a_hard_link_is_the_same_file_under_its_own_name(duel: Arena) -> N
     link = duel.programs / "link"
     os.link(duel.victim, link)
     expected = entry(duel, "link", link)
-    async with duel.asks(str(link), **user()) as attacker:
+    async with duel.asks(str(link), uid=UID) as attacker:
         assert inode(attacker) == inode_of(duel.victim)
         assert attacker.answer == expected
 
@@ -152,7 +148,7 @@ async def test_a_hard_link_is_the_same_file_under_its_own_name(duel: Arena) -> N
 @pytest.mark.bears("A06")
 async def test_a_symbolic_link_is_what_it_points_to(duel: Arena) -> None:
     (duel.programs / "symlink").symlink_to(duel.victim)
-    async with duel.asks(str(duel.programs / "symlink"), **user()) as honest:
+    async with duel.asks(str(duel.programs / "symlink"), uid=UID) as honest:
         assert honest.answer == served("/wl/victim")
 
 
@@ -160,7 +156,7 @@ async def test_a_symbolic_link_is_what_it_points_to(duel: Arena) -> None:
 async def test_a_file_that_is_called_deleted(duel: Arena) -> None:
     pretender = duel.program("victim (deleted)")
     expected = entry(duel, "pretender", pretender)
-    async with duel.asks(str(pretender), **user()) as attacker:
+    async with duel.asks(str(pretender), uid=UID) as attacker:
         assert called(attacker) == f"{duel.victim} (deleted)"
         assert attacker.answer == expected
 
@@ -198,7 +194,7 @@ async def test_a_program_in_memory(duel: Arena) -> None:
         "os.execve(fd, [sys.argv[1], *sys.argv[3:]], dict(os.environ))"
     )
     inside = (str(duel.evil), "-S", "-s", "-c", code)
-    async with duel.asks(str(duel.victim), "--", inside=inside, **user()) as attacker:
+    async with duel.asks(str(duel.victim), "--", inside=inside, uid=UID) as attacker:
         assert called(attacker) == f"/memfd:{duel.victim} (deleted)"
         assert attacker.answer == DENIED
 
@@ -208,7 +204,7 @@ async def test_a_script_is_its_interpreter(duel: Arena) -> None:
     script = duel.executable("script", f"#!{duel.evil} -S\nexec(open('{duel.home}/wire.py').read())\n")
     expected = entry(duel, "interpreter", duel.evil)
     duel.register("script", f"unix:uid:{UID}", f"unix:path:{script}")
-    async with duel.asks_by(str(script), duel.socket, "hold", **user()) as attacker:
+    async with duel.asks_by(*as_user(UID), str(script), duel.socket, "hold") as attacker:
         assert attacker.answer == expected
 
 
@@ -219,6 +215,6 @@ async def test_a_program_started_by_the_loader_is_the_loader(duel: Arena, what: 
     if not loaders:
         pytest.skip("no glibc loader here")
     expected = entry(duel, "loader", loaders[0])
-    async with duel.asks(str(getattr(duel, what)), inside=(loaders[0],), **user()) as attacker:
+    async with duel.asks(str(getattr(duel, what)), inside=(loaders[0],), uid=UID) as attacker:
         assert called(attacker) == loaders[0]
         assert attacker.answer == expected
