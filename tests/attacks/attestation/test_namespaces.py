@@ -90,6 +90,7 @@ async def test_an_agent_in_a_pid_namespace_knows_nobody_outside(duel: Arena) -> 
     duel.may_unshare("-pf")
     own = (*OWN_PIDS, *(() if IS_ROOT else OWN_USERS))
     async with arena(inside=(*own, "--mount-proc"), ready=False) as it:
+        assert it.agent.returncode is None, it.log
         async with it.asks(str(it.victim), uid=UID) as outside:
             assert outside.answer in REFUSED
         async with it.asks(str(it.victim), inside=(*OWN_PIDS, *OWN_USERS), uid=UID) as beside:
