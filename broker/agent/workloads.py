@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from broker.agent.answers import Answer, ask, asked_again, combined
+from broker.agent.room import SharedRoom
 from broker.agent.sessions import Sessions, WorkloadSession
 from broker.attestation.contract import AttestorFailed, AttestorUnavailable, WorkloadAttestor
 from broker.attestation.process import Facts, Process
@@ -29,6 +30,7 @@ ATTEST_TIMEOUT: Final = 10.0  # seconds for all attestors at once; each has its 
 CLOSE_AFTER: Final = 0.2  # seconds for the refusal to be read before a changed process's connection is closed
 CLOSE_TOGETHER: Final = 0.05  # seconds in which those that are to be closed are gathered
 MAX_ATTESTATIONS: Final = 64  # at once: a storm of callers waits here, not in threads
+MAX_OF_ONE_USER: Final = 16  # of them: callers whose files take long to read hold up their own user's, and nobody else
 
 _log = get_logger("agent.workloads")
 
@@ -77,7 +79,7 @@ class Workloads:
         self._freshness = freshness
         self._closing: set[Caller | WorkloadSession] = set()
         self.drop: Callable[[Callable[[Caller], bool]], object] = _nothing_to_drop
-        self._room = asyncio.Semaphore(MAX_ATTESTATIONS)
+        self._room = SharedRoom(MAX_ATTESTATIONS, MAX_OF_ONE_USER)
         self._asking: dict[tuple[int, Facts], asyncio.Future[tuple[Answer, ...]]] = {}
 
     def admit(self, peer: KernelPeer) -> Caller:
@@ -222,7 +224,7 @@ class Workloads:
 
     async def describe(self, process: Process) -> tuple[Answer, ...]:
         """Ask the attestors of a process that need not be a caller, as a caller would be asked about."""
-        async with self._room:
+        async with self._room.place(process.uid):
             return await ask(self._attestors, process, ATTEST_TIMEOUT)
 
     def _close_soon(self, gone: Caller | WorkloadSession) -> None:
