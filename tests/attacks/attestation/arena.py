@@ -231,6 +231,25 @@ class Arena:
         finally:
             await ended(process)
 
+    @asynccontextmanager
+    async def swarm(self, program: Path, uids: Iterable[int]):
+        """Processes that wait; the function given lets them ask all at once, and gives [uid, answer, seconds] of each."""
+        process = await asyncio.create_subprocess_exec(
+            *self.command(program, "swarm.py", self.socket, *map(str, uids)),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=self.environ, limit=1 << 24,
+        )  # fmt: skip
+
+        async def go() -> list[tuple[int, tuple, float]]:
+            process.stdin.write(b"\n")
+            said = json.loads(await asyncio.wait_for(process.stdout.readline(), 2 * SECONDS))
+            return [(uid, tuple(answer), seconds) for uid, answer, seconds in said]
+
+        try:
+            assert await asyncio.wait_for(process.stdout.readline(), SECONDS) == b"ready\n"
+            yield go
+        finally:
+            await ended(process)
+
     def may_unshare(self, *flags: str) -> None:
         """Skip the test where this user may not make user namespaces."""
         if subprocess.run(["unshare", "-Ur", *flags, "true"], capture_output=True, check=False).returncode != 0:
