@@ -98,6 +98,15 @@ def test_another_pid_than_the_handles_is_refused(sleeper) -> None:
     os.close(pidfd)
 
 
+@pytest.mark.bears("A14")
+def test_another_processs_directory_under_this_number_is_refused(sleeper, monkeypatch) -> None:
+    """As where another directory of /proc is mounted over the caller's."""
+    real = module._open_directory
+    monkeypatch.setattr(module, "_open_directory", lambda pid: real(sleeper.pid))
+    with pytest.raises(NotAttested, match="another process"):
+        opened(os.getpid())
+
+
 @pytest.mark.bears("A11")
 def test_credentials_of_connect_that_are_no_longer_true_are_refused(sleeper) -> None:
     with pytest.raises(NotAttested) as refused:

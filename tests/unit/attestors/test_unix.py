@@ -8,6 +8,7 @@ import pwd
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,15 @@ async def test_without_hashing_where_the_limit_says_so(me) -> None:
     found = await selectors(me, discover_workload_path=True, workload_size_limit=-1)
     assert any(one.startswith("unix:path:") for one in found)
     assert not any(one.startswith("unix:sha256:") for one in found)
+
+
+@pytest.mark.bears("A12")
+async def test_groups_without_a_number_in_the_agents_user_namespace_are_nobodys(me, monkeypatch) -> None:
+    unmapped = replace(me, gid=65534, facts=replace(me.facts, groups=frozenset({65534, 4242})))
+    assert {"unix:gid:65534", "unix:supplementary_gid:65534"} <= await selectors(unmapped)
+    monkeypatch.setattr(module, "is_in_user_namespace", lambda: True)
+    found = {one for one in await selectors(unmapped) if not one.startswith(("unix:uid:", "unix:user:"))}
+    assert found == {"unix:supplementary_gid:4242"}
 
 
 @pytest.mark.bears("A07")
