@@ -75,9 +75,10 @@ async def test_a_hundred_callers_with_a_huge_executable_hold_up_nobody_else(duel
 @pytest.mark.bears("A07")
 async def test_a_changed_file_is_hashed_again(duel: Arena) -> None:
     program = duel.program("hashed")
+    with program.open("ab") as file:
+        file.write(b"mine")  # every other copy of this interpreter has the same digest
     known = hashlib.sha256(program.read_bytes()).hexdigest()
     duel.register("hashed", f"unix:uid:{UID}", f"unix:sha256:{known}")
-    # Every copy of this interpreter has that digest: the victim's, too.
     async with duel.asks(str(program), uid=UID) as honest:
         assert honest.answer == served("/wl/hashed")
     with program.open("ab") as file:
