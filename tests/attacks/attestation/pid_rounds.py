@@ -27,7 +27,7 @@ LOWEST_PID_MAX = 400  # numbers 300 to 399 come again and again: the kernel keep
 
 
 class Program:
-    """A helper that answers lines with lines of JSON."""
+    """A process that answers lines with lines of JSON."""
 
     def __init__(self, argv, environ):
         self.process = subprocess.Popen(argv, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
