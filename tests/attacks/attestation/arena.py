@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from tests.attacks.attestation import portable, wire
+from tests.fakes.agent_estate import agent_text
 from tests.fakes.fake_server import FakeServer, entry_message
 from tests.fakes.processes import agent_process
 from tests.fakes.running_agent import until
-from tests.fakes.separate_agent import agent_text
 
 VICTIM = "spiffe://example.org/wl/victim"
 BYSTANDER = "spiffe://example.org/wl/bystander"
