@@ -52,7 +52,9 @@ async def test_its_own_file_mounted_over_the_victims(duel: Arena) -> None:
 @pytest.mark.bears("A06")
 async def test_its_own_directory_mounted_over_the_victims(duel: Arena) -> None:
     duel.may_unshare("-m")
-    shutil.copytree(duel.programs, theirs := duel.directory / "theirs")
+    theirs = duel.directory / "theirs"
+    theirs.mkdir()
+    shutil.copy(duel.evil, theirs / "victim")
     script = f'mount --bind {theirs} {duel.programs}; exec "$0" "$@"'
     async with duel.asks(str(duel.victim), inside=(*AS_ROOT_OF_ITS_OWN, script), uid=UID) as attacker:
         assert called(attacker) == str(duel.victim)
