@@ -120,6 +120,7 @@ class Connection:
         self._buffer = bytearray()
         self._decoder = Decoder(max_header_list_size=1 << 20)
         self._window = window
+        self._answers = say is None  # settings and pings; who says something else says nothing of itself
         if say is not None:
             self.send(say)
             return
@@ -258,7 +259,7 @@ class Connection:
                 self._may_send_on[stream] = self._may_send_on.get(stream, self._first_window) + more
         elif kind == GOAWAY:
             self.goaway = int.from_bytes(payload[4:8], "big")
-        elif kind in {SETTINGS, PING} and not flags & ACK and not quiet:
+        elif kind in {SETTINGS, PING} and self._answers and not flags & ACK and not quiet:
             for key, value in struct.iter_unpack(">HI", payload if kind == SETTINGS else b""):
                 if key == INITIAL_WINDOW:  # it moves the windows of open streams, too
                     for one in self._may_send_on:
