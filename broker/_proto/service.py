@@ -4,6 +4,7 @@ Knows methods, classes and streaming kinds. Knows nothing of what a service does
 shown: the server passes one guard for that.
 """
 
+import asyncio
 import inspect
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing
@@ -28,6 +29,8 @@ Guard = Callable[[str, Context], AbstractAsyncContextManager[None]]
 
 MALFORMED = "request is not a valid message of its type"
 MALFORMED_RESPONSE = "response is not a valid message of its type"
+NO_REQUEST = "the request did not come"
+REQUEST_DEADLINE = 10.0  # seconds for the one message of a call: it is sent together with the call's headers
 
 
 class Wrap(Protocol):
@@ -62,17 +65,18 @@ class Method:
 
 @dataclass(frozen=True, slots=True)
 class ServiceBinding:
-    """One gRPC service: its full name, and its methods by name in the order of the .proto file."""
+    """One gRPC service: its full name, its methods by name in the order of the .proto file, and that file."""
 
     name: str
-    methods: Mapping[str, Method] = field(repr=False)
+    methods: Mapping[str, Method] = field(repr=False, compare=False)
+    file: FileDescriptor = field(repr=False, compare=False)
 
     @classmethod
     def of(cls, file: FileDescriptor, service: str) -> "ServiceBinding":
         """The binding of a service of one generated module: ``ServiceBinding.of(health_pb2.DESCRIPTOR, "Health")``."""
         descriptor = file.services_by_name[service]
         methods = {method.name: _method(descriptor.full_name, method) for method in descriptor.methods}
-        return cls(descriptor.full_name, MappingProxyType(methods))
+        return cls(descriptor.full_name, MappingProxyType(methods), file)
 
 
 def _method(service: str, descriptor: MethodDescriptor) -> Method:
@@ -98,16 +102,17 @@ def handler(binding: ServiceBinding, servicer: object, wrap: Wrap) -> grpc.Gener
     """Serve a binding by an object whose async methods are named as the RPCs, on a ``grpc.aio`` server.
 
     A method is ``async def Name(self, request, context) -> Response``, or an async generator for a streamed response;
-    a streamed request is an async iterator. A method that the object lacks is UNIMPLEMENTED. A malformed unary request
-    is INVALID_ARGUMENT before ``wrap`` sees it; a malformed item of a stream raises Invalid within. Raises TypeError
-    when a method is of the wrong kind.
+    a streamed request is an async iterator. A method that the object lacks is UNIMPLEMENTED. What ``wrap`` gives runs
+    before anything of the request is read: a caller that is refused is not waited for, and nothing of it is parsed. A
+    malformed unary request is INVALID_ARGUMENT, a malformed item of a stream raises Invalid within. Raises TypeError when
+    a method is of the wrong kind.
     """
     handlers = {}
     for method in binding.methods.values():
         behaviour = getattr(servicer, method.name, None)
         if behaviour is not None:
             _check_kind(method, behaviour)
-            handlers[method.name] = _rpc(method, wrap(method.path, behaviour))
+            handlers[method.name] = _rpc(method, wrap(method.path, _reading(method, behaviour)))
     return grpc.method_handlers_generic_handler(binding.name, handlers)
 
 
@@ -142,32 +147,54 @@ def _check_kind(method: Method, behaviour: Any) -> None:
         raise TypeError(f"{method.path} must be {wanted}")
 
 
+def _reading(method: Method, behaviour: Any) -> Any:
+    """Give a behaviour that takes what came off the wire instead, and reads it when it is its turn."""
+    if method.streams_out:
+
+        async def stream(raw: Any, context: Context, *known: Any) -> AsyncIterator[Message]:
+            request = _requests(method, raw) if method.streams_in else await _request(method, raw, context)
+            async with aclosing(behaviour(request, context, *known)) as responses:
+                async for response in responses:
+                    yield response
+
+        return stream
+
+    async def unary(raw: Any, context: Context, *known: Any) -> Message:
+        request = _requests(method, raw) if method.streams_in else await _request(method, raw, context)
+        response: Message = await behaviour(request, context, *known)
+        return response
+
+    return unary
+
+
 def _rpc(method: Method, behaviour: Any) -> "grpc.RpcMethodHandler[Any, Any]":
     # gRPC looks at the kind of the outermost function, so that is always one of these two, whatever wrap returned.
     # Requests arrive as bytes: a deserialiser that fails inside grpcio would be our fault to the caller, not its own.
+    # They are streams to grpcio, whatever they are: it would read a single one before it calls us.
     async def unary(raw: Any, context: Context) -> Message:
-        return _expect(method.response, await behaviour(await _request(method, raw, context), context))
+        return _expect(method.response, await behaviour(raw, context))
 
     async def stream(raw: Any, context: Context) -> AsyncIterator[Message]:
-        async with aclosing(behaviour(await _request(method, raw, context), context)) as responses:
+        async with aclosing(behaviour(raw, context)) as responses:
             async for response in responses:
                 yield _expect(method.response, response)
 
     write = method.response.SerializeToString
-    if method.streams_in and method.streams_out:
-        return grpc.stream_stream_rpc_method_handler(stream, None, write)
-    if method.streams_in:
-        return grpc.stream_unary_rpc_method_handler(unary, None, write)
     if method.streams_out:
-        return grpc.unary_stream_rpc_method_handler(stream, None, write)
-    return grpc.unary_unary_rpc_method_handler(unary, None, write)
+        return grpc.stream_stream_rpc_method_handler(stream, None, write)
+    return grpc.stream_unary_rpc_method_handler(unary, None, write)
 
 
-async def _request(method: Method, raw: Any, context: Context) -> Message | AsyncIterator[Message]:
-    if method.streams_in:
-        return _requests(method, raw)
+async def _request(method: Method, raw: AsyncIterator[bytes], context: Context) -> Message:
     try:
-        return method.parse(raw)
+        async with asyncio.timeout(REQUEST_DEADLINE):
+            first = await anext(aiter(raw), None)
+    except TimeoutError:
+        await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, NO_REQUEST)
+    if first is None:
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, NO_REQUEST)
+    try:
+        return method.parse(first)
     except Invalid as error:
         await context.abort(grpc.StatusCode.INVALID_ARGUMENT, error.message)
 

@@ -7,6 +7,7 @@ import asyncio
 import random
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import Final, Self
 
@@ -50,6 +51,7 @@ from broker.transport.hardening import harden
 SERVER_PATH: Final = "/spire/server"
 CLOCK_LOOK: Final = 5.0  # seconds between looks for a stepped clock
 CLOCK_STEP: Final = 2.0  # seconds of difference that count as a step
+ENDING: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # settings are read at the start: none says read again
 GRACE: Final = 3.0  # seconds for calls in progress at the end; all of it stays below the ten that operators expect
 
 _log = get_logger("agent.app")
@@ -278,16 +280,26 @@ class Agent:
 
 
 def run(settings: AgentSettings) -> None:
-    """Run an agent until SIGTERM or SIGINT; raises BrokerError when it cannot start or may not join."""
+    """Run an agent until SIGTERM, SIGINT or SIGHUP; raises BrokerError when it cannot start or may not join."""
     harden()
-    asyncio.run(_run(settings))
+    try:
+        asyncio.run(_run(settings))
+    finally:
+        for number in ENDING:  # the interpreter takes handlers away before it ends: one more signal would be its cause
+            signal.signal(number, signal.SIG_IGN)
 
 
 async def _run(settings: AgentSettings) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+
+    def told(number: int, frame: object) -> None:
+        with suppress(RuntimeError):  # the loop is closed: it is ending already
+            loop.call_soon_threadsafe(stop.set)
+
+    # Not loop.add_signal_handler: what that sets goes with the loop, and a second signal would kill us on the way out.
+    for number in ENDING:
+        signal.signal(number, told)
     try:
         async with Agent(settings) as agent:
             await agent.serve(stop)

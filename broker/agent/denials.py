@@ -84,6 +84,10 @@ class Denials:
         )
         return denial.id
 
+    def count(self, error: BrokerError, uid: int) -> None:
+        """Count a refusal of a connection: nobody is told an id of it, so nobody will ask."""
+        self._on_refused(error.reason, uid)
+
     def find(self, denial_id: str) -> Denial:
         """Give a refusal; raises NotFound where it is not known, or no longer."""
         found = self._kept.get(denial_id)

@@ -1,7 +1,7 @@
 """The agent's two sockets: the kernel says who calls, the guard says what an error looks like, the services answer.
 
-On the public one every method but health's needs the security header, exactly once, before anything else is looked at. The
-admin one is for root and the agent's own user.
+On the public one every method but those of health and reflection needs the security header, exactly once, before anything
+else is looked at. The admin one is for root and the agent's own user.
 """
 
 import os
@@ -13,12 +13,17 @@ from broker._proto.broker.agent.v1 import admin_pb2, feed_pb2, tasks_pb2
 from broker._proto.grpc.health.v1 import health_pb2
 from broker._proto.service import ServiceBinding, handler, service_names
 from broker._proto.spiffe import workload_pb2
+from broker.agent.api import reflection
 from broker.agent.api.admin import AdminApi
 from broker.agent.api.health import HealthApi
-from broker.agent.denials import Denials
+from broker.agent.denials import NO_USER, Denials
+from broker.agent.refusal_log import RefusalLog
 from broker.agent.workloads import ATTESTATION_FAILED_CODE, Caller, Workloads
+from broker.clock import SystemClock
 from broker.errors import BrokerError, Invalid, Refused
+from broker.telemetry.log import get_logger
 from broker.transport.acceptor import connection_room
+from broker.transport.call_room import MAX_CALLS, CallRoom
 from broker.transport.callers import CallerIndex
 from broker.transport.grpc_server import CallGuard, Metadata, PrivateGrpcServer
 from broker.transport.peercred import KernelPeer
@@ -30,16 +35,20 @@ ADMIN: Final = ServiceBinding.of(admin_pb2.DESCRIPTOR, "Admin")
 FEED: Final = ServiceBinding.of(feed_pb2.DESCRIPTOR, "Feed")
 HEALTH: Final = ServiceBinding.of(health_pb2.DESCRIPTOR, "Health")
 
+WITHOUT_HEADER: Final = frozenset(
+    method.path for binding in (HEALTH, reflection.V1, reflection.V1ALPHA) for method in binding.methods.values()
+)
 SECURITY_HEADER: Final = "workload.spiffe.io"  # SPIFFE_Workload_Endpoint section 3
 SOCKET_MODE: Final = 0o777  # whoever may connect is told apart by the kernel, not by permissions
 ADMIN_MODE: Final = 0o600
 MAX_OPERATORS: Final = 64  # people and their scripts
+_log = get_logger("agent.listener")
 FDS_PER_PROCESS: Final = 8  # the connection's four, and the descriptors of /proc and pidfd that attestation holds
 
 
 def require_security_header(path: str, metadata: Metadata) -> None:
-    """Refuse a call without ``workload.spiffe.io: true``, exactly once; health is for everybody. Raises Invalid."""
-    if path.startswith(f"/{HEALTH.name}/"):
+    """Refuse a call without ``workload.spiffe.io: true``, exactly once; probes and tools need none. Raises Invalid."""
+    if path in WITHOUT_HEADER:
         return
     if [value for name, value in metadata if name == SECURITY_HEADER] != ["true"]:
         raise Invalid("security header missing from request", code="security_header_missing")
@@ -60,22 +69,27 @@ class PublicSocket:
     ) -> None:
         """``services``: an object per full service name of WORKLOAD, TASKS and FEED; ``private``: for the gRPC socket."""
         self._denials = denials
-        bindings = [binding for binding in (WORKLOAD, TASKS, FEED) if binding.name in services]
-        health = HealthApi(service_names(bindings), is_ready)
+        self._cut_logs: dict[str, RefusalLog] = {}  # by code: a small closed set
+        served: dict[ServiceBinding, object] = {
+            binding: services[binding.name] for binding in (WORKLOAD, TASKS, FEED) if binding.name in services
+        }
+        served[HEALTH] = HealthApi(service_names(served), is_ready)
+        tools = (reflection.V1, reflection.V1ALPHA)
+        public = reflection.Catalogue(service_names((*served, *tools)), (one.file for one in (*served, *tools)))
+        served |= {binding: reflection.ReflectionApi(public, binding) for binding in tools}
         index: CallerIndex[Caller] = CallerIndex()
         # Everybody who can connect may call; what each is given depends on what was attested.
-        access = {method.path: _anybody for binding in (*bindings, HEALTH) for method in binding.methods.values()}
+        access = {method.path: _anybody for binding in served for method in binding.methods.values()}
         guard = CallGuard(
             index,
             access,
             preflight=require_security_header,
             on_refusal=self._call_refused,
             is_refusal=is_refusal,
+            room=CallRoom(MAX_CALLS),
+            holder_of=lambda caller: caller.process.uid,
         )
-        handlers = [
-            *(handler(binding, services[binding.name], guard) for binding in bindings),
-            handler(HEALTH, health, guard),
-        ]
+        handlers = [handler(binding, service, guard) for binding, service in served.items()]
         self._grpc = PrivateGrpcServer(private / "s", handlers)
         self._listener = UnixListener(
             path,
@@ -84,7 +98,7 @@ class PublicSocket:
             index=index,
             admit=workloads.admit,
             on_closed=workloads.closed,
-            on_refusal=self._not_admitted,
+            on_refusal=self._cut_off,
             max_connections=connection_room(MAX_CONNECTIONS, FDS_PER_PROCESS),
         )
         workloads.drop = self._listener.drop
@@ -105,10 +119,23 @@ class PublicSocket:
         await self._grpc.stop(grace)
 
     def _call_refused(self, path: str, caller: Caller | None, error: BrokerError) -> Mapping[str, str]:
+        if caller is None:
+            # Its connection ended before the call was looked at: nobody hears the answer, and anybody can have many such.
+            return {}
         return {"denial": self._denials.record(path, caller, error)}
 
-    def _not_admitted(self, error: BrokerError) -> None:
-        self._denials.record("", None, error)
+    def _cut_off(self, error: BrokerError, peer: KernelPeer | None) -> None:
+        # Nobody is told an id that could be asked about: a line for each cause is enough, whatever the flood.
+        self._denials.count(error, peer.uid if peer is not None else NO_USER)
+        log = self._cut_logs.setdefault(error.reason, RefusalLog(_log, SystemClock(), lines=1))
+        log(
+            "connection_refused",
+            code=error.reason,
+            reason=error.message,
+            hint=error.hint,
+            pid=peer.pid if peer is not None else None,
+            uid=peer.uid if peer is not None else None,
+        )
 
 
 class AdminSocket:

@@ -11,7 +11,8 @@ PERIOD: Final = 10.0  # seconds
 class RefusalLog:
     """Writes at level info until the period's lines are used up, then counts."""
 
-    def __init__(self, log: Any, clock: Clock) -> None:
+    def __init__(self, log: Any, clock: Clock, *, lines: int = LINES) -> None:
+        self._room = lines
         self._log = log
         self._clock = clock
         self._began = clock.monotonic()
@@ -25,7 +26,7 @@ class RefusalLog:
             if self._held_back:
                 self._log.info("refusals_not_shown", count=self._held_back)
             self._began, self._lines, self._held_back = now, 0, 0
-        return self._lines < LINES
+        return self._lines < self._room
 
     def __call__(self, event: str, **fields: object) -> None:
         """Write one line, or count it."""

@@ -25,7 +25,9 @@ def add_run(program: Noun, title: str, parts: Callable[[], tuple[Load, Run]]) ->
             help=f"The settings. Default: /etc/broker/{program.name}.toml where it exists.")  # fmt: skip
     def run(config: Path | None) -> None:
         from broker.errors import Misconfigured  # noqa: PLC0415
+        from broker.transport.hardening import silence_grpc  # noqa: PLC0415
 
+        silence_grpc()
         try:
             load, start = parts()
             from broker.telemetry.log import configure  # noqa: PLC0415

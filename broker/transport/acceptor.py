@@ -14,7 +14,7 @@ from collections.abc import Callable
 _LOG = logging.getLogger(__name__)
 
 BACKLOG = 1024  # honest callers wait here while the loop is busy; above it connect() fails at once
-BATCH = 64  # accepted in one turn of the loop, so that a burst of callers cannot hold it
+BATCH = 8  # accepted in one turn of the loop, so that a burst of callers cannot hold it
 REST = 0.2  # seconds to wait when the process or the system is out of descriptors
 RESERVED_FDS = 96  # kept for files, health and admin sockets, and gRPC's own; see connection_room
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})

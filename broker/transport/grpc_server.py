@@ -4,12 +4,14 @@ Every call reaches a behaviour with its caller, taken from the connection and fr
 A method without a line in the access table is denied. Knows no services.
 """
 
+import asyncio
 import inspect
 import logging
 import os
 import stat
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import aclosing, suppress
+from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
 
@@ -17,7 +19,8 @@ import grpc
 import grpc.aio
 
 from broker._proto.service import Behaviour, Context
-from broker.errors import BrokerError, Misconfigured, Refused
+from broker.errors import BrokerError, Invalid, Misconfigured, Refused
+from broker.transport.call_room import CallRoom
 from broker.transport.callers import CallerIndex
 from broker.transport.grpc_status import DETAILS_KEY, MAX_MESSAGE, new_reference, place_of, status_code, status_details
 from broker.transport.socket_path import MAX_PATH_BYTES
@@ -29,10 +32,13 @@ Metadata = Sequence[tuple[str, str | bytes]]
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024  # gRPC's usual bound; larger answers are paged
 MAX_STREAMS = 256  # of one connection: bounds what its opening and resetting can hold in memory
 MAX_PENDING = (
-    8192  # calls that wait for the event loop; gRPC's own 1,000 cancels callers of a node that wakes up at once
+    16_384  # calls that nobody has taken up yet: gRPC's own 1,000 cancels callers of a node that wakes up at once
 )
-MAX_METADATA_BYTES = 16 * 1024
+MAX_METADATA_BYTES = 16 * 1024  # of one call, with the 32 bytes for each name that RFC 9113 section 6.5.2 counts
+_METADATA_OVERHEAD = 32
+SEND_DEADLINE = 30.0  # seconds for a caller to take one message of a stream: a few KiB, and its windows hold dozens
 PREFACE_DEADLINE_MS = 10_000  # a connection that does not begin to speak HTTP/2 is closed
+SETTINGS_DEADLINE_MS = 60_000  # for its answer to our settings, which may stand behind calls that wait for their turn
 MIN_PING_INTERVAL_MS = 10_000  # clients may ask this often whether we live
 _IDENTITY_ONLY = 1  # bit set of compression algorithms: none, so that no small message unpacks into a large one
 
@@ -42,7 +48,7 @@ class CallGuard(Generic[C]):
 
     Behaviours are ``async def Method(self, request, context, caller)`` (or async generators). ``access`` maps full
     method paths (``/broker.server.v1.Watch/Watch``) to a check of the caller that raises Refused; a method without a
-    line is denied to everybody. ``preflight(path, metadata)`` runs before the caller is looked up and may raise.
+    line is denied to everybody. ``preflight(path, metadata)`` runs before the caller is looked at and may raise.
     """
 
     def __init__(
@@ -54,9 +60,12 @@ class CallGuard(Generic[C]):
         on_refusal: Callable[[str, C | None, BrokerError], Mapping[str, str] | None] | None = None,
         on_defect: Callable[[str, str, BaseException], None] | None = None,
         is_refusal: Callable[[BrokerError], bool] = lambda error: isinstance(error, Refused),
+        room: CallRoom | None = None,
+        holder_of: Callable[[C], Hashable] = lambda caller: caller,
     ) -> None:
         """``on_refusal(path, caller, error)`` may give metadata for ErrorInfo; ``is_refusal`` says which errors it hears.
 
+        ``room`` bounds the calls in progress, counted for ``holder_of(caller)``.
         ``on_defect(reference, path, error)`` (default: one line of log).
         """
         self._index = index
@@ -65,6 +74,8 @@ class CallGuard(Generic[C]):
         self._on_refusal = on_refusal
         self._is_refusal = is_refusal
         self._on_defect = on_defect or _log_defect
+        self._room = room
+        self._holder_of = holder_of
 
     def __call__(self, path: str, behaviour: Any, /) -> Behaviour:
         """Give the behaviour to serve instead: same kind, called by gRPC with (request, context)."""
@@ -72,11 +83,13 @@ class CallGuard(Generic[C]):
 
             async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
                 caller: C | None = None
+                peer = context.peer()  # now: asked after the end of the call, gRPC reads freed memory
                 try:
                     caller = self._enter(path, context)
                     async with aclosing(behaviour(request, context, caller)) as responses:
                         async for response in responses:
-                            yield response
+                            with self._taken_in_time(peer):
+                                yield response
                 except Exception as error:  # noqa: BLE001 - the one place where everything is mapped
                     await self._fail(path, context, caller, error)
 
@@ -93,18 +106,45 @@ class CallGuard(Generic[C]):
         return unary
 
     def _enter(self, path: str, context: Context) -> C:
-        if self._preflight:
-            self._preflight(path, tuple(context.invocation_metadata() or ()))
         caller = self._index.of(context.peer())
+        metadata = tuple(context.invocation_metadata() or ())
+        # gRPC's own limit of metadata does not hold what it says.
+        if sum(len(name) + len(value) + _METADATA_OVERHEAD for name, value in metadata) > MAX_METADATA_BYTES:
+            raise Invalid(f"metadata is longer than {MAX_METADATA_BYTES} bytes", code="metadata_too_long")
+        if self._preflight:
+            self._preflight(path, metadata)
         check = self._access.get(path)
         if check is None:
             raise Refused("nobody may call this method", code="method_closed")
         check(caller)
+        if self._room is not None:
+            holder = self._holder_of(caller)
+            self._room.enter(holder)
+            context.add_done_callback(partial(self._leave, holder))  # type: ignore[arg-type]  # called with the call alone
         return caller
 
+    def _leave(self, holder: Hashable, call: object) -> None:
+        del call
+        assert self._room is not None
+        self._room.leave(holder)
+
+    @contextmanager
+    def _taken_in_time(self, peer: str) -> Iterator[None]:
+        """Around the sending of one message of a stream: cuts the connection of a caller that does not read.
+
+        The connection and not the call: what cannot be sent stands before anything that would end the call.
+        """
+        error = Refused("the caller does not read its stream", code="stream_not_read")
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(SEND_DEADLINE, self._index.cut, peer, error)
+        try:
+            yield
+        finally:
+            timer.cancel()
+
     async def _fail(self, path: str, context: Context, caller: C | None, error: Exception) -> NoReturn:
-        if isinstance(error, grpc.aio.AbortError):
-            raise error  # the behaviour has answered by itself
+        if isinstance(error, grpc.aio.AbortError | grpc.aio.InternalError):
+            raise error  # the behaviour has answered by itself; or wanted to, and the caller was gone
         if isinstance(error, BrokerError):
             metadata: Mapping[str, str] | None = None
             if self._on_refusal and self._is_refusal(error):
@@ -190,6 +230,7 @@ def _options(ping_every: float | None) -> list[tuple[str, int]]:
         ("grpc.absolute_max_metadata_size", 2 * MAX_METADATA_BYTES),
         ("grpc.compression_enabled_algorithms_bitset", _IDENTITY_ONLY),
         ("grpc.server_handshake_timeout_ms", PREFACE_DEADLINE_MS),
+        ("grpc.http2.settings_timeout", SETTINGS_DEADLINE_MS),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", MIN_PING_INTERVAL_MS),
     ]
     if ping_every is not None:

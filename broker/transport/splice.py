@@ -19,6 +19,10 @@ DIAL_DEADLINE = 10.0  # seconds for the backend to have a place in its queue
 _DIAL_PAUSE = 0.005
 
 
+Watch = Callable[[bytes], int | None]
+"""Sees every chunk; raises to have the connection cut; a number of bytes: the rest must wait for :meth:`End.release`."""
+
+
 class End(asyncio.BufferedProtocol):
     """One side of a splice; reading stays paused until both sides are joined."""
 
@@ -26,6 +30,7 @@ class End(asyncio.BufferedProtocol):
         "_buffer",
         "_draining",
         "_early",
+        "_held",
         "_linger",
         "_watch",
         "closing",
@@ -37,15 +42,15 @@ class End(asyncio.BufferedProtocol):
         "transport",
     )
 
-    def __init__(self, splice: "Splice", buffer: memoryview, watch: Callable[[bytes], None] | None) -> None:
-        """``watch`` sees every chunk before it is passed on, and raises to have the connection cut."""
+    def __init__(self, splice: "Splice", buffer: memoryview, watch: "Watch | None") -> None:
+        """``watch`` sees every chunk before it is passed on."""
         self.splice = splice
         self.transport: asyncio.Transport | None = None
         self.other: End
         self.spoke = self.eof = self.lost = self.closing = False
         self._buffer = buffer
         self._watch = watch
-        self._early = b""
+        self._early = self._held = b""
         self._draining = False
         self._linger: asyncio.TimerHandle | None = None
 
@@ -73,11 +78,22 @@ class End(asyncio.BufferedProtocol):
         chunk = bytes(self._buffer[:nbytes])  # a copy: transports of later Pythons keep what they could not send
         if self._watch:
             try:
-                self._watch(chunk)
+                passing = self._watch(chunk)
             except Exception as error:  # noqa: BLE001 - whatever the watch says, the connection ends by it
                 self.splice.cut(error)
                 return
+            if passing is not None and passing < len(chunk):
+                self.read(wanted=False)
+                chunk, self._held = chunk[:passing], chunk[passing:]
         self.other.write(chunk)
+
+    def release(self) -> None:
+        """Pass on what was to wait, and read on. Harmless when nothing is."""
+        if self._held:
+            chunk, self._held = self._held, b""
+            self.other.write(chunk)
+            if self.other.transport is None or self.other.transport.get_write_buffer_size() <= HIGH_WATER:
+                self.read(wanted=True)
 
     def write(self, chunk: bytes) -> None:
         """Send, unless this side is ending."""
@@ -102,12 +118,15 @@ class End(asyncio.BufferedProtocol):
     def resume_writing(self) -> None:
         """It went out: read there again, or close when that was the last of it."""
         if self._draining:
-            self._close()
+            # Not here: asyncio calls this while it still writes, and would lose the connection twice.
+            asyncio.get_running_loop().call_soon(self._close)
         else:
             self.other.read(wanted=True)
 
     def read(self, *, wanted: bool) -> None:
-        """Start or stop reading."""
+        """Start or stop reading; not before what waits was released."""
+        if self._held:
+            return
         if self.transport and not self.lost and not self.transport.is_closing():
             (self.transport.resume_reading if wanted else self.transport.pause_reading)()
 
@@ -159,7 +178,7 @@ class Splice:
         self,
         buffer: memoryview,
         on_closed: Callable[[Exception | None], None],
-        watch: Callable[[bytes], None] | None = None,
+        watch: Watch | None = None,
     ) -> None:
         """Make both ends; ``watch`` sees what comes from the front."""
         self.front = End(self, buffer, watch)

@@ -19,11 +19,13 @@ from broker.transport.flood import FrameMeter
 from broker.transport.peercred import KernelPeer, read_kernel_peer
 from broker.transport.socket_path import ClaimedSocket, claim_socket
 from broker.transport.splice import Backend, Splice
+from broker.transport.turnstile import Turnstile
 
 _LOG = logging.getLogger(__name__)
 C = TypeVar("C")
 
 MAX_CONNECTIONS = 16_384  # a node runs a few thousand processes; less where descriptors are fewer
+MAX_SETUPS = 32  # connections being joined at once; who comes then waits in the kernel's queue
 FDS_PER_CONNECTION = 4  # accepted, pidfd, dialled, and gRPC's own end
 LOOK_EVERY = 10.0  # seconds between looks whether the path still leads here
 SHARE_OF_ONE_UID = 0.75  # of the room: one user that opens connections without end leaves places for the others
@@ -32,13 +34,29 @@ SHARE_OF_ONE_UID = 0.75  # of the room: one user that opens connections without 
 class Connection(Generic[C]):
     """One spliced connection and the process behind it."""
 
-    def __init__(self, peer: KernelPeer, caller: C, name: str) -> None:
+    def __init__(self, peer: KernelPeer, caller: C, turnstile: Turnstile) -> None:
         """Made by the listener."""
         self.peer = peer
         self.caller = caller
-        self.name = name
+        self.turnstile = turnstile
+        self.name = ""
+        self.meter = FrameMeter(asyncio.get_running_loop().time)
         self.splice: Splice
         self.is_open = True
+
+    def watch(self, chunk: bytes) -> int | None:
+        """Meter what comes from the process; give how much may pass now, where calls that it begins must wait."""
+        before = self.meter.streams
+        passing = self.meter.read(chunk)
+        return None if self.turnstile.ask(self.meter.streams - before, self.splice.front.release) else passing
+
+    def begun(self) -> None:
+        """One of its calls was taken up."""
+        self.turnstile.begun()
+
+    def cut(self, error: Exception) -> None:
+        """End it at once, for a reason that the listener tells."""
+        self.splice.cut(error)
 
     def abort(self) -> None:
         """End it at once; data in flight is lost."""
@@ -57,14 +75,15 @@ class UnixListener(Generic[C]):
         index: CallerIndex[C],
         admit: Callable[[KernelPeer], C],
         on_closed: Callable[[C], None] | None = None,
-        on_refusal: Callable[[BrokerError], None] | None = None,
+        on_refusal: Callable[[BrokerError, KernelPeer | None], None] | None = None,
         directory_mode: int = 0o755,
         max_connections: int = MAX_CONNECTIONS,
     ) -> None:
         """``admit`` runs on the event loop at accept and must not block: snapshot facts there, attest at the first call.
 
         It may raise Refused: the connection is closed. The pidfd belongs to the connection (dup it to keep it longer);
-        ``on_closed(caller)`` is called once after the connection ended, however it ended.
+        ``on_closed(caller)`` is called once after the connection ended, however it ended; ``on_refusal(error, peer)`` where
+        one was refused or cut, with the peer where the kernel named one.
         """
         self._path, self._mode, self._directory_mode = path, mode, directory_mode
         self._backend = Backend(backend)
@@ -76,6 +95,7 @@ class UnixListener(Generic[C]):
         self._room = self._room_of_uid = 0
         self._open: set[Connection[C]] = set()
         self._of_uid: Counter[int] = Counter()
+        self._of_process: dict[int, tuple[Turnstile, int]] = {}  # by pid: and how many connections pass through it
         self._emptied = asyncio.Event()
         self._setups: set[asyncio.Task[None]] = set()
         self._claimed: ClaimedSocket | None = None
@@ -125,7 +145,7 @@ class UnixListener(Generic[C]):
     def _accept_on(self, claimed: ClaimedSocket) -> None:
         if self._acceptor is not None:
             self._acceptor.close()
-        self._acceptor = Acceptor(claimed.listening, self._accepted, lambda: len(self._open) < self._room)
+        self._acceptor = Acceptor(claimed.listening, self._accepted, self._has_room)
         self._acceptor.start()
 
     async def stop(self) -> None:
@@ -150,7 +170,7 @@ class UnixListener(Generic[C]):
             peer = read_kernel_peer(accepted)
         except NotAttested as error:
             accepted.close()
-            self._refused(error)
+            self._refused(error, None)
             return
         try:
             self._require_room(peer.uid)
@@ -158,13 +178,21 @@ class UnixListener(Generic[C]):
         except BrokerError as error:
             accepted.close()
             peer.close()
-            self._refused(error)
+            self._refused(error, peer)
             return
         except BaseException:
             accepted.close()
             peer.close()
             raise
-        self._begin(accepted, Connection(peer, caller, self._index.admit(caller)))
+        # One for each process: the number is not used again before all its connections are aborted.
+        turnstile, connections = self._of_process.get(peer.pid) or (Turnstile(), 0)
+        self._of_process[peer.pid] = turnstile, connections + 1
+        connection = Connection(peer, caller, turnstile)
+        connection.name = self._index.admit(caller, connection)
+        self._begin(accepted, connection)
+
+    def _has_room(self) -> bool:
+        return len(self._open) < self._room and len(self._setups) < MAX_SETUPS
 
     def _require_room(self, uid: int) -> None:
         if self._of_uid[uid] >= self._room_of_uid:
@@ -172,9 +200,7 @@ class UnixListener(Generic[C]):
 
     def _begin(self, accepted: socket.socket, connection: Connection[C]) -> None:
         loop = asyncio.get_running_loop()
-        connection.splice = Splice(
-            self._backend.buffer, lambda error: self._ended(connection, error), FrameMeter(loop.time)
-        )
+        connection.splice = Splice(self._backend.buffer, lambda error: self._ended(connection, error), connection.watch)
         self._open.add(connection)
         self._of_uid[connection.peer.uid] += 1
         loop.add_reader(connection.peer.pidfd, connection.abort)
@@ -190,6 +216,8 @@ class UnixListener(Generic[C]):
     def _joined(self, setup: asyncio.Task[None], accepted: socket.socket, connection: Connection[C]) -> None:
         # Here and not in the task itself: a task that is cancelled before its first step runs nothing of its own.
         self._setups.discard(setup)
+        if self._acceptor:
+            self._acceptor.resume()
         error = None if setup.cancelled() else setup.exception()
         if error is None and not setup.cancelled():
             return
@@ -198,7 +226,7 @@ class UnixListener(Generic[C]):
             accepted.close()
             self._ended(connection, None)
         if isinstance(error, BrokerError):
-            self._refused(error)
+            self._refused(error, connection.peer)
         elif error:
             _LOG.error("defect while a connection was set up: %s", type(error).__name__)
 
@@ -212,17 +240,22 @@ class UnixListener(Generic[C]):
         self._open.discard(connection)
         if not self._open:
             self._emptied.set()
+        turnstile, connections = self._of_process.pop(connection.peer.pid)
+        if connections > 1:
+            self._of_process[connection.peer.pid] = turnstile, connections - 1
+        else:
+            turnstile.close()
         self._of_uid[connection.peer.uid] -= 1
         if not self._of_uid[connection.peer.uid]:
             del self._of_uid[connection.peer.uid]
         if isinstance(error, BrokerError):
-            self._refused(error)
+            self._refused(error, connection.peer)
         if self._acceptor:
             self._acceptor.resume()
         if self._on_closed:
             self._on_closed(connection.caller)
 
-    def _refused(self, error: BrokerError) -> None:
+    def _refused(self, error: BrokerError, peer: KernelPeer | None) -> None:
         _LOG.debug("refused at the socket: %s", error.reason)
         if self._on_refusal:
-            self._on_refusal(error)
+            self._on_refusal(error, peer)

@@ -1,19 +1,22 @@
 """The SPIFFE Workload API (SPIFFE_Workload_API): X.509- and JWT-SVIDs, bundles, validation.
 
 Every message of a stream is the full set, so that what is absent is withdrawn. A stream whose last identity goes ends
-with PERMISSION_DENIED. WIT-SVIDs are not served: their methods are absent and answer UNIMPLEMENTED.
+with PERMISSION_DENIED. WIT-SVIDs are not served: their methods answer UNIMPLEMENTED.
 """
 
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Final
+
+import grpc
 
 from broker._proto.google.protobuf import struct_pb2
 from broker._proto.service import Context
 from broker._proto.spiffe import workload_pb2
+from broker.agent.api.pace import Pace
 from broker.agent.cache import EstateCache
 from broker.agent.entitlement import Entitlement
-from broker.agent.holdings import X509Holding
+from broker.agent.holdings import JwtHolding, X509Holding
 from broker.agent.sessions import Identity, WorkloadSession
 from broker.agent.svids import SvidKeeper
 from broker.agent.workloads import NO_IDENTITY, Caller
@@ -24,6 +27,8 @@ from broker.spiffe import Bundle, SpiffeId, TrustDomain, verify_jwt_svid
 
 MAX_AUDIENCES: Final = 64  # in one request; the standard recommends one
 MAX_AUDIENCE: Final = 1024  # bytes of one
+MAX_SIGNINGS: Final = 3  # for one call, where its entry is changed each time
+NO_WIT: Final = "WIT-SVIDs are not served"
 FOREIGN_CLAIMS: Final = frozenset({"sub", "aud", "exp"})  # of another trust domain's token nothing else is repeated
 
 
@@ -35,6 +40,7 @@ class WorkloadApi:
         self._svids = svids
         self._cache = cache
         self._clock = clock
+        self._pace = Pace()
 
     async def FetchX509SVID(  # noqa: N802 - the RPC's name
         self, request: workload_pb2.X509SVIDRequest, context: Context, caller: Caller
@@ -46,6 +52,7 @@ class WorkloadApi:
             sent: _Sent | None = None
             while True:
                 identities = await self._identities(session, entries)
+                await self._pace.turn()
                 # Signing took time: the caller may be another program by now, or have lost an entry.
                 self._entitlement.check(session)
                 if (now := self._entitlement.required(session)) != entries:
@@ -57,6 +64,7 @@ class WorkloadApi:
                     yield self._x509_response(identities, bundles)
                     sent = sending
                 await bell.wait(self._svids.due_in(session, entries))
+                await self._pace.turn()
                 self._entitlement.check(session)
                 entries = self._entitlement.required(session)
 
@@ -88,23 +96,37 @@ class WorkloadApi:
         response = workload_pb2.JWTSVIDResponse()
         refusal: BrokerError | None = None
         for entry in entries:
-            held = self._svids.cached_jwt(session, entry, audiences)
-            if held is None:
-                try:
-                    held = await self._svids.jwt(session, entry, audiences)
-                except (Refused, Invalid) as error:
-                    refusal = refusal or error
-                    continue
-                except BrokerError as error:
-                    raise _not_fetched(error) from error
-                # Signing took time.
-                self._entitlement.check(session)
-                if entry not in self._entitlement.required(session):
-                    raise NoIdentity(NO_IDENTITY)
-            response.svids.add(spiffe_id=str(entry.spiffe_id), svid=held.token, hint=entry.hint)
+            held = self._svids.cached_jwt(session, entry, audiences) or await self._signed(session, entry, audiences)
+            if isinstance(held, BrokerError):
+                refusal = refusal or held
+            else:
+                response.svids.add(spiffe_id=str(held.entry.spiffe_id), svid=held.token, hint=held.entry.hint)
         if not response.svids:
             raise refusal or NoIdentity(NO_IDENTITY)
         return response
+
+    async def _signed(
+        self, session: WorkloadSession, entry: Entry, audiences: tuple[str, ...]
+    ) -> JwtHolding | Refused | Invalid:
+        """Have a JWT-SVID signed, for the entry as it is afterwards; give the refusal that concerns this entry alone."""
+        for _ in range(MAX_SIGNINGS):
+            try:
+                held = await self._svids.jwt(session, entry, audiences)
+            except (Refused, Invalid) as error:
+                return error
+            except BrokerError as error:
+                raise _not_fetched(error) from error
+            # Signing took time: the caller may be another program by now, the entry gone, or changed.
+            self._entitlement.check(session)
+            now = {one.id: one for one in self._entitlement.required(session)}.get(entry.id)
+            if now is None:
+                return NoIdentity(NO_IDENTITY)
+            if now == entry:
+                return replace(held, entry=now)
+            if now.spiffe_id != entry.spiffe_id:
+                break  # the caller may have asked for the other one
+            entry = now
+        raise Unavailable("the entry changes while it is signed for", code="entry_changed")
 
     async def ValidateJWTSVID(  # noqa: N802
         self, request: workload_pb2.ValidateJWTSVIDRequest, context: Context, caller: Caller
@@ -129,6 +151,20 @@ class WorkloadApi:
         response.claims.update(dict(claims))
         return response
 
+    async def FetchWITSVID(  # noqa: N802
+        self, request: workload_pb2.WITSVIDRequest, context: Context, caller: Caller
+    ) -> AsyncIterator[workload_pb2.WITSVIDResponse]:
+        """Say that the WIT profile is not served, to a caller with the security header."""
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, NO_WIT)
+        yield workload_pb2.WITSVIDResponse()
+
+    async def FetchWITBundles(  # noqa: N802
+        self, request: workload_pb2.WITBundlesRequest, context: Context, caller: Caller
+    ) -> AsyncIterator[workload_pb2.WITBundlesResponse]:
+        """Say the same of its bundles."""
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, NO_WIT)
+        yield workload_pb2.WITBundlesResponse()
+
     async def _identities(self, session: WorkloadSession, entries: tuple[Entry, ...]) -> tuple[Identity, ...]:
         try:
             return await self._svids.x509(session, entries)
@@ -149,6 +185,7 @@ class WorkloadApi:
                     yield bundles
                     sent = bundles
                 await bell.wait(self._svids.due_in(session, entries))
+                await self._pace.turn()
                 self._entitlement.check(session)
                 entries = self._entitlement.required(session)
 
@@ -207,13 +244,19 @@ class _Sent:
         )
 
 
-def _audiences(requested: Iterable[str]) -> tuple[str, ...]:
+def _audiences(requested: Sequence[str]) -> tuple[str, ...]:
+    if len(requested) > MAX_AUDIENCES:  # repetitions count: a million of them are a message of 4 MiB
+        raise _too_many_audiences()
     audiences = tuple(sorted(set(requested)))
     if not audiences or audiences[0] == "":
         raise Invalid("audience must be specified", code="audience_missing")
-    if len(audiences) > MAX_AUDIENCES or any(len(one.encode()) > MAX_AUDIENCE for one in audiences):
-        raise Invalid(f"at most {MAX_AUDIENCES} audiences of {MAX_AUDIENCE} bytes", code="audience_too_many")
+    if any(len(one.encode()) > MAX_AUDIENCE for one in audiences):
+        raise _too_many_audiences()
     return audiences
+
+
+def _too_many_audiences() -> Invalid:
+    return Invalid(f"at most {MAX_AUDIENCES} audiences of {MAX_AUDIENCE} bytes", code="audience_too_many")
 
 
 def _requested_id(text: str) -> SpiffeId | None:

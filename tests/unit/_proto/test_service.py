@@ -219,7 +219,7 @@ async def test_bytes_that_are_no_message_are_the_callers_fault(channel: grpc.aio
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await attempt
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert sorted(guard.seen) == ["/tests.echo.Echo/Join", "/tests.echo.Echo/Talk"]
+    assert len(guard.seen) == 4  # nothing of a request is read before the guard
 
 
 async def test_a_blocking_channel_uses_the_same_stub(channel: grpc.aio.Channel, socket: str) -> None:

@@ -1,8 +1,8 @@
 """The agent as a whole: start, stop, and a clock that is stepped."""
 
-import asyncio
 import os
 import shutil
+import signal
 import tempfile
 from datetime import timedelta
 from pathlib import Path
@@ -57,7 +57,16 @@ async def test_a_stepped_clock_makes_every_stream_look_again(monkeypatch) -> Non
             assert not await bell.wait(0.3)
 
 
-async def test_run_gives_the_one_error_that_says_what_to_do(monkeypatch, tmp_path) -> None:
+@pytest.fixture
+def signals():
+    """The process's own handlers, put back afterwards."""
+    before = {number: signal.getsignal(number) for number in module.ENDING}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+async def test_run_gives_the_one_error_that_says_what_to_do(signals) -> None:
     directory = Path(tempfile.mkdtemp(dir="/tmp"))
     async with FakeServer(directory) as server:
         settings = AgentSettings(
@@ -70,6 +79,4 @@ async def test_run_gives_the_one_error_that_says_what_to_do(monkeypatch, tmp_pat
         with pytest.raises(Refused, match="unknown, expired or used"):
             await module._run(settings)
     shutil.rmtree(directory)
-    loop = asyncio.get_running_loop()
-    assert loop.remove_signal_handler(15)
-    loop.remove_signal_handler(2)
+    assert all(callable(signal.getsignal(number)) for number in module.ENDING)

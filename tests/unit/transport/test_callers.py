@@ -42,3 +42,23 @@ def test_any_other_peer_is_nobody(peer: str) -> None:
     name = index.admit("agent")
     with pytest.raises(NotAttested):
         index.of(peer.format(name=name, NAME=name.upper() if name.upper() != name else "A" * 32))
+
+
+def test_a_link_hears_of_its_calls_and_can_be_cut() -> None:
+    heard: list[object] = []
+
+    class Line:
+        def begun(self) -> None:
+            heard.append("begun")
+
+        def cut(self, error: Exception) -> None:
+            heard.append(error)
+
+    index: CallerIndex[str] = CallerIndex()
+    name = f"unix-abstract:{index.admit('agent', Line())}"
+    error = ValueError()
+    index.of(name)
+    index.cut(name, error)
+    assert heard == ["begun", error]
+    index.cut(f"unix-abstract:{index.admit('no link')}", error)
+    index.cut("unix-abstract:nobody", error)

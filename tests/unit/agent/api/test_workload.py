@@ -319,3 +319,20 @@ async def test_dns_names_reach_the_certificate() -> None:
             x509.SubjectAlternativeName
         )
         assert names.value.get_values_for_type(x509.DNSName) == ["me.example.org"]
+
+
+@pytest.mark.bears("W03")
+async def test_an_entry_that_changes_while_a_jwt_is_signed_costs_its_caller_nothing() -> None:
+    entries = [entry_message("e1", "/wl/me", [ME]), entry_message("e2", "/wl/two", [ME])]
+    async with estate(entries=entries) as agent:
+        agent.server.sign_gate.clear()
+        waiting = asyncio.create_task(agent.jwt("a"))
+        await until(lambda: any(session.pending for session in agent.agent.sessions))
+        version = agent.agent.cache.version
+        agent.server.put(entry_message("e1", "/wl/me", [ME], hint="new", revision=1))
+        agent.server.remove("e2")
+        await until(lambda: agent.agent.cache.version >= version + 2)
+        agent.server.entries["e2"] = entries[1]  # signed by the server, and gone here
+        agent.server.sign_gate.set()
+        (svid,) = (await waiting).svids
+        assert (svid.spiffe_id, svid.hint) == ("spiffe://example.org/wl/me", "new")
