@@ -55,8 +55,10 @@ def talkative() -> Iterator[Rig]:
         assert "Traceback" not in one.said()
 
 
-def test_the_methods_are_all_there() -> None:
+@pytest.mark.bears("WA-02", "WE-11")
+def test_the_standards_methods_are_all_there_and_ours_are_services_of_their_own() -> None:
     assert set(REQUESTS) == set(WORKLOAD.methods)
+    assert {TASKS.name, FEED.name} == {"broker.agent.v1.Tasks", "broker.agent.v1.Feed"}
 
 
 @pytest.mark.bears("W01", "WE-03")
