@@ -9,16 +9,28 @@ from broker._proto.service import ServiceBinding
 from broker.attestation.catalogue import Catalogue
 from broker.attestation.contract import Home, NodeServerAttestor, SettledAttestor
 from broker.clock import Clock
-from broker.server.api.grpc import agent, bundle, entries, entry, svid, watch
-from broker.server.authority.authorities import Authorities
+from broker.server.api.grpc import (
+    agent,
+    bundle,
+    entries,
+    entry,
+    local_authority,
+    svid,
+    watch,
+)
+from broker.server.api.grpc import (
+    authorities as authorities_api,
+)
 from broker.server.identity.admission import Admission
 from broker.server.identity.bundles import Bundles
 from broker.server.identity.directory import Directory
+from broker.server.identity.downstream import Downstream
 from broker.server.identity.entries import Entries
 from broker.server.identity.join_tokens import JoinTokens
 from broker.server.identity.nodes import Nodes
 from broker.server.identity.signing import Signing, SigningRules
 from broker.server.identity.watch import Watch
+from broker.server.key_room import KeyRoom
 from broker.server.settings import ServerSettings
 from broker.server.store.ports import Store
 from broker.telemetry.metrics import Metrics
@@ -40,15 +52,19 @@ class IdentityHalf:
     signing: Signing
     bundles: Bundles
     watch: Watch
+    downstream: Downstream
+    room: KeyRoom
 
     def services(self) -> Iterable[Service]:
         """Give each service with what serves it."""
         return (
             (agent.BINDING, agent.Agent(self.nodes, self.admission, self.join_tokens)),
-            (bundle.BINDING, bundle.Bundle(self.bundles)),
+            (bundle.BINDING, bundle.Bundle(self.bundles, self.downstream)),
             (entry.BINDING, entry.Entry(self.entries, self.directory, self.clock)),
             (entries.BINDING, entries.Entries(self.entries, self.clock)),
-            (svid.BINDING, svid.Svid(self.signing)),
+            (svid.BINDING, svid.Svid(self.signing, self.downstream)),
+            (local_authority.BINDING, local_authority.LocalAuthority(self.room.forced)),
+            (authorities_api.BINDING, authorities_api.Authorities(self.room.forced, self.room.replica)),
             (watch.BINDING, watch.Watch(self.watch, self.nodes, self.store.id)),
         )
 
@@ -62,11 +78,12 @@ async def identity_half(
     store: Store,
     clock: Clock,
     *,
-    authorities: Authorities,
+    room: KeyRoom,
     workers: Executor,
     metrics: Metrics,
 ) -> IdentityHalf:
     """Make the use cases and load the directory; raises Misconfigured, Unavailable."""
+    authorities = room.authorities
     directory = Directory(clock)
     await directory.load(store)
     nodes = Nodes(store, directory, clock)
@@ -99,6 +116,16 @@ async def identity_half(
         ),
         bundles=bundles,
         watch=Watch(store, directory, authorities, bundles),
+        downstream=Downstream(
+            store,
+            authorities,
+            room.rotation,
+            room.upstream,
+            clock,
+            trust_domain=settings.trust_domain,
+            ca_ttl=settings.ca_ttl,
+        ),
+        room=room,
     )
 
 

@@ -32,11 +32,19 @@ _TABLE: tuple[tuple[type[BrokerError], grpc.StatusCode], ...] = (
     (Unavailable, grpc.StatusCode.UNAVAILABLE),
 )
 
+_BY_REASON: Mapping[str, grpc.StatusCode] = {
+    "stale_version": grpc.StatusCode.ABORTED,
+    "upstream_above": grpc.StatusCode.FAILED_PRECONDITION,
+    "no_upstream": grpc.StatusCode.FAILED_PRECONDITION,
+}
+"""What a class alone does not say: the configuration, or the order of things, forbids it to everybody."""
+
 
 def status_code(error: BrokerError) -> grpc.StatusCode:
     """Give the gRPC status of an error; the most general one is INTERNAL."""
-    if error.reason == "stale_version":
-        return grpc.StatusCode.ABORTED
+    by_reason = _BY_REASON.get(error.reason)
+    if by_reason is not None:
+        return by_reason
     return next((code for kind, code in _TABLE if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
 
 

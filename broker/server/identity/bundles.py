@@ -1,11 +1,11 @@
 """Our own bundle, with what SPIRE's message says beyond the standard's: the end of each key, and taint."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 
 from broker.errors import NotFound
-from broker.server.authority.authorities import Authorities
-from broker.server.store.rows import AuthorityKind
+from broker.server.authority.authorities import Authorities, BundleKey
 from broker.spiffe import TrustDomain
 
 
@@ -42,8 +42,8 @@ class Bundles:
         bundle = self._authorities.bundle
         return PublishedBundle(
             self._trust_domain,
-            self._published(AuthorityKind.X509),
-            self._published(AuthorityKind.JWT),
+            _published(self._authorities.x509_keys),
+            _published(self._authorities.jwt_keys),
             bundle.sequence or 0,
             bundle.refresh_hint or 0,
         )
@@ -52,9 +52,6 @@ class Bundles:
         """Give a foreign trust domain's bundle; raises NotFound."""
         raise NotFound(f"there is no bundle of {trust_domain}", code="bundle_not_found")
 
-    def _published(self, kind: AuthorityKind) -> tuple[PublishedKey, ...]:
-        return tuple(
-            PublishedKey(row.id, row.public, row.not_after, row.tainted)
-            for row in self._authorities.rows
-            if row.kind is kind
-        )
+
+def _published(rows: Iterable[BundleKey]) -> tuple[PublishedKey, ...]:
+    return tuple(PublishedKey(row.id, row.public, row.not_after, row.tainted) for row in rows)

@@ -9,7 +9,20 @@ from broker._proto.service import ServiceBinding
 from broker.errors import Refused
 from broker.server.api import access
 from broker.server.api.access import METHODS, Access, LocalPeer, Role, admit_local, name_of
-from broker.server.api.grpc import agent, bundle, entries, entry, feed, health, sessions, svid, tasks, watch
+from broker.server.api.grpc import (
+    agent,
+    authorities,
+    bundle,
+    entries,
+    entry,
+    feed,
+    health,
+    local_authority,
+    sessions,
+    svid,
+    tasks,
+    watch,
+)
 from broker.server.authority import profile
 from broker.server.authority.profile import Leaf
 from broker.spiffe import Bundle, BundleSet, SpiffeId, verify_x509_svid
@@ -20,11 +33,13 @@ from tests.unit.server.identity.world import AGENT, world
 
 SERVED = {
     agent: agent.Agent,
+    authorities: authorities.Authorities,
     bundle: bundle.Bundle,
     entries: entries.Entries,
     entry: entry.Entry,
     feed: feed.Feed,
     health: health.Health,
+    local_authority: local_authority.LocalAuthority,
     sessions: sessions.Sessions,
     svid: svid.Svid,
     tasks: tasks.Tasks,
