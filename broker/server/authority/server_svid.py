@@ -72,6 +72,7 @@ class _Held:
     identity: TlsIdentity = field(repr=False)
     svid: X509Svid
     rotate_at: datetime
+    signed_by: str = ""
 
 
 class ServerSvid:
@@ -123,11 +124,11 @@ class ServerSvid:
     async def run(self) -> None:
         """Renew at half-life, and at once when the authority is tainted or gone; until cancelled."""
         while True:
-            left = (self.rotate_at - self._clock.now()).total_seconds()
-            if left > 0 and not self._is_suspect():
-                await self._woken(min(left, CHECK_EVERY))
-                continue
             try:
+                left = (self.rotate_at - self._clock.now()).total_seconds()
+                if left > 0 and not self._is_suspect():
+                    await self._woken(min(left, CHECK_EVERY))
+                    continue
                 self._renew()
             except (BrokerError, OSError) as error:
                 log.warning("server_svid_not_renewed", error=type(error).__name__)
@@ -143,6 +144,9 @@ class ServerSvid:
 
     def _is_suspect(self) -> bool:
         assert self._held is not None
+        # Only another authority can help: who stands above may be tainted before there is one.
+        if self._authorities.x509().id == self._held.signed_by:
+            return False
         authority = self._held.svid.authority
         return self._authorities.is_tainted(authority) or authority not in self._authorities.bundle.x509_authorities
 
@@ -158,7 +162,7 @@ class ServerSvid:
         )
         chain = authority.issue(leaf, key.public_key())
         svid = verify_x509_svid(chain, self._authorities.bundles, now=now)
-        self._held = _Held(TlsIdentity(chain, key), svid, _half_life(svid))
+        self._held = _Held(TlsIdentity(chain, key), svid, _half_life(svid), authority.id)
         self._save(svid, key)
         log.info("server_svid_signed", serial=f"{svid.serial:x}", expires_at=str(svid.not_after))
 
