@@ -113,13 +113,11 @@ class NodeIdentity:
         """
         if not bundle.x509_authorities:
             return
-        self._tainted = tainted
-        if self._is_suspect(bundle):
+        is_new, self._bundle, self._tainted = bundle != self._bundle, bundle, tainted
+        if self._is_suspect():
             self._news.set()
-        if bundle == self._bundle:
-            return
-        self._bundle = bundle
-        self._keep()
+        if is_new:
+            self._keep()
 
     async def attest(self, upstream: Upstream) -> None:
         """Prove this node and take the identity that the server gives; raises BrokerError."""
@@ -166,19 +164,21 @@ class NodeIdentity:
     async def keep(self, upstream: Upstream, chance: Callable[[], float]) -> None:
         """Renew at half-life or when its authority is tainted, and join again when the SVID is lost or has expired; runs until cancelled."""
         backoff = Backoff()
-        delay = CHECK_EVERY
+        delay = 0.0
         while True:
             await self._woken(delay)
             now = self._clock.now()
-            is_suspect = self._bundle is not None and self._is_suspect(self._bundle)
             if self._renew_at is None and self._svid is not None:
                 self._renew_at = now + (self._svid.expires_at - now) * HALF_LIFE * (1 + JITTER * (2 * chance() - 1))
-            if self.tls is not None and self._renew_at is not None and now < self._renew_at and not is_suspect:
+            if self.tls is not None and self._renew_at is not None and now < self._renew_at and not self._is_suspect():
+                # A short life is looked at more often; the wall clock may jump, so a long one is, too.
+                delay = min((self._renew_at - now).total_seconds(), CHECK_EVERY)
                 continue
             try:
                 await (self.renew(upstream) if self.tls is not None else self.attest(upstream))
                 backoff.reset()
-                delay = CHECK_EVERY
+                # Where the server has no better authority yet, asking again at once would not help.
+                delay = CHECK_EVERY if self._is_suspect() else 0.0
             except BrokerError as error:
                 self.refused(error)
                 _log.error(
@@ -195,9 +195,11 @@ class NodeIdentity:
                 await self._news.wait()
         self._news.clear()
 
-    def _is_suspect(self, bundle: Bundle) -> bool:
-        authority = None if self._svid is None else self._svid.authority
-        return authority is not None and (authority in self._tainted or authority not in bundle.x509_authorities)
+    def _is_suspect(self) -> bool:
+        if self._svid is None or self._bundle is None:
+            return False
+        authority = self._svid.authority
+        return authority in self._tainted or authority not in self._bundle.x509_authorities
 
     def refused(self, error: BrokerError) -> None:
         """Note what the server said of this agent: an identity that it no longer accepts is deleted at once."""

@@ -102,17 +102,22 @@ def others(replicas: Mapping[str, datetime], replica: str, now: datetime) -> Ite
 
 def half_life(row: AuthorityRow) -> datetime:
     """When its successor is prepared."""
-    return row.not_before + (row.not_after - row.not_before) / 2
+    return _begin(row) + (row.not_after - _begin(row)) / 2
 
 
 def hand_over(row: AuthorityRow) -> datetime:
     """When its successor takes over: at five sixths of its life."""
-    return row.not_before + (row.not_after - row.not_before) * 5 / 6
+    return _begin(row) + (row.not_after - _begin(row)) * 5 / 6
 
 
 def published_long_enough(row: AuthorityRow) -> datetime:
     """When other replicas' agents have learned of it."""
-    return row.not_before + BACKDATE + AHEAD
+    return _begin(row) + AHEAD
+
+
+def _begin(row: AuthorityRow) -> datetime:
+    # When it was made: a short life, counted from its back-dated begin, would be half over at once.
+    return min(row.not_before + BACKDATE, row.not_after)
 
 
 def _ours(published: Published, standing: Standing, kind: AuthorityKind) -> list[AuthorityRow]:

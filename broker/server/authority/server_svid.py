@@ -215,7 +215,9 @@ class ServerSvid:
 
 
 def _half_life(svid: X509Svid) -> datetime:
-    return svid.not_before + (svid.not_after - svid.not_before) / 2
+    # Of its life from the signature on: a short one, counted from its back-dated begin, would be over when it comes.
+    begin = min(svid.not_before + profile.BACKDATE, svid.not_after)
+    return begin + (svid.not_after - begin) / 2
 
 
 def _fits(key: ec.EllipticCurvePrivateKey, svid: X509Svid) -> bool:

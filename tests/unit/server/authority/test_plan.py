@@ -36,7 +36,7 @@ ME, OTHER = "me", "other"
 
 
 def row(name="a", state=AuthorityState.ACTIVE, start=NOW, life=DAY, kind=X509, replica=ME):
-    return AuthorityRow(kind, name, b"", state, start, start + life, replica=replica)
+    return AuthorityRow(kind, name, b"", state, start - BACKDATE, start + life, replica=replica)
 
 
 def due(*rows, held=("a", "b"), now=NOW, kinds=(X509,), heard=None, adopted=(), urgent=()):
@@ -97,7 +97,7 @@ def test_the_next_look_is_at_the_next_step():
     assert soonest([row()], held, NOW) == NOW + DAY / 2
     assert soonest([row()], held, NOW + DAY / 2) == NOW + DAY * 5 / 6
     assert soonest([row("gone")], held, NOW) == NOW + DAY + PRUNE_GRACE
-    assert soonest([row(state=AuthorityState.PREPARED)], held, NOW) == NOW + BACKDATE + AHEAD
+    assert soonest([row(state=AuthorityState.PREPARED)], held, NOW) == NOW + AHEAD
 
 
 @pytest.mark.bears("K02")
@@ -112,7 +112,7 @@ def test_another_replicas_authorities_are_its_own_while_it_lives():
 
 @pytest.mark.bears("K02")
 def test_who_joins_others_publishes_before_it_signs():
-    prepared = row(state=AuthorityState.PREPARED, start=NOW - BACKDATE)
+    prepared = row(state=AuthorityState.PREPARED)
     assert due(prepared, heard=NOW) == ()
     assert due(prepared, heard=NOW, now=NOW + AHEAD) == (Activate(prepared),)
     # Alone there is nobody to wait for: nothing else signs meanwhile.
