@@ -211,7 +211,7 @@ class Agent:
         self, channel: grpc.aio.Channel, attestors: tuple[WorkloadAttestor, ...], strengths: Strengths
     ) -> None:
         settings, cache, clock = self._settings, self.cache, self._clock
-        self.upstream = upstream = Upstream(channel)
+        self.upstream = upstream = Upstream(channel, lambda: self._dialer.lost)
         self.reports = SessionReports(upstream)
         self.sessions = sessions = Sessions(cache, clock, on_identities_ended=self.reports.ended)
         self.sync = Sync(

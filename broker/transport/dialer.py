@@ -98,6 +98,7 @@ class SpiffeDialer:
         self._buffer = memoryview(bytearray(CHUNK))
         self._open: dict[Splice, asyncio.Task[None] | None] = {}
         self._judged_by: dict[Splice, x509.Certificate] = {}
+        self._lost = 0
         self._emptied = asyncio.Event()
         self._lifetimes = Lifetimes(clock)
         self._last_error: str | None = None
@@ -109,6 +110,11 @@ class SpiffeDialer:
     def last_error(self) -> str | None:
         """Why the last connection could not be made, in words for a log; None after a success."""
         return self._last_error
+
+    @property
+    def lost(self) -> int:
+        """How many connections to the server have ended, whoever ended them: what was under way on them is lost."""
+        return self._lost
 
     def reconnect(self) -> None:
         """Drop the current TLS connections: the next call makes one with the identity and bundles of then."""
@@ -221,7 +227,8 @@ class SpiffeDialer:
 
     def _ended(self, splice: Splice, lifetimes: list[int]) -> None:
         self._open.pop(splice, None)
-        self._judged_by.pop(splice, None)
+        if self._judged_by.pop(splice, None) is not None:
+            self._lost += 1
         if splice.ended_by is splice.back and not splice.back.spoke:
             self._last_error = "the server closed the connection after the handshake: it may refuse our certificate"
         if not self._open:
