@@ -2,10 +2,13 @@
 
 import asyncio
 import json
+import os
 import shutil
 import ssl
 import sys
 import tempfile
+from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 
 import grpc
@@ -14,7 +17,10 @@ from cryptography import x509
 
 from broker._proto.spiffe import workload_pb2
 from broker._proto.spire.api.server.localauthority.v1 import localauthority_pb2 as pb
+from broker.errors import InvalidSvid
 from broker.server.settings import KeySettings
+from broker.spiffe import verify_x509_svid
+from broker.spiffe.certificates import split_der
 from tests.fakes.running_agent import HEADER, until
 from tests.fakes.small_estate import issuer_key_id, leaf_of, running_agent, running_server
 
@@ -189,7 +195,7 @@ async def test_the_command_line_in_its_own_order(directory):
             assert process.returncode == code, err
             return json.loads(out) if out else json.loads(err.splitlines()[0])
 
-        for kind in ("x509", "jwt", "task"):
+        for kind in ("x509", "task"):
             shown = await said(kind, "show")
             assert [(one["state"], one["local"], one["tainted"]) for one in shown["items"]] == [("active", True, False)]
             first = shown["items"][0]["id"]
@@ -217,3 +223,115 @@ async def test_keys_on_disk_outlive_the_server(directory):
         again = {kind: [one.id for one in await server.authorities.list(kind)] for kind in ("x509", "jwt", "task")}
         assert again == first
         assert all(one.is_local for one in await server.authorities.list("x509"))
+
+
+@pytest.mark.bears("K05")
+@pytest.mark.parametrize("step", ["before_prepare", "after_prepare", "before_activate", "after_activate"])
+@pytest.mark.parametrize("manager", ["memory", "disk"])
+async def test_a_server_killed_in_a_step_of_rotation_starts_again(directory, step, manager):
+    kept = {"keys": KeySettings(manager=manager)}
+    async with running_server(directory, **kept) as server:
+        before = {key_id(root) for root in await server.roots()}
+        home = server.directory
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("BROKER_")} | {
+        "BROKER_FAILPOINTS": f"authority.{step}=exit",
+        "BROKER_SERVER__ALLOW_FAILPOINTS": "true",
+        "BROKER_SERVER__BIND_ADDRESS": "127.0.0.1",
+        "BROKER_SERVER__BIND_PORT": "0",
+        "BROKER_SERVER__DATA_DIR": str(home / "data"),
+        "BROKER_SERVER__RUNTIME_DIR": str(home / "run"),
+        "BROKER_SERVER__STORE__URL": f"sqlite://{home}/broker.db",
+        "BROKER_SERVER__OPERATIONS__ENABLED": "false",
+        "BROKER_SERVER__KEYS__MANAGER": manager,
+        "BROKER_SERVER__CA_TTL": "2s",
+    }
+    if manager == "disk":
+        # What is there would serve for a day: this way the process has something to rotate.
+        shutil.rmtree(home / "data/keys")
+    command = [sys.executable, "-m", "broker.cli.main", "server", "run"]
+    dying = await asyncio.create_subprocess_exec(*command, env=environment, stdout=asyncio.subprocess.PIPE)
+    said, _ = await asyncio.wait_for(dying.communicate(), 60)
+    assert dying.returncode not in (0, None), said
+    async with running_server(directory, **kept) as server:
+        rows = await server.authorities.list("x509")
+        assert [one.state for one in rows].count(2) == 1
+        active = next(one for one in rows if one.state == 2)
+        now = {key_id(root) for root in await server.roots()}
+        assert active.id in now
+        assert before <= now  # what signed before may have signed something that still lives
+        assert issuer_key_id(await shown_by(server.server.port)) in now
+
+
+class Cable:
+    """A TCP connection through this process, which can be cut."""
+
+    def __init__(self, port):
+        self.target, self.open, self.is_cut = port, set(), False
+
+    async def __aenter__(self):
+        self.listening = await asyncio.start_server(self.relay, "127.0.0.1", 0)
+        self.port = self.listening.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *_):
+        self.cut()
+        self.listening.close()
+
+    def cut(self):
+        self.is_cut = True
+        for writer in self.open:
+            writer.transport.abort()
+
+    async def relay(self, reader, writer):
+        self.open.add(writer)
+        if self.is_cut:
+            writer.transport.abort()
+            return
+        ahead, behind = await asyncio.open_connection("127.0.0.1", self.target)
+        self.open.add(behind)
+
+        async def pump(source, sink):
+            with suppress(OSError):
+                while data := await source.read(65536):
+                    sink.write(data)
+                    await sink.drain()
+            sink.transport.abort()
+
+        await asyncio.gather(pump(reader, behind), pump(ahead, writer))
+        self.open -= {writer, behind}
+
+
+@pytest.mark.bears("K03")
+async def test_an_agent_that_was_cut_off_refuses_only_what_it_has_not_heard_of(directory):
+    async with (
+        running_server(directory) as server,
+        Cable(server.server.port) as cable,
+        running_agent(server, directory, "near") as near,
+        running_agent(server, directory, "far", server_port=cable.port) as far,
+    ):
+        node = near.agent.node.id.path
+        await server.register(node, "/wl/near")
+        await server.register(far.agent.node.id.path, "/wl/far")
+
+        def verified_by_far(chain):
+            return verify_x509_svid(chain, far.agent.cache.bundles, now=datetime.now(UTC)).id.path
+
+        old = split_der((await near.x509()).svids[0].x509_svid)
+        mine = (await far.x509()).svids[0]
+        cable.cut()
+        made = await server.authorities.prepare("x509")
+        await server.authorities.activate("x509", made.id)
+        await server.register(node, "/wl/younger")
+        async with asyncio.timeout(15):
+            while len(svids := (await near.x509()).svids) < 2:
+                await asyncio.sleep(0.05)
+        (new,) = [split_der(one.x509_svid) for one in svids if one.spiffe_id.endswith("younger")]
+        assert issuer_key_id(x509.load_der_x509_certificate(new[0])) == made.id
+        assert verified_by_far(old) == "/wl/near"
+        with pytest.raises(InvalidSvid):
+            verified_by_far(new)
+        # Cut off, it serves what it holds.
+        assert (await far.x509()).svids[0] == mine
+        cable.is_cut = False
+        await until(lambda: len(far.agent.cache.own_bundle.x509_authorities) == 2, 30)
+        assert (verified_by_far(new), verified_by_far(old)) == ("/wl/younger", "/wl/near")

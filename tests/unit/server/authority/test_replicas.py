@@ -167,6 +167,24 @@ async def test_keys_and_rows_of_different_days(store, clock, tmp_path):
         assert strange.is_sound()
 
 
+@pytest.mark.bears("K09")
+async def test_a_clock_that_jumps_leaves_one_active_authority_that_is_published(store, clock):
+    here = Replica(store, clock)
+    await here.settle()
+    for jump in (
+        timedelta(days=10),
+        timedelta(days=-10),
+        timedelta(hours=13),
+        timedelta(hours=-1),
+        timedelta(days=400),
+    ):
+        clock.advance(jump)
+        await here.settle()
+        assert here.is_sound()
+        # Forwards nothing that has ended signs.
+        assert jump < timedelta(0) or here.authorities.x509().issuer.validity.not_after > clock.now()
+
+
 @pytest.mark.bears("K06")
 async def test_another_key_under_the_same_name_stops_the_server(store, clock, tmp_path):
     keys = tmp_path / "keys"
