@@ -15,7 +15,6 @@ from broker.errors import NotAttested
 from broker.spiffe import Selector
 from broker.tasks.causes import SessionEnd
 from tests.fakes.fake_server import TD, FakeCa, entry_message
-from tests.fakes.running_agent import until
 
 SELECTORS = frozenset({Selector("unix:uid:1")})
 
