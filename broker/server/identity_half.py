@@ -1,5 +1,6 @@
 """Wiring of the identity half: its use cases from settings and parts, and its gRPC services from its use cases."""
 
+import random
 from collections.abc import Coroutine, Iterable
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -9,14 +10,19 @@ from broker._proto.service import ServiceBinding
 from broker.attestation.catalogue import Catalogue
 from broker.attestation.contract import Home, NodeServerAttestor, SettledAttestor
 from broker.clock import Clock
-from broker.server.api.grpc import agent, bundle, entries, entry, svid, watch
+from broker.server.api.grpc import agent, bundle, entries, entry, svid, trustdomain, watch
 from broker.server.authority.authorities import Authorities
+from broker.server.federation_settings import bootstrap, configured_relationships
 from broker.server.identity.admission import Admission
 from broker.server.identity.bundles import Bundles
 from broker.server.identity.directory import Directory
+from broker.server.identity.endpoint_client import EndpointClient
 from broker.server.identity.entries import Entries
+from broker.server.identity.federated import Federated
 from broker.server.identity.join_tokens import JoinTokens
 from broker.server.identity.nodes import Nodes
+from broker.server.identity.polling import Polling
+from broker.server.identity.relationships import Relationships
 from broker.server.identity.signing import Signing, SigningRules
 from broker.server.identity.watch import Watch
 from broker.server.settings import ServerSettings
@@ -39,6 +45,9 @@ class IdentityHalf:
     entries: Entries
     signing: Signing
     bundles: Bundles
+    federated: Federated
+    relationships: Relationships
+    polling: Polling
     watch: Watch
 
     def services(self) -> Iterable[Service]:
@@ -49,12 +58,13 @@ class IdentityHalf:
             (entry.BINDING, entry.Entry(self.entries, self.directory, self.clock)),
             (entries.BINDING, entries.Entries(self.entries, self.clock)),
             (svid.BINDING, svid.Svid(self.signing)),
+            (trustdomain.BINDING, trustdomain.TrustDomains(self.relationships, self.polling)),
             (watch.BINDING, watch.Watch(self.watch, self.nodes, self.store.id)),
         )
 
     def loops(self) -> Iterable[Coroutine[Any, Any, None]]:
         """Give what has to run for as long as the server does."""
-        return self.nodes.run(), self.entries.run()
+        return self.nodes.run(), self.entries.run(), self.polling.run()
 
 
 async def identity_half(
@@ -70,7 +80,11 @@ async def identity_half(
     directory = Directory(clock)
     await directory.load(store)
     nodes = Nodes(store, directory, clock)
-    bundles = Bundles(settings.trust_domain, authorities)
+    federated = Federated(authorities, configured_relationships(settings))
+    await federated.load(store)
+    await bootstrap(settings, store, clock)
+    bundles = Bundles(store, authorities, federated, clock, settings.trust_domain)
+    client = EndpointClient(clock, settings.federation.web_ca_path)
     home = Home(settings.trust_domain, lambda: authorities.bundle)
     return IdentityHalf(
         store=store,
@@ -98,7 +112,10 @@ async def identity_half(
             count=lambda kind, signed: metrics.svids.labels(kind).inc(signed),
         ),
         bundles=bundles,
-        watch=Watch(store, directory, authorities, bundles),
+        federated=federated,
+        relationships=Relationships(store, federated, clock, settings.trust_domain),
+        polling=Polling(store, federated, clock, client.fetch, chance=random.SystemRandom().uniform),
+        watch=Watch(store, directory, authorities, bundles, federated),
     )
 
 

@@ -31,12 +31,17 @@ _TABLE: tuple[tuple[type[BrokerError], grpc.StatusCode], ...] = (
     (Conflict, grpc.StatusCode.ALREADY_EXISTS),
     (Unavailable, grpc.StatusCode.UNAVAILABLE),
 )
+_BY_CODE: Mapping[str, grpc.StatusCode] = {
+    "stale_version": grpc.StatusCode.ABORTED,
+    "bundle_in_use": grpc.StatusCode.FAILED_PRECONDITION,
+}
 
 
 def status_code(error: BrokerError) -> grpc.StatusCode:
     """Give the gRPC status of an error; the most general one is INTERNAL."""
-    if error.reason == "stale_version":
-        return grpc.StatusCode.ABORTED
+    by_code = _BY_CODE.get(error.reason)
+    if by_code is not None:
+        return by_code
     return next((code for kind, code in _TABLE if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
 
 

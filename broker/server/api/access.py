@@ -55,6 +55,7 @@ def _lines(service: str, roles: frozenset[Role], *methods: str) -> dict[str, fro
 _AGENT = "spire.api.server.agent.v1.Agent"
 _BUNDLE = "spire.api.server.bundle.v1.Bundle"
 _ENTRY = "spire.api.server.entry.v1.Entry"
+_TRUST_DOMAIN = "spire.api.server.trustdomain.v1.TrustDomain"
 _SVID = "spire.api.server.svid.v1.SVID"
 
 METHODS: Final[Mapping[str, frozenset[Role]]] = {
@@ -65,7 +66,11 @@ METHODS: Final[Mapping[str, frozenset[Role]]] = {
         "CountAgents", "ListAgents", "GetAgent", "DeleteAgent", "BanAgent", "CreateJoinToken",
     ),
     **_lines(_BUNDLE, _OPEN, "GetBundle"),
-    **_lines(_BUNDLE, _OPERATORS, "CountBundles", "ListFederatedBundles"),
+    **_lines(
+        _BUNDLE, _OPERATORS,
+        "AppendBundle", "CountBundles", "ListFederatedBundles", "BatchCreateFederatedBundle",
+        "BatchUpdateFederatedBundle", "BatchSetFederatedBundle", "BatchDeleteFederatedBundle",
+    ),
     **_lines(_BUNDLE, _OPERATORS | _AGENTS, "GetFederatedBundle"),
     **_lines(
         _ENTRY, _OPERATORS,
@@ -74,6 +79,11 @@ METHODS: Final[Mapping[str, frozenset[Role]]] = {
     **_lines(_ENTRY, _AGENTS, "GetAuthorizedEntries", "SyncAuthorizedEntries"),
     **_lines(_SVID, _OPERATORS, "MintX509SVID", "MintJWTSVID"),
     **_lines(_SVID, _AGENTS, "BatchNewX509SVID", "NewJWTSVID"),
+    **_lines(
+        _TRUST_DOMAIN, _OPERATORS,
+        "ListFederationRelationships", "GetFederationRelationship", "BatchCreateFederationRelationship",
+        "BatchUpdateFederationRelationship", "BatchDeleteFederationRelationship", "RefreshBundle",
+    ),
     **_lines("broker.server.v1.Entries", _OPERATORS, "BatchCreateEntry", "GetEntry", "ListEntries"),
     **_lines("broker.server.v1.Watch", _AGENTS, "Watch"),
     **_lines("broker.server.v1.Sessions", _AGENTS, "ReportSessions"),

@@ -16,6 +16,7 @@ from broker.errors import Misconfigured, NotFound, Unavailable
 from broker.keys import KeyManager, Signer
 from broker.server.authority.jwt import JwtAuthority
 from broker.server.authority.x509 import X509Authority
+from broker.server.store.bundle_rows import jwt_public_key
 from broker.server.store.rows import AuthorityKind, AuthorityRow, AuthorityState
 from broker.spiffe import Bundle, BundleSet, TrustDomain
 
@@ -81,7 +82,8 @@ class Authorities:
         self._bundle = Bundle(
             self._trust_domain,
             tuple(x509.load_der_x509_certificate(row.public) for row in fresh if row.kind is AuthorityKind.X509),
-            public_keys(fresh, AuthorityKind.JWT),
+            # Appended ones may be of another kind than those that are made here.
+            {row.id: jwt_public_key(row.public) for row in fresh if row.kind is AuthorityKind.JWT},
             sequence=sequence,
             refresh_hint=REFRESH_HINT,
         )

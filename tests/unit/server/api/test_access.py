@@ -9,7 +9,19 @@ from broker._proto.service import ServiceBinding
 from broker.errors import Refused
 from broker.server.api import access
 from broker.server.api.access import METHODS, Access, LocalPeer, Role, admit_local, name_of
-from broker.server.api.grpc import agent, bundle, entries, entry, feed, health, sessions, svid, tasks, watch
+from broker.server.api.grpc import (
+    agent,
+    bundle,
+    entries,
+    entry,
+    feed,
+    health,
+    sessions,
+    svid,
+    tasks,
+    trustdomain,
+    watch,
+)
 from broker.server.authority import profile
 from broker.server.authority.profile import Leaf
 from broker.spiffe import Bundle, BundleSet, SpiffeId, verify_x509_svid
@@ -28,6 +40,7 @@ SERVED = {
     sessions: sessions.Sessions,
     svid: svid.Svid,
     tasks: tasks.Tasks,
+    trustdomain: trustdomain.TrustDomains,
     watch: watch.Watch,
 }
 BINDINGS: list[ServiceBinding] = [module.BINDING for module in SERVED]

@@ -66,7 +66,7 @@ async def test_the_switch_interval_is_given_back(tmp_path: Path) -> None:
 
 @pytest.mark.bears("D11")
 async def test_a_refused_schema_leaves_the_file_free(tmp_path: Path) -> None:
-    newer = Migration(2, "0002_x.sql", "CREATE TABLE later (x TEXT) STRICT;")
+    newer = Migration(len(known_migrations()) + 1, "9999_x.sql", "CREATE TABLE later (x TEXT) STRICT;")
     async with SqliteStore.open(tmp_path / "x.db", migrations=(*known_migrations(), newer)):
         pass
     for _ in range(2):
