@@ -6,7 +6,7 @@ state of each, once, however much happened. Beyond a bound it starts again from 
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from broker.registry.entry import Entry
@@ -216,23 +216,15 @@ class Watch:
         held = frozenset(subscription.told_bundles)
         fresh = self._wanted_bundles(subscription)
         withdrawn = sorted(held - frozenset(subscription.told_bundles))
-        seq = self._directory.seq
-        if not (upserted or deleted or own or fresh or withdrawn):
-            return ()
-        pages = range(0, len(upserted), PAGE) or range(1)
         # Bundles first, each in a message of its own: what an entry federates with is there when the entry comes.
         deltas = [Delta(before, (), (), (bundle,)) for bundle in fresh]
-        # The cursor moves with the last page only: a stream that breaks in between is resumed from before all of them.
-        deltas += [
-            Delta(
-                seq if start == pages[-1] else before,
-                upserted[start : start + PAGE],
-                deleted if start == 0 else (),
-                own if start == 0 else (),
-                withdrawn if start == 0 else (),
-            )
-            for start in pages
-        ]
+        if upserted or deleted or own or withdrawn:
+            rest = [upserted[start : start + PAGE] for start in range(0, len(upserted), PAGE)] or [[]]
+            deltas.append(Delta(before, rest[0], deleted, own, withdrawn))
+            deltas += [Delta(before, page, (), ()) for page in rest[1:]]
+        if deltas:
+            # The cursor moves with the last page only: a stream that breaks in between is resumed from before all of them.
+            deltas[-1] = replace(deltas[-1], seq=self._directory.seq)
         return deltas
 
     async def _missed(self, agent_id: SpiffeId, cursor: int) -> list[str] | None:
