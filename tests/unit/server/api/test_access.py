@@ -97,7 +97,7 @@ def test_only_attestation_and_the_bundle_are_for_everybody():
 def test_no_method_is_for_agents_and_for_changing_what_they_may():
     for path, roles in METHODS.items():
         if path.rsplit("/", 1)[1].startswith(
-            ("BatchCreate", "BatchUpdate", "BatchDelete", "Ban", "Mint", "CreateJoin")
+            ("BatchCreate", "BatchUpdate", "BatchSet", "BatchDelete", "Append", "Refresh", "Ban", "Mint", "CreateJoin")
         ):
             assert roles == {Role.LOCAL, Role.ADMIN}
 
