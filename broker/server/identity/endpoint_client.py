@@ -36,7 +36,8 @@ class EndpointClient:
         """``web_ca_path``: PEM roots for https_web in place of the machine's own; raises Misconfigured."""
         self._clock = clock
         self._web_ca_path = web_ca_path
-        self._web_context()
+        if web_ca_path is not None:
+            self._web_context()
 
     async def fetch(self, relationship: Relationship, trust: Bundle | None) -> Bundle:
         """Give the bundle that the endpoint serves now.

@@ -20,7 +20,9 @@ from broker.spiffe import Bundle, TrustDomain, jose
 from broker.spiffe.jose import PublicKey
 
 MAX_AUTHORITIES: Final = 500
-"""Keys of one bundle: it travels to each agent in one message of at most 4 MiB, beside others."""
+"""Keys of one bundle: a trust domain has one to three for each replica."""
+MAX_KEY_BYTES: Final = 1 << 20
+"""All keys of one bundle together: it travels to each agent in one message of at most 4 MiB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,8 @@ class PublishedBundle:
         """Give the bundle that a verifier uses; raises InvalidBundle for keys that none could use."""
         if len(self.x509) + len(self.jwt) > MAX_AUTHORITIES:
             raise InvalidBundle(f"a bundle has at most {MAX_AUTHORITIES} authorities", code="bundle_too_large")
+        if sum(len(key.public) for key in (*self.x509, *self.jwt)) > MAX_KEY_BYTES:
+            raise InvalidBundle(f"a bundle has at most {MAX_KEY_BYTES} bytes of authorities", code="bundle_too_large")
         if len({key.id for key in self.jwt}) != len(self.jwt):
             raise InvalidBundle("two JWT authorities have one key ID", code="bundle_key_id")
         return Bundle(
@@ -98,8 +102,10 @@ class PublishedBundle:
 
 
 def x509_key(der: bytes, *, tainted: bool = False) -> PublishedKey:
-    """Show a certificate; raises InvalidBundle for what is none. It is its own name."""
-    return PublishedKey("", der, _certificate(der).not_valid_after_utc, tainted)
+    """Show a certificate, which needs no other name; raises InvalidBundle for what is none, or fits into no document."""
+    certificate = _certificate(der)
+    Bundle(_ANY, (certificate,)).to_json()
+    return PublishedKey("", der, certificate.not_valid_after_utc, tainted)
 
 
 def jwt_public_key(der: bytes) -> PublicKey:
@@ -115,6 +121,9 @@ def jwt_public_key(der: bytes) -> PublicKey:
     except InvalidToken:
         pass
     raise InvalidBundle("a JWT authority is of a kind that signs no JWT-SVID", code="bundle_key")
+
+
+_ANY: Final = TrustDomain("any")
 
 
 def _certificate(der: bytes) -> x509.Certificate:

@@ -1,8 +1,10 @@
 """Bundles as operators set them: words and codes of SPIRE, deletion modes, and what is appended to the own bundle."""
 
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
@@ -10,7 +12,8 @@ from broker.errors import Conflict, Invalid, InvalidBundle, NotFound
 from broker.registry.entry import Entry
 from broker.server.identity import bundles as bundles_module
 from broker.server.identity.bundles import DeletionMode, PublishedBundle, PublishedKey
-from broker.server.store.bundle_rows import MAX_AUTHORITIES
+from broker.server.store import bundle_rows
+from broker.server.store.bundle_rows import MAX_AUTHORITIES, x509_key
 from broker.spiffe import TrustDomain
 from tests.unit.server.authority.world import DOMAIN
 from tests.unit.server.identity.world import world
@@ -134,6 +137,7 @@ async def test_what_nobody_could_verify_with_is_refused(here):
         published(jwt=(PublishedKey("kid", spki()), PublishedKey("kid", spki()))),
         published(x509=(PublishedKey("", b"no certificate"),)),
         published(jwt=long),
+        published(x509=tuple(PublishedKey("", AUTHORITY.certificate.public_bytes(Encoding.DER)) for _ in range(501))),
     ):
         (refused,) = await here.bundles.set([bad], "op")
         assert isinstance(refused, InvalidBundle), bad
@@ -158,6 +162,27 @@ async def test_they_outlive_the_process(tmp_path):
     async with world(tmp_path) as again:
         assert again.bundles.federated(OTHER) == bundle
         assert again.federated.trusted[OTHER].x509_authorities == bundle.checked().x509_authorities
+
+
+def test_a_certificate_that_fits_into_no_document_is_refused():
+    """Else the bundle endpoint could not write our bundle any more."""
+    key = ec.generate_private_key(ec.SECP256K1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "odd")])
+    builder = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
+    odd = (
+        builder.serial_number(1)
+        .not_valid_before(datetime(2026, 1, 1, tzinfo=UTC))
+        .not_valid_after(datetime(2036, 1, 1, tzinfo=UTC))
+        .sign(key, hashes.SHA256())
+    )
+    with pytest.raises(InvalidBundle):
+        x509_key(odd.public_bytes(Encoding.DER))
+
+
+def test_a_bundle_has_bounds(monkeypatch):
+    monkeypatch.setattr(bundle_rows, "MAX_KEY_BYTES", 100)
+    with pytest.raises(InvalidBundle):
+        published().checked()
 
 
 class TestAppended:

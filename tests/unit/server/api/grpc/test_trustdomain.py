@@ -166,5 +166,5 @@ async def test_refresh(service, here):
     request = trustdomain_pb2.RefreshBundleRequest(trust_domain="other.test")
     await service.RefreshBundle(request, None, OPERATOR)
     assert here.bundles.count() == 2
-    with pytest.raises(NotFound, match='no relationship with trust domain'):
+    with pytest.raises(NotFound, match="no relationship with trust domain"):
         await service.RefreshBundle(trustdomain_pb2.RefreshBundleRequest(trust_domain="c.test"), None, OPERATOR)
