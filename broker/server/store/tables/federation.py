@@ -63,7 +63,7 @@ class FederationWriting(FederationReading):
     def add_relationship(self, relationship: Relationship) -> None:
         """Add; Conflict(code="relationship_exists") when the trust domain has one."""
         try:
-            self._sql.run(_ADD, (relationship.trust_domain.name, *_values(relationship)))
+            self._sql.attempt(_ADD, (relationship.trust_domain.name, *_values(relationship)))
         except Duplicate:
             raise Conflict("federation relationship already exists", code="relationship_exists") from None
 
