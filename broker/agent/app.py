@@ -36,6 +36,7 @@ from broker.agent.svids import SvidKeeper
 from broker.agent.sync import Sync
 from broker.agent.trust import read_trust_bundle
 from broker.agent.upstream import Upstream
+from broker.agent.wire import ToldBundle
 from broker.agent.workloads import Freshness, Workloads
 from broker.attestation.catalogue import Catalogue
 from broker.attestation.contract import WorkloadAttestor
@@ -210,7 +211,7 @@ class Agent:
         self, channel: grpc.aio.Channel, attestors: tuple[WorkloadAttestor, ...], strengths: Strengths
     ) -> None:
         settings, cache, clock = self._settings, self.cache, self._clock
-        self.upstream = upstream = Upstream(channel)
+        self.upstream = upstream = Upstream(channel, lambda: self._dialer.lost)
         self.reports = SessionReports(upstream)
         self.sessions = sessions = Sessions(cache, clock, on_identities_ended=self.reports.ended)
         self.sync = Sync(
@@ -269,8 +270,9 @@ class Agent:
         # Shared spares are replaced now, failed rotations tried again.
         self.cache.ring_all()
 
-    def _bundle(self, bundle: Bundle) -> None:
-        self.node.follow(bundle)
+    def _bundle(self, told: ToldBundle) -> None:
+        self.node.follow(told.bundle, told.tainted)
+        self._dialer.recheck()
 
     def _watch_refused(self, error: BrokerError) -> None:
         if error.reason == "agent_not_active":

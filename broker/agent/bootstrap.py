@@ -7,6 +7,7 @@ first use. Whom the agent serves is not known here.
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime
 from typing import Final
 
@@ -67,6 +68,8 @@ class NodeIdentity:
         self._bundle = bundle
         self._reattestable = False
         self._renew_at: datetime | None = None
+        self._tainted: frozenset[x509.Certificate] = frozenset()
+        self._news = asyncio.Event()
 
     @property
     def bundles(self) -> BundleSet:
@@ -103,12 +106,18 @@ class NodeIdentity:
         self._hold(stored.tls, svid)
         return True
 
-    def follow(self, bundle: Bundle) -> None:
-        """Take over the trust domain's bundle as the server tells it over a verified connection, and store it."""
-        if bundle == self._bundle or not bundle.x509_authorities:
+    def follow(self, bundle: Bundle, tainted: frozenset[x509.Certificate] = frozenset()) -> None:
+        """Take over the trust domain's bundle as the server tells it over a verified connection, and store it.
+
+        An SVID of ours whose authority is ``tainted``, or gone, is renewed at once.
+        """
+        if not bundle.x509_authorities:
             return
-        self._bundle = bundle
-        self._keep()
+        is_new, self._bundle, self._tainted = bundle != self._bundle, bundle, tainted
+        if self._is_suspect():
+            self._news.set()
+        if is_new:
+            self._keep()
 
     async def attest(self, upstream: Upstream) -> None:
         """Prove this node and take the identity that the server gives; raises BrokerError."""
@@ -153,20 +162,23 @@ class NodeIdentity:
         self._on_change()
 
     async def keep(self, upstream: Upstream, chance: Callable[[], float]) -> None:
-        """Renew at half-life, and join again when the SVID is lost or has expired; runs until cancelled."""
+        """Renew at half-life or when its authority is tainted, and join again when the SVID is lost or has expired; runs until cancelled."""
         backoff = Backoff()
-        delay = CHECK_EVERY
+        delay = 0.0
         while True:
-            await asyncio.sleep(delay)
+            await self._woken(delay)
             now = self._clock.now()
             if self._renew_at is None and self._svid is not None:
                 self._renew_at = now + (self._svid.expires_at - now) * HALF_LIFE * (1 + JITTER * (2 * chance() - 1))
-            if self.tls is not None and self._renew_at is not None and now < self._renew_at:
+            if self.tls is not None and self._renew_at is not None and now < self._renew_at and not self._is_suspect():
+                # A short life is looked at more often; the wall clock may jump, so a long one is, too.
+                delay = min((self._renew_at - now).total_seconds(), CHECK_EVERY)
                 continue
             try:
                 await (self.renew(upstream) if self.tls is not None else self.attest(upstream))
                 backoff.reset()
-                delay = CHECK_EVERY
+                # Where the server has no better authority yet, asking again at once would not help.
+                delay = CHECK_EVERY if self._is_suspect() else 0.0
             except BrokerError as error:
                 self.refused(error)
                 _log.error(
@@ -176,6 +188,18 @@ class NodeIdentity:
                     hint=error.hint or "if it does not recover: give the agent a new join token",
                 )
                 delay = backoff.next()
+
+    async def _woken(self, delay: float) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(delay):
+                await self._news.wait()
+        self._news.clear()
+
+    def _is_suspect(self) -> bool:
+        if self._svid is None or self._bundle is None:
+            return False
+        authority = self._svid.authority
+        return authority in self._tainted or authority not in self._bundle.x509_authorities
 
     def refused(self, error: BrokerError) -> None:
         """Note what the server said of this agent: an identity that it no longer accepts is deleted at once."""

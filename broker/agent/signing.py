@@ -73,7 +73,7 @@ class Signing:
         """Give a new JWT-SVID for these audiences; raises as :meth:`x509`. ``timeout`` in seconds."""
         request = svid_pb2.NewJWTSVIDRequest(entry_id=entry.id, audience=audiences)
         response: svid_pb2.NewJWTSVIDResponse = await answered_once_more(
-            lambda: self._upstream.svid.NewJWTSVID(request, timeout=timeout)
+            lambda: self._upstream.svid.NewJWTSVID(request, timeout=timeout), self._upstream.lost
         )
         try:
             return self._jwt_holding(entry, audiences, response.svid.token)
@@ -116,7 +116,7 @@ class Signing:
         )
         try:
             response: svid_pb2.BatchNewX509SVIDResponse = await answered_once_more(
-                lambda: self._upstream.svid.BatchNewX509SVID(request, timeout=RPC_TIMEOUT)
+                lambda: self._upstream.svid.BatchNewX509SVID(request, timeout=RPC_TIMEOUT), self._upstream.lost
             )
             if len(response.results) != len(batch):
                 raise Unavailable("the server answered another number of requests than were asked")

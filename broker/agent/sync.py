@@ -18,7 +18,7 @@ from broker.agent.cache import EstateCache
 from broker.agent.upstream import Upstream
 from broker.errors import BrokerError, Invalid, Unavailable
 from broker.registry import Entry
-from broker.spiffe import Bundle, TrustDomain
+from broker.spiffe import TrustDomain
 from broker.telemetry.log import get_logger
 from broker.transport.rpc_errors import from_rpc_error
 
@@ -45,7 +45,7 @@ class Sync:
         cache: EstateCache,
         *,
         on_online: Callable[[], None],
-        on_bundle: Callable[[Bundle], None],
+        on_bundle: Callable[[wire.ToldBundle], None],
         on_refused: Callable[[BrokerError], None],
         silence: float = SILENCE,
     ) -> None:
@@ -123,7 +123,7 @@ class Sync:
         self._cache.replace(self._entries, self._bundles)
         self._entries, self._bundles, self._pages = [], [], 0
         self._advance(response)
-        self._on_bundle(own[0].bundle)
+        self._on_bundle(own[0])
         _log.info("estate_synced", entries=len(self._cache), cursor=self._cursor, store=self._store)
 
     def _take_delta(self, response: watch_pb2.WatchResponse) -> None:
@@ -143,7 +143,7 @@ class Sync:
         self._advance(response)
         for told in bundles:
             if told.bundle.trust_domain == self._cache.trust_domain:
-                self._on_bundle(told.bundle)
+                self._on_bundle(told)
 
     def _readable(self, messages: Iterable[entries_pb2.RegisteredEntry]) -> list[Entry]:
         entries: list[Entry] = []

@@ -21,6 +21,7 @@ T = TypeVar("T")
 
 QUICK_FAILURE: Final = 1.0  # seconds: a failure that took longer was no mere change of connections
 RECONNECT_PAUSE: Final = 0.05
+MAX_ATTEMPTS: Final = 4  # of one call: the agent's SVID and the server's may change one after the other
 RPC_TIMEOUT: Final = 30.0  # seconds: a server that accepts and never answers must not hold anything for longer
 
 AGENT: Final = ServiceBinding.of(agent_pb2.DESCRIPTOR, "Agent")
@@ -35,8 +36,9 @@ FEED: Final = ServiceBinding.of(feed_pb2.DESCRIPTOR, "Feed")
 class Upstream:
     """Stubs of every service that the agent uses."""
 
-    def __init__(self, channel: grpc.aio.Channel) -> None:
-        """Use this channel for all; nothing is sent yet."""
+    def __init__(self, channel: grpc.aio.Channel, lost: Callable[[], int] = lambda: 0) -> None:
+        """Use this channel for all; nothing is sent yet. ``lost`` counts the connections that went."""
+        self.lost = lost
         self.agent = Stub(channel, AGENT)
         self.bundle = Stub(channel, BUNDLE)
         self.svid = Stub(channel, SVID)
@@ -46,20 +48,24 @@ class Upstream:
         self.feed = Stub(channel, FEED)
 
 
-async def answered_once_more(call: Callable[[], Awaitable[T]]) -> T:
-    """As :func:`answered`, with a second attempt where the connection went: for calls that may be repeated.
+async def answered_once_more(call: Callable[[], Awaitable[T]], lost: Callable[[], int] = lambda: 0) -> T:
+    """As :func:`answered`, with another attempt where the connection went: for calls that may be repeated.
 
-    Each new SVID of the agent means a new connection, and what was under way on the old one is lost.
+    Each new SVID of the agent, or of the server, means a new connection, and what was under way on the old one is lost.
+    ``lost`` counts connections that went: while it grows, the call is made again, a few times.
     """
     loop = asyncio.get_running_loop()
-    began = loop.time()
-    try:
-        return await answered(call())
-    except Unavailable:
-        if loop.time() - began > QUICK_FAILURE:
-            raise
-    await asyncio.sleep(RECONNECT_PAUSE)
-    return await answered(call())
+    attempts = 0
+    while True:
+        began, before = loop.time(), lost()
+        try:
+            return await answered(call())
+        except Unavailable:
+            attempts += 1
+            is_quick = attempts == 1 and loop.time() - began <= QUICK_FAILURE
+            await asyncio.sleep(RECONNECT_PAUSE)
+            if attempts == MAX_ATTEMPTS or not (is_quick or lost() != before):
+                raise
 
 
 async def answered(call: Awaitable[T]) -> T:

@@ -15,6 +15,7 @@ from broker.cli.output import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, Format, re
 
 NOUNS: Final[Mapping[str, tuple[str, str]]] = {
     "agent": ("broker.cli.agent", "The node agent."),
+    "authority": ("broker.cli.authority", "The keys that sign: seen, and rotated by hand."),
     "bundle": ("broker.cli.bundle", "Trust bundles: the own, and those of other trust domains."),
     "config": ("broker.cli.config", "The settings of server and agent."),
     "demo": ("broker.cli.demo", "The whole story with real processes, in seconds."),

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from broker.client.authorities import Authorities
     from broker.client.bundles import Bundles
     from broker.client.calls import Caller
     from broker.client.dial import dial_socket
@@ -18,9 +19,21 @@ if TYPE_CHECKING:
     from broker.client.svids import Svids
     from broker.client.tasks import Tasks
 
-__all__ = ["Bundles", "Caller", "Entries", "Health", "Nodes", "Relationships", "Svids", "Tasks", "dial_socket"]
+__all__ = [
+    "Authorities",
+    "Bundles",
+    "Caller",
+    "Entries",
+    "Health",
+    "Nodes",
+    "Relationships",
+    "Svids",
+    "Tasks",
+    "dial_socket",
+]
 
 _MODULES = {
+    "Authorities": "authorities",
     "Bundles": "bundles",
     "Caller": "calls",
     "Entries": "entries",

@@ -1,13 +1,16 @@
 """The contract of a key: sign bytes, sign a certificate, show the public half, show nothing else."""
 
-from collections.abc import Iterable
-from typing import Final, Literal, Protocol
+from collections.abc import Callable, Iterable
+from typing import Final, Literal, Protocol, TypeAlias
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
 # One algorithm everywhere: every SPIFFE validator takes it, and there is nothing to negotiate (RFC 7518 §3.4).
 ALGORITHM: Final = "ES256"
+
+KeyName: TypeAlias = Callable[[ec.EllipticCurvePublicKey], str]
+"""Makes a key's name from its public half, where the name says which key it is."""
 
 
 class Signer(Protocol):
@@ -40,11 +43,15 @@ class Signer(Protocol):
         """Sign a complete certificate with ECDSA and SHA-256 (RFC 5280 §4.1.1.2)."""
         ...
 
+    def request(self, builder: x509.CertificateSigningRequestBuilder) -> x509.CertificateSigningRequest:
+        """Sign a certificate request, which proves that the key is held (RFC 2986)."""
+        ...
+
 
 class KeyManager(Protocol):
     """Makes keys and finds them again by name."""
 
-    def generate(self, key_id: str) -> Signer:
+    def generate(self, name: str | KeyName) -> Signer:
         """Make a P-256 key under a new name; ``Conflict`` when the name is taken."""
         ...
 

@@ -17,7 +17,6 @@ from broker._proto.service import handler
 from broker.audit.events import Event, FieldValue, Record
 from broker.clock import Clock, SystemClock
 from broker.errors import BrokerError, Misconfigured
-from broker.keys import MemoryKeys
 from broker.server import failpoints
 from broker.server.api.access import Access, Caller, LocalPeer, admit_local
 from broker.server.api.grpc import health
@@ -25,15 +24,15 @@ from broker.server.api.grpc.spire_details import detailed
 from broker.server.api.http.app import create_app
 from broker.server.api.http.discovery import Discovery
 from broker.server.authority.authorities import Authorities
-from broker.server.authority.rotation import Rotation, RotationRules
 from broker.server.authority.server_svid import ServerNames, ServerSvid
 from broker.server.bundle_endpoint import bundle_endpoint
 from broker.server.identity.federated import Federated
 from broker.server.identity_half import IdentityHalf, Service, identity_half
+from broker.server.key_room import key_room
 from broker.server.operations import Operations
 from broker.server.settings import ServerSettings
 from broker.server.store.ports import Store
-from broker.server.store.rows import AuthorityKind, Node
+from broker.server.store.rows import Node
 from broker.server.store.stores import open_store
 from broker.server.tasks.feed import announce_keys
 from broker.server.tasks_half import TasksHalf, tasks_half
@@ -107,10 +106,8 @@ async def _assemble(settings: ServerSettings, clock: Clock, stack: AsyncExitStac
     _make_directories(settings)
     store = await stack.enter_async_context(open_store(settings.database_url.get_secret_value(), clock=clock))
     workers = stack.enter_context(ThreadPoolExecutor(SIGNERS, thread_name_prefix="signing"))
-    keys = MemoryKeys()
-    authorities = Authorities(settings.trust_domain, keys)
-    rotation = Rotation(store, keys, authorities, clock, _rotation_rules(settings), on_task_keys=announce_keys(clock))
-    await rotation.settle()
+    room = await key_room(settings, store, clock, stack, on_task_keys=announce_keys(clock))
+    authorities = room.authorities
     svid = ServerSvid(
         authorities,
         clock,
@@ -120,9 +117,7 @@ async def _assemble(settings: ServerSettings, clock: Clock, stack: AsyncExitStac
         ttl=settings.agent_ttl,
     )
     svid.start()
-    identity = await identity_half(
-        settings, store, clock, authorities=authorities, workers=workers, metrics=running.metrics
-    )
+    identity = await identity_half(settings, store, clock, room=room, workers=workers, metrics=running.metrics)
     tasks: TasksHalf | None = None
     if "tasks" in settings.roles:
         tasks = await tasks_half(
@@ -144,7 +139,7 @@ async def _assemble(settings: ServerSettings, clock: Clock, stack: AsyncExitStac
     _keep_in_step(listener, authorities, identity)
     await store.write(lambda writer: writer.record(_started(settings, store.id, clock.now())))
     loops = [
-        rotation.run(),
+        *room.loops(),
         svid.run(),
         _housekeeping(store, clock),
         *identity.loops(),
@@ -300,13 +295,6 @@ async def _housekeeping(store: Store, clock: Clock) -> None:
 def _started(settings: ServerSettings, store_id: str, now: datetime) -> Record:
     fields: dict[str, FieldValue] = {"version": __version__, "store": store_id, "roles": sorted(settings.roles)}
     return Record(Event.SERVER_STARTED, now, "server", settings.trust_domain.name, fields)
-
-
-def _rotation_rules(settings: ServerSettings) -> RotationRules:
-    kinds: tuple[AuthorityKind, ...] = (AuthorityKind.X509, AuthorityKind.JWT)
-    if "tasks" in settings.roles:
-        kinds = (*kinds, AuthorityKind.TASK)
-    return RotationRules(settings.trust_domain, kinds, settings.ca_ttl)
 
 
 def _make_directories(settings: ServerSettings) -> None:

@@ -10,12 +10,13 @@ from broker._proto.service import ServiceBinding
 from broker.attestation.catalogue import Catalogue
 from broker.attestation.contract import Home, NodeServerAttestor, SettledAttestor
 from broker.clock import Clock
-from broker.server.api.grpc import agent, bundle, entries, entry, svid, trustdomain, watch
-from broker.server.authority.authorities import Authorities
+from broker.server.api.grpc import agent, bundle, entries, entry, local_authority, svid, trustdomain, watch
+from broker.server.api.grpc import authorities as authorities_api
 from broker.server.federation_settings import bootstrap, configured_relationships
 from broker.server.identity.admission import Admission
 from broker.server.identity.bundles import Bundles
 from broker.server.identity.directory import Directory
+from broker.server.identity.downstream import Downstream
 from broker.server.identity.endpoint_client import EndpointClient
 from broker.server.identity.entries import Entries
 from broker.server.identity.federated import Federated
@@ -25,6 +26,7 @@ from broker.server.identity.polling import Polling
 from broker.server.identity.relationships import Relationships
 from broker.server.identity.signing import Signing, SigningRules
 from broker.server.identity.watch import Watch
+from broker.server.key_room import KeyRoom
 from broker.server.settings import ServerSettings
 from broker.server.store.ports import Store
 from broker.telemetry.metrics import Metrics
@@ -49,15 +51,19 @@ class IdentityHalf:
     relationships: Relationships
     polling: Polling
     watch: Watch
+    downstream: Downstream
+    room: KeyRoom
 
     def services(self) -> Iterable[Service]:
         """Give each service with what serves it."""
         return (
             (agent.BINDING, agent.Agent(self.nodes, self.admission, self.join_tokens)),
-            (bundle.BINDING, bundle.Bundle(self.bundles)),
+            (bundle.BINDING, bundle.Bundle(self.bundles, self.downstream)),
             (entry.BINDING, entry.Entry(self.entries, self.directory, self.clock)),
             (entries.BINDING, entries.Entries(self.entries, self.clock)),
-            (svid.BINDING, svid.Svid(self.signing)),
+            (svid.BINDING, svid.Svid(self.signing, self.downstream)),
+            (local_authority.BINDING, local_authority.LocalAuthority(self.room.forced)),
+            (authorities_api.BINDING, authorities_api.Authorities(self.room.forced, self.room.replica)),
             (trustdomain.BINDING, trustdomain.TrustDomains(self.relationships, self.polling)),
             (watch.BINDING, watch.Watch(self.watch, self.nodes, self.store.id)),
         )
@@ -72,18 +78,19 @@ async def identity_half(
     store: Store,
     clock: Clock,
     *,
-    authorities: Authorities,
+    room: KeyRoom,
     workers: Executor,
     metrics: Metrics,
 ) -> IdentityHalf:
     """Make the use cases and load the directory; raises Misconfigured, Unavailable."""
+    authorities = room.authorities
     directory = Directory(clock)
     await directory.load(store)
     nodes = Nodes(store, directory, clock)
     federated = Federated(authorities, configured_relationships(settings))
     await federated.load(store)
     await bootstrap(settings, store, clock)
-    bundles = Bundles(store, authorities, federated, clock, settings.trust_domain)
+    bundles = Bundles(store, authorities, room.rotation, federated, clock, trust_domain=settings.trust_domain)
     client = EndpointClient(clock, settings.federation.web_ca_path)
     home = Home(settings.trust_domain, lambda: authorities.bundle)
     return IdentityHalf(
@@ -116,6 +123,16 @@ async def identity_half(
         relationships=Relationships(store, federated, clock, settings.trust_domain),
         polling=Polling(store, federated, clock, client.fetch, chance=random.SystemRandom().uniform),
         watch=Watch(store, directory, authorities, bundles, federated),
+        downstream=Downstream(
+            store,
+            authorities,
+            room.rotation,
+            room.upstream,
+            clock,
+            trust_domain=settings.trust_domain,
+            ca_ttl=settings.ca_ttl,
+        ),
+        room=room,
     )
 
 

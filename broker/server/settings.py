@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 from urllib.parse import quote
 
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_validator
+from pydantic import AfterValidator, Field, SecretStr, model_validator
 
 from broker.settings import AttestorTable, ProgramSettings, SpiffeIdText, Table, TrustDomainName, read
 from broker.settings import Duration as AnyDuration
@@ -44,12 +44,6 @@ def _store_url(value: SecretStr) -> SecretStr:
     return value
 
 
-def _memory_only(value: object) -> object:
-    if value == "disk":
-        raise ValueError('keys on disk are not built yet: leave manager = "memory"')
-    return value
-
-
 Duration = Annotated[AnyDuration, AfterValidator(_lives)]
 IssuerUrl = Annotated[str, AfterValidator(_issuer)]
 
@@ -66,9 +60,46 @@ class StoreSettings(Table):
 class KeySettings(Table):
     """Where private keys live."""
 
-    manager: Annotated[Literal["memory"], BeforeValidator(_memory_only)] = Field(
-        default="memory", description="memory: keys end with the process, a restart makes new authorities"
+    manager: Literal["memory", "disk"] = Field(
+        default="memory",
+        description="memory: keys end with the process, a restart makes new authorities;"
+        " disk: files that only the server's user can read, in keys in data_dir",
     )
+
+
+class DiskUpstreamSettings(Table):
+    """A signing certificate and its key in files."""
+
+    cert_file_path: Path = Field(description="PEM: the certificate that signs our authorities, then those above it")
+    key_file_path: Path = Field(description="PEM, PKCS#8, readable by the server's user only: its key")
+    bundle_file_path: Path | None = Field(
+        default=None,
+        description="PEM: the roots that workloads trust; unset: cert_file_path ends with its root."
+        " Take a revoked root out of it",
+    )
+
+
+class ServerUpstreamSettings(Table):
+    """Another SPIFFE server of the same trust domain, such as SPIRE's: this one is nested below it."""
+
+    server_address: str = Field(min_length=1, description="host of the upstream server")
+    server_port: int = Field(default=8443, ge=1, le=65535, description="its port; SPIRE's is 8081")
+    workload_api_socket: Path = Field(
+        description="the Workload API of an agent of the upstream server, where this server's entry says downstream"
+    )
+
+
+class UpstreamSettings(Table):
+    """Who stands above this server's X.509 authorities; nobody, unless one table is given."""
+
+    disk: DiskUpstreamSettings | None = Field(default=None, description="a certificate and its key in files")
+    spire: ServerUpstreamSettings | None = Field(default=None, description="another server, which this one is below")
+
+    @model_validator(mode="after")
+    def _one_at_most(self) -> "UpstreamSettings":
+        if self.disk is not None and self.spire is not None:
+            raise ValueError("there is one upstream authority at most: disk or spire")
+        return self
 
 
 class OperationsSettings(Table):
@@ -208,6 +239,7 @@ class ServerSettings(ProgramSettings):
     allow_failpoints: bool = Field(default=False, description="for fault tests only: honour BROKER_FAILPOINTS")
     store: StoreSettings = Field(default=StoreSettings(), description="the store")
     keys: KeySettings = Field(default=KeySettings(), description="the key manager")
+    upstream: UpstreamSettings = Field(default=UpstreamSettings(), description="who stands above our authorities")
     operations: OperationsSettings = Field(default=OperationsSettings(), description="metrics and health")
     attestors: AttestorSettings = Field(default=AttestorSettings(), description="node attestors")
     federation: FederationSettings = Field(default=FederationSettings(), description="other trust domains")

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import cast
 
 import grpc.aio
+from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 from typing_extensions import override
 
@@ -96,6 +97,8 @@ class SpiffeDialer:
         self._parent = directory
         self._buffer = memoryview(bytearray(CHUNK))
         self._open: dict[Splice, asyncio.Task[None] | None] = {}
+        self._judged_by: dict[Splice, x509.Certificate] = {}
+        self._lost = 0
         self._emptied = asyncio.Event()
         self._lifetimes = Lifetimes(clock)
         self._last_error: str | None = None
@@ -108,10 +111,23 @@ class SpiffeDialer:
         """Why the last connection could not be made, in words for a log; None after a success."""
         return self._last_error
 
+    @property
+    def lost(self) -> int:
+        """How many connections to the server have ended, whoever ended them: what was under way on them is lost."""
+        return self._lost
+
     def reconnect(self) -> None:
         """Drop the current TLS connections: the next call makes one with the identity and bundles of then."""
         for splice in list(self._open):
             splice.abort()
+
+    def recheck(self) -> None:
+        """Drop the connections to a server whose authority is no longer in the bundle. Call on a bundle change."""
+        bundle = self._bundles().get(self._expect.trust_domain)
+        trusted = frozenset(bundle.x509_authorities) if bundle else frozenset()
+        for splice, authority in list(self._judged_by.items()):
+            if authority not in trusted:
+                splice.abort()
 
     async def __aenter__(self) -> grpc.aio.Channel:
         """Open the private socket and the channel; no connection is made before the first call."""
@@ -206,10 +222,13 @@ class SpiffeDialer:
             shown = peer.svid.id if isinstance(peer, SvidPeer) else "nobody"
             raise InvalidSvid(f"the server is {shown}, not {self._expect}", code="server_unexpected")
         lifetimes.append(self._lifetimes.add(peer.svid.expires_at, splice.abort))
+        self._judged_by[splice] = peer.svid.authority
         return splice.back
 
     def _ended(self, splice: Splice, lifetimes: list[int]) -> None:
         self._open.pop(splice, None)
+        if self._judged_by.pop(splice, None) is not None:
+            self._lost += 1
         if splice.ended_by is splice.back and not splice.back.spoke:
             self._last_error = "the server closed the connection after the handshake: it may refuse our certificate"
         if not self._open:

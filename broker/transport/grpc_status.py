@@ -31,17 +31,20 @@ _TABLE: tuple[tuple[type[BrokerError], grpc.StatusCode], ...] = (
     (Conflict, grpc.StatusCode.ALREADY_EXISTS),
     (Unavailable, grpc.StatusCode.UNAVAILABLE),
 )
-_BY_CODE: Mapping[str, grpc.StatusCode] = {
+_BY_REASON: Mapping[str, grpc.StatusCode] = {
     "stale_version": grpc.StatusCode.ABORTED,
     "bundle_in_use": grpc.StatusCode.FAILED_PRECONDITION,
+    "upstream_above": grpc.StatusCode.FAILED_PRECONDITION,
+    "no_upstream": grpc.StatusCode.FAILED_PRECONDITION,
 }
+"""What a class alone does not say: the configuration, or the order of things, forbids it to everybody."""
 
 
 def status_code(error: BrokerError) -> grpc.StatusCode:
     """Give the gRPC status of an error; the most general one is INTERNAL."""
-    by_code = _BY_CODE.get(error.reason)
-    if by_code is not None:
-        return by_code
+    by_reason = _BY_REASON.get(error.reason)
+    if by_reason is not None:
+        return by_reason
     return next((code for kind, code in _TABLE if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
 
 

@@ -8,6 +8,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from pathlib import Path
 
 import jwt as pyjwt
@@ -170,6 +171,8 @@ class FakeServer:
         self.port = 0
         self._changed = asyncio.Condition()
         self._watchers: list[asyncio.Queue[watch_pb2.WatchResponse]] = []
+        # As the real one does: another authority, another SVID.
+        self._identity = lru_cache(lambda ca: ca.identity(SERVER_ID))
 
     async def __aenter__(self):
         self.index: CallerIndex[TlsPeer] = CallerIndex()
@@ -185,12 +188,11 @@ class FakeServer:
             self.directory / f"g{secrets.token_hex(3)}" / "s", [handler(one, self, guard) for one in bindings]
         )
         await self.grpc.start()
-        identity = self.ca.identity(SERVER_ID)
         self.listener = TlsListener(
             host="127.0.0.1",
             port=self.port,
             context=lambda: server_context(
-                identity,
+                self._identity(self.ca),
                 [one.root.public_bytes(Encoding.DER) for one in (self.ca, *self.more_authorities)],
                 client="optional",
             ),

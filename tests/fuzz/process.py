@@ -18,7 +18,7 @@ with engine.instrumented(__name__):
 
 START = 123456
 REST = b"S " + b" ".join(b"%d" % number for number in range(1, 19)) + b" %d 0 0\n" % START
-IDS = b"Uid:\t1\t2\t3\t4\nGid:\t5\t6\t7\t8\nFDSize:\t64\nGroups:\t9 10 \nNStgid:\t1\n"
+IDS = b"Pid:\t7\nUid:\t1\t2\t3\t4\nGid:\t5\t6\t7\t8\nFDSize:\t64\nGroups:\t9 10 \nNStgid:\t1\n"
 WHOLE = b"\0".join((b"7 (sleep) " + REST, b"Name:\tsleep\nUmask:\t0022\nState:\tS (sleeping)\n" + IDS))
 SEEDS = (
     WHOLE,

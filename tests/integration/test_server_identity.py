@@ -549,7 +549,7 @@ async def test_the_program_ends_when_it_is_told_and_leaves_no_core(estate):
     [
         ({"BROKER_FAILPOINTS": "x=exit"}, b"failpoints_not_allowed"),
         ({"BROKER_SERVER__ROLES": '["tasks"]'}, b"roles_not_supported"),
-        ({"BROKER_SERVER__KEYS__MANAGER": "disk"}, b"misconfigured: server.keys.manager"),
+        ({"BROKER_SERVER__KEYS__MANAGER": "paper"}, b"misconfigured: server.keys.manager"),
     ],
 )
 async def test_the_program_does_not_start_with_what_it_cannot_keep(estate, environ, code):

@@ -203,7 +203,7 @@ async def test_a_leaf_of_a_signed_by_b_is_refused_at_the_port(short: Path) -> No
         A.issue("https://a.example/agent"),
         A.issue("spiffe://a.example"),
         A.issue("/agent", lifetime=-dt.timedelta(minutes=1)),
-        A.issue("/agent", age=-dt.timedelta(minutes=5)),
+        A.issue("/agent", age=-dt.timedelta(minutes=50)),  # made when tests are collected: long before they run
         Authority("a.example").issue("/agent"),
         Authority("c.example").issue("/agent"),
     ],

@@ -45,6 +45,7 @@ _OPEN: Final = frozenset({Role.ANY})
 _OPERATORS: Final = frozenset({Role.LOCAL, Role.ADMIN})
 _LOCAL: Final = frozenset({Role.LOCAL})
 _AGENTS: Final = frozenset({Role.AGENT})
+_DOWNSTREAM: Final = frozenset({Role.DOWNSTREAM})
 _LISTENERS: Final = frozenset({Role.PEER, Role.LOCAL})
 
 
@@ -57,6 +58,7 @@ _BUNDLE = "spire.api.server.bundle.v1.Bundle"
 _ENTRY = "spire.api.server.entry.v1.Entry"
 _TRUST_DOMAIN = "spire.api.server.trustdomain.v1.TrustDomain"
 _SVID = "spire.api.server.svid.v1.SVID"
+_LOCAL_AUTHORITY = "spire.api.server.localauthority.v1.LocalAuthority"
 
 METHODS: Final[Mapping[str, frozenset[Role]]] = {
     **_lines(_AGENT, _OPEN, "AttestAgent"),
@@ -79,6 +81,18 @@ METHODS: Final[Mapping[str, frozenset[Role]]] = {
     **_lines(_ENTRY, _AGENTS, "GetAuthorizedEntries", "SyncAuthorizedEntries"),
     **_lines(_SVID, _OPERATORS, "MintX509SVID", "MintJWTSVID"),
     **_lines(_SVID, _AGENTS, "BatchNewX509SVID", "NewJWTSVID"),
+    **_lines(_SVID, _DOWNSTREAM, "NewDownstreamX509CA"),
+    **_lines(_BUNDLE, _DOWNSTREAM, "PublishJWTAuthority"),
+    **_lines(
+        _LOCAL_AUTHORITY, _OPERATORS,
+        "GetJWTAuthorityState", "PrepareJWTAuthority", "ActivateJWTAuthority", "TaintJWTAuthority",
+        "RevokeJWTAuthority", "GetX509AuthorityState", "PrepareX509Authority", "ActivateX509Authority",
+        "TaintX509Authority", "RevokeX509Authority", "TaintX509UpstreamAuthority", "RevokeX509UpstreamAuthority",
+    ),
+    **_lines(
+        "broker.server.v1.Authorities", _OPERATORS,
+        "ListAuthorities", "PrepareAuthority", "ActivateAuthority", "TaintAuthority", "RevokeAuthority",
+    ),
     **_lines(
         _TRUST_DOMAIN, _OPERATORS,
         "ListFederationRelationships", "GetFederationRelationship", "BatchCreateFederationRelationship",

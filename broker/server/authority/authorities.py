@@ -9,21 +9,31 @@ from types import MappingProxyType
 from typing import Final, TypeVar
 
 from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import load_der_public_key
 
 from broker.errors import Misconfigured, NotFound, Unavailable
 from broker.keys import KeyManager, Signer
 from broker.server.authority.jwt import JwtAuthority
+from broker.server.authority.profile import issuer_key_id
 from broker.server.authority.x509 import X509Authority
-from broker.server.store.bundle_rows import jwt_public_key
-from broker.server.store.rows import AuthorityKind, AuthorityRow, AuthorityState
+from broker.server.store.rows import (
+    AdoptedAuthority,
+    AuthorityKind,
+    AuthorityRow,
+    AuthorityState,
+    Published,
+    Source,
+)
 from broker.spiffe import Bundle, BundleSet, TrustDomain
+from broker.spiffe.certificates import split_der
+from broker.spiffe.jose import PublicKey
 
 REFRESH_HINT: Final = 300
 """Seconds between two looks of a federated trust domain at our bundle; our own agents are told at once."""
 
 T = TypeVar("T")
+BundleKey = AuthorityRow | AdoptedAuthority
 PublicKeys = Mapping[str, ec.EllipticCurvePublicKey]
 
 
@@ -33,7 +43,10 @@ class Authorities:
     def __init__(self, trust_domain: TrustDomain, keys: KeyManager) -> None:
         self._trust_domain = trust_domain
         self._keys = keys
-        self._rows: tuple[AuthorityRow, ...] = ()
+        self._published = Published()
+        self._anchors: tuple[BundleKey, ...] = ()
+        self._jwt_keys: tuple[BundleKey, ...] = ()
+        self._tainted: frozenset[x509.Certificate] = frozenset()
         self._bundle = Bundle(trust_domain)
         self._bundles = BundleSet.of(self._bundle)
         self._task_keys: PublicKeys = MappingProxyType({})
@@ -44,8 +57,27 @@ class Authorities:
 
     @property
     def rows(self) -> tuple[AuthorityRow, ...]:
-        """All published authorities, of every kind and state."""
-        return self._rows
+        """The authorities of all replicas, of every kind and state."""
+        return self._published.authorities
+
+    @property
+    def published(self) -> Published:
+        """All that stands in the bundle, or signs."""
+        return self._published
+
+    @property
+    def x509_keys(self) -> "tuple[BundleKey, ...]":
+        """The X.509 authorities of the bundle, adopted ones included."""
+        return self._anchors
+
+    @property
+    def jwt_keys(self) -> "tuple[BundleKey, ...]":
+        """The JWT authorities of the bundle, adopted ones included."""
+        return self._jwt_keys
+
+    def is_tainted(self, authority: x509.Certificate) -> bool:
+        """Tell whether nothing that this authority of the bundle vouches for should stay in use."""
+        return authority in self._tainted
 
     @property
     def bundle(self) -> Bundle:
@@ -73,23 +105,29 @@ class Authorities:
         """Give every published task-token key by its ``kid``: prepared, active and old."""
         return self._task_keys
 
-    def replace(self, rows: Iterable[AuthorityRow], sequence: int) -> None:
-        """Take in what was committed, and tell the listeners if anything is new."""
-        fresh = tuple(rows)
-        if fresh == self._rows and sequence == self._bundle.sequence:
+    def replace(self, published: Published) -> None:
+        """Take in what was committed, and tell the listeners if anything is new; raises Misconfigured (``key_mismatch``)."""
+        before = self._published
+        if published.authorities == before.authorities and published.adopted == before.adopted:
+            # That a replica lives is news to the plan alone.
+            self._published = published
             return
-        self._rows = fresh
+        rows = published.authorities
+        x509_keys = _bundle_keys(published, AuthorityKind.X509)
+        jwt_keys = _bundle_keys(published, AuthorityKind.JWT)
+        anchors = {row.id: x509.load_der_x509_certificate(row.public) for row in x509_keys}
+        self._choose_signers(rows)
+        self._published, self._anchors, self._jwt_keys = published, x509_keys, jwt_keys
+        self._tainted = frozenset(anchors[row.id] for row in x509_keys if row.tainted)
         self._bundle = Bundle(
             self._trust_domain,
-            tuple(x509.load_der_x509_certificate(row.public) for row in fresh if row.kind is AuthorityKind.X509),
-            # Appended ones may be of another kind than those that are made here.
-            {row.id: jwt_public_key(row.public) for row in fresh if row.kind is AuthorityKind.JWT},
-            sequence=sequence,
+            tuple(anchors.values()),
+            {row.id: jwt_key(row) for row in jwt_keys},
+            sequence=published.sequence,
             refresh_hint=REFRESH_HINT,
         )
         self._bundles = BundleSet.of(self._bundle)
-        self._task_keys = MappingProxyType(public_keys(fresh, AuthorityKind.TASK))
-        self._choose_signers(fresh)
+        self._task_keys = MappingProxyType(public_keys(rows, AuthorityKind.TASK))
         for listener in tuple(self._listeners):
             listener()
 
@@ -101,11 +139,12 @@ class Authorities:
         active = {row.kind: row for row in rows if row.state is AuthorityState.ACTIVE and self._is_held(row)}
         x509_row, jwt_row = active.get(AuthorityKind.X509), active.get(AuthorityKind.JWT)
         task_row = active.get(AuthorityKind.TASK)
-        self._x509 = (
-            None if x509_row is None else X509Authority.of(x509_row.id, x509_row.public, self._signer(x509_row))
-        )
+        self._x509 = None if x509_row is None else self._x509_authority(x509_row)
         self._jwt = None if jwt_row is None else JwtAuthority(jwt_row.id, jwt_row.not_after, self._signer(jwt_row))
         self._task = None if task_row is None else self._signer(task_row)
+
+    def _x509_authority(self, row: AuthorityRow) -> X509Authority:
+        return X509Authority.of(row.id, row.public, self._signer(row), row.chain, is_root=not row.upstream)
 
     def _is_held(self, row: AuthorityRow) -> bool:
         return row.id in self._keys.ids()
@@ -117,6 +156,31 @@ class Authorities:
         if signer.public_key != _public_key(row):
             raise Misconfigured(f"the key {row.id} is not the one that was published", code="key_mismatch")
         return signer
+
+
+def root_key_id(row: AuthorityRow) -> str:
+    """Give the key identifier (hex) of the root above an authority: its issuer's, or that of the chain's last."""
+    if not row.chain:
+        return row.upstream
+    return issuer_key_id(x509.load_der_x509_certificate(split_der(row.chain)[-1]))
+
+
+def jwt_key(row: BundleKey) -> PublicKey:
+    """Read a published JWT key; raises NotFound for one of a kind that JWT-SVIDs do not have."""
+    key = load_der_public_key(row.public)
+    if not isinstance(key, ec.EllipticCurvePublicKey | rsa.RSAPublicKey):
+        raise NotFound(f"the published key {row.id} is neither EC nor RSA", code="key_not_found")
+    return key
+
+
+def _bundle_keys(published: Published, kind: AuthorityKind) -> tuple[BundleKey, ...]:
+    """Give what the bundle holds of one kind: below an upstream authority, roots instead of our own certificates."""
+    keys: list[BundleKey] = [row for row in published.authorities if row.kind is kind and not row.upstream]
+    ours = {row.id for row in keys}
+    keys += [
+        row for row in published.adopted if row.kind is kind and row.source is not Source.REVOKED and row.id not in ours
+    ]
+    return tuple(keys)
 
 
 def public_keys(rows: Iterable[AuthorityRow], kind: AuthorityKind) -> dict[str, ec.EllipticCurvePublicKey]:

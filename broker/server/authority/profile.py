@@ -14,7 +14,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from broker.errors import Unavailable
+from broker.errors import Invalid, Refused, Unavailable
 from broker.spiffe import SpiffeId, TrustDomain
 
 BACKDATE: Final = timedelta(seconds=30)
@@ -23,6 +23,8 @@ SERIAL_BITS: Final = 128
 """Random bits of a serial number; at most 159 fit into its 20 octets (RFC 5280 §4.1.2.2)."""
 MAX_COMMON_NAME: Final = 64
 """``ub-common-name`` (RFC 5280, appendix A.1)."""
+NESTING: Final = 4
+"""Authorities that may stand below one of ours: with leaf and root that is still within what verifiers take in a chain."""
 
 PublicKey = ec.EllipticCurvePublicKey | rsa.RSAPublicKey
 
@@ -67,19 +69,28 @@ class Validity:
 
 @dataclass(frozen=True, slots=True)
 class Issuer:
-    """What a leaf says of the authority that signs it, computed once per authority."""
+    """What a certificate says of the authority that signs it, computed once per authority.
+
+    ``validity`` ends with the first certificate of its chain to end. ``path_length`` None: without limit.
+    """
 
     name: x509.Name
     key_identifier: x509.Extension[x509.ExtensionType]
     validity: Validity
+    trust_domain: TrustDomain | None = None
+    path_length: int | None = None
 
     @classmethod
-    def of(cls, authority: x509.Certificate) -> "Issuer":
-        """Read the name, key identifier and life of an authority's certificate."""
+    def of(cls, authority: x509.Certificate, above: Sequence[x509.Certificate] = ()) -> "Issuer":
+        """Read an authority's certificate, and the life of those above it."""
         ski = authority.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
         aki = x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(ski)
-        life = Validity(authority.not_valid_before_utc, authority.not_valid_after_utc)
-        return cls(authority.subject, _extension(aki, critical=False), life)
+        life = Validity(
+            max(one.not_valid_before_utc for one in (authority, *above)),
+            min(one.not_valid_after_utc for one in (authority, *above)),
+        )
+        length = authority.extensions.get_extension_for_class(x509.BasicConstraints).value.path_length
+        return cls(authority.subject, _extension(aki, critical=False), life, _trust_domain(authority), length)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +102,30 @@ class Leaf:
     validity: Validity
     dns_names: Sequence[str] = ()
     ip_addresses: Sequence[ipaddress.IPv4Address | ipaddress.IPv6Address] = ()
+
+
+def key_identifier(key: ec.EllipticCurvePublicKey | rsa.RSAPublicKey) -> str:
+    """Name a key by its identifier in hex (RFC 5280 §4.2.1.2, method 1): what SPIRE calls an X.509 authority by."""
+    return x509.SubjectKeyIdentifier.from_public_key(key).digest.hex()
+
+
+def subject_key_id(certificate: x509.Certificate) -> str:
+    """Give a certificate's key identifier in hex, as it says or as its key has it."""
+    try:
+        return certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value.digest.hex()
+    except x509.ExtensionNotFound:
+        key = certificate.public_key()
+        assert isinstance(key, ec.EllipticCurvePublicKey | rsa.RSAPublicKey)
+        return key_identifier(key)
+
+
+def issuer_key_id(certificate: x509.Certificate) -> str:
+    """Give the key identifier of a certificate's issuer in hex; empty when it does not say."""
+    try:
+        found = certificate.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value.key_identifier
+    except x509.ExtensionNotFound:
+        return ""
+    return found.hex() if found else ""
 
 
 def serial_number(random_bits: int) -> int:
@@ -122,26 +157,71 @@ def leaf_validity(now: datetime, ttl: timedelta, authority: Validity) -> Validit
     return Validity(max(start - BACKDATE, authority.not_before), end)
 
 
+def life_of(certificate_der: bytes) -> Validity:
+    """Read a certificate's life."""
+    certificate = x509.load_der_x509_certificate(certificate_der)
+    return Validity(certificate.not_valid_before_utc, certificate.not_valid_after_utc)
+
+
 def authority_certificate(
     trust_domain: TrustDomain, key: ec.EllipticCurvePublicKey, serial: int, validity: Validity, *, path_length: int
 ) -> x509.CertificateBuilder:
     """Describe a self-signed authority: its SPIFFE ID is the trust domain's (X5-06, X5-07, X5-09, X5-13)."""
+    name = _authority_name(trust_domain, serial)
+    extensions = _authority_extensions(trust_domain, key, path_length)
+    return _build((name, name), key, serial, validity, extensions)
+
+
+def intermediate_certificate(
+    trust_domain: TrustDomain, key: PublicKey, serial: int, validity: Validity, issuer: Issuer, *, unit: str = ""
+) -> x509.CertificateBuilder:
+    """Describe an authority below another: one path length less, never longer-lived; raises Refused where none may be.
+
+    ``unit``: an organizational unit for its name, as SPIRE gives downstream authorities.
+    """
+    if issuer.path_length == 0:
+        raise Refused(
+            "the authority allows no other below it",
+            code="path_length",
+            hint="prepare and activate a new one, or have the upstream authority's path length raised",
+        )
+    length = NESTING if issuer.path_length is None else min(issuer.path_length, NESTING + 1) - 1
+    name = _authority_name(trust_domain, serial, unit)
+    extensions = [*_authority_extensions(trust_domain, key, length), issuer.key_identifier]
+    return _build((name, issuer.name), key, serial, validity, extensions)
+
+
+def _authority_name(trust_domain: TrustDomain, serial: int, unit: str = "") -> x509.Name:
     # The serial number in the name keeps the names of two authorities apart: a verifier that looks issuers up by name
     # would otherwise have to try each.
-    name = x509.Name(
+    units = [x509.NameAttribute(NameOID.ORGANIZATIONAL_UNIT_NAME, unit)] if unit else []
+    return x509.Name(
         [
             x509.NameAttribute(NameOID.ORGANIZATION_NAME, "SPIFFE"),
+            *units,
             x509.NameAttribute(NameOID.COMMON_NAME, trust_domain.name[:MAX_COMMON_NAME]),
             x509.NameAttribute(NameOID.SERIAL_NUMBER, f"{serial:032x}"),
         ]
     )
-    extensions = [
+
+
+def _authority_extensions(
+    trust_domain: TrustDomain, key: PublicKey, path_length: int
+) -> list[x509.Extension[x509.ExtensionType]]:
+    return [
         _extension(x509.BasicConstraints(ca=True, path_length=path_length), critical=True),
         _CA_USAGE,
         _extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False),
         _extension(x509.SubjectAlternativeName([x509.UniformResourceIdentifier(str(trust_domain.id))]), critical=False),
     ]
-    return _build((name, name), key, serial, validity, extensions)
+
+
+def _trust_domain(authority: x509.Certificate) -> TrustDomain | None:
+    try:
+        names = authority.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        return SpiffeId(names.get_values_for_type(x509.UniformResourceIdentifier)[0]).trust_domain
+    except (x509.ExtensionNotFound, IndexError, Invalid):
+        return None
 
 
 def leaf_subject(leaf: Leaf) -> x509.Name:

@@ -1,103 +1,215 @@
-"""Carries out the plan: makes keys, publishes them, lets them take over, forgets them.
+"""Carries out the plan: makes keys, publishes them, lets them take over, forgets them, and follows who stands above.
 
-Every step is one transaction, and nothing signs before the commit that published it. A process that dies between two
-steps leaves rows that the next process's plan deals with; keys that were never published die with it.
+Nothing signs before the commit that published it. A process that dies between two steps leaves rows that the next
+process's plan deals with; a key that was never published, or whose row is gone, never signs and is forgotten.
 """
 
 import asyncio
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Final
 
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from broker.audit.events import Event, Record
+from broker.audit.events import Event, FieldValue
 from broker.clock import Clock
-from broker.errors import BrokerError
+from broker.errors import BrokerError, Conflict, Unavailable
 from broker.keys import KeyManager, Signer
-from broker.server.authority import profile, x509
-from broker.server.authority.authorities import Authorities, PublicKeys, public_keys
-from broker.server.authority.plan import Activate, Prepare, Prune, Retire, Step, next_due, plan
+from broker.server import failpoints
+from broker.server.authority import profile
+from broker.server.authority.authorities import root_key_id
+from broker.server.authority.journal import CHANGE_KIND, SERVER, Journal, activate, find
+from broker.server.authority.plan import (
+    LEASE,
+    Activate,
+    Prepare,
+    Prune,
+    Retire,
+    Standing,
+    Step,
+    next_due,
+    plan,
+)
+from broker.server.authority.upstream import Minted, PublicJwtKey, Upstream
 from broker.server.store.ports import Store, Writer
-from broker.server.store.rows import AuthorityKind, AuthorityRow, AuthorityState
+from broker.server.store.rows import (
+    AdoptedAuthority,
+    AuthorityKind,
+    AuthorityRow,
+    AuthorityState,
+    Change,
+    Source,
+)
 from broker.spiffe import TrustDomain
 from broker.telemetry.log import get_logger
 
 CHECK_EVERY: Final = 10.0
-"""Seconds between two looks at the wall clock: it may jump, and a suspended machine may sleep through a due time."""
+"""Seconds between two looks at the wall clock: it may jump, and a suspended machine may sleep through a due time.
+Also between two heartbeats of a replica."""
+FOLLOW_EVERY: Final = 5.0
+"""Seconds between two looks at what is published above: SPIRE's own."""
 RETRY_AFTER: Final = 1.0
-"""Seconds until the next try when the store is unavailable."""
+"""Seconds until the next try when the store, or who stands above, is unavailable."""
+SHORTEST: Final = 0.05
 AUTHORITY_ID_BYTES: Final = 16
-"""Random bytes of an authority's id, which is also the ``kid``: no two servers ever choose the same."""
-CHANGE_KIND: Final = "bundle"
-"""The change log's word for: the published authorities have changed."""
+"""Random bytes of the id of a JWT or task-token authority, which is its ``kid``: no two servers ever choose the same."""
 
 log = get_logger("authority")
-TaskKeysHook = Callable[[Writer, PublicKeys], None]
 
 
 @dataclass(frozen=True, slots=True)
 class RotationRules:
-    """Which kinds this replica signs with, and how long an authority lives."""
+    """Which replica this is, the kinds that it signs with, and how long an authority lives."""
 
     trust_domain: TrustDomain
     kinds: tuple[AuthorityKind, ...]
     ttl: timedelta
+    replica: str
 
 
 class Rotation:
     """Keeps the authorities of this replica in step with the plan."""
 
     def __init__(
-        self,
-        store: Store,
-        keys: KeyManager,
-        authorities: Authorities,
-        clock: Clock,
-        rules: RotationRules,
-        *,
-        on_task_keys: TaskKeysHook | None = None,
+        self, journal: Journal, keys: KeyManager, upstream: Upstream, clock: Clock, rules: RotationRules
     ) -> None:
-        """``on_task_keys`` runs inside the transaction that changes the set of published task-token keys."""
-        self._store = store
+        self._journal = journal
         self._keys = keys
-        self._authorities = authorities
+        self._upstream = upstream
         self._clock = clock
         self._rules = rules
-        self._on_task_keys = on_task_keys
+        self._turn = asyncio.Lock()
+        self._news = asyncio.Event()
+
+    @property
+    def rules(self) -> RotationRules:
+        """What it goes by."""
+        return self._rules
+
+    def follow(self, store: Store) -> None:
+        """Learn from the store what other replicas change, from now on."""
+
+        def told(changes: Sequence[Change]) -> None:
+            if any(change.kind == CHANGE_KIND for change in changes):
+                self._news.set()
+
+        store.subscribe(told)
+
+    async def start(self) -> None:
+        """Settle until each kind has an active authority, which beside other replicas takes a few seconds.
+
+        Raises Unavailable, and Misconfigured for a key that is not the published one.
+        """
+        await self._beat()
+        await self._journal.refresh()
+        self._forget_strays()
+        await self.settle()
+        while not self._is_complete():
+            await asyncio.sleep(self._pause())
+            await self.settle()
 
     async def settle(self) -> None:
-        """Take every step that is due; afterwards each kind has an active authority. Raises Unavailable."""
-        await self._refresh()
-        while steps := self._due():
-            for step in steps:
-                await self._take(step)
+        """Take every step that is due; raises Unavailable."""
+        async with self._turn:
+            await self._journal.refresh()
+            while steps := self._due():
+                for step in steps:
+                    # Who was faster has changed the rows: the next plan sees them.
+                    with suppress(Conflict):
+                        await self._take(step)
 
     async def run(self) -> None:
         """Settle again and again, until cancelled."""
         while True:
             try:
+                await self._beat()
                 await self.settle()
-                await asyncio.sleep(self._pause())
+                await self._wait(self._pause())
             except BrokerError as error:
                 log.warning("authority_rotation_failed", code=error.reason, error=error.message)
                 await asyncio.sleep(RETRY_AFTER)
 
+    async def run_following(self) -> None:
+        """Keep our bundle as whoever stands above has it, until cancelled."""
+        while True:
+            try:
+                found = await self._upstream.bundle()
+                if found is None:
+                    return
+                await self.adopt(found, all_from_above=True)
+                await asyncio.sleep(FOLLOW_EVERY)
+            except BrokerError as error:
+                log.warning("upstream_not_followed", code=error.reason, error=error.message)
+                await asyncio.sleep(RETRY_AFTER)
+
+    async def adopt(
+        self, rows: Iterable[AdoptedAuthority], *, all_from_above: bool = False, actor: str = SERVER
+    ) -> None:
+        """Put authorities into the bundle that are not ours; with ``all_from_above`` drop what is not among them."""
+        wanted = {(row.kind, row.id): row for row in rows}
+        if not _differs(self._journal.published.adopted, wanted, all_from_above=all_from_above):
+            return
+
+        def alter(writer: Writer) -> bool:
+            return _adopt(writer, wanted, all_from_above=all_from_above)
+
+        name = self._rules.trust_domain.name
+        fields: dict[str, FieldValue] = {"trust_domain": name, "reason": "adopted"}
+        await self._journal.commit(Event.BUNDLE_CHANGED, AuthorityKind.X509, name, alter, actor=actor, fields=fields)
+        # A tainted root has to be left at once.
+        self._news.set()
+
+    async def prepare(self, kind: AuthorityKind, actor: str) -> AuthorityRow:
+        """Make and publish a successor now, in the place of one that is prepared already; raises Unavailable."""
+        async with self._turn:
+            return await self._prepare(kind, actor=actor)
+
+    async def activate(self, row: AuthorityRow, actor: str) -> None:
+        """Let a prepared authority take over now; raises Conflict, Unavailable."""
+        async with self._turn:
+            await self._activate(row, actor=actor)
+
     def _due(self) -> tuple[Step, ...]:
+        return plan(self._journal.published, self._standing(), self._clock.now())
+
+    def _standing(self) -> Standing:
+        published = self._journal.published
+        tainted = {row.id for row in published.adopted if row.tainted or row.source is Source.REVOKED}
+        ours = {row.id for row in published.authorities if row.upstream and root_key_id(row) in tainted}
+        return Standing(self._rules.replica, frozenset(self._keys.ids()), self._rules.kinds, frozenset(ours))
+
+    def _is_complete(self) -> bool:
+        rows = self._journal.published.authorities
         held = frozenset(self._keys.ids())
-        return plan(self._authorities.rows, held, self._rules.kinds, self._clock.now())
+        active = {row.kind for row in rows if row.state is AuthorityState.ACTIVE and row.id in held}
+        return active >= frozenset(self._rules.kinds)
 
     def _pause(self) -> float:
         now = self._clock.now()
-        due = next_due(self._authorities.rows, frozenset(self._keys.ids()), now)
+        due = next_due(self._journal.published, self._standing(), now)
         seconds = CHECK_EVERY if due is None else (due - now).total_seconds()
-        return min(max(seconds, 0.05), CHECK_EVERY)
+        return min(max(seconds, SHORTEST), CHECK_EVERY)
 
-    async def _refresh(self) -> None:
-        rows, sequence = await self._store.read(lambda reader: (reader.authorities(), reader.bundle_sequence()))
-        self._authorities.replace(rows, sequence)
+    async def _wait(self, seconds: float) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._news.wait()
+        self._news.clear()
+
+    async def _beat(self) -> None:
+        await self._journal.beat(self._rules.replica, self._clock.now() - LEASE)
+
+    def _forget_strays(self) -> None:
+        # Keys from another day than the rows: one whose certificate is not published must never sign (K06).
+        rows = {row.id: row for row in self._journal.published.authorities}
+        for key_id in tuple(self._keys.ids()):
+            row = rows.get(key_id)
+            if row is None or row.state is AuthorityState.OLD or row.replica != self._rules.replica:
+                log.warning("stray_key_forgotten", authority=key_id, published=row is not None)
+                self._keys.remove(key_id)
 
     async def _take(self, step: Step) -> None:
         match step:
@@ -106,72 +218,154 @@ class Rotation:
             case Activate(row):
                 await self._activate(row)
             case Retire(row):
-                await self._commit(row.kind, Event.AUTHORITY_RETIRED, row.id, [_old(row)], ())
+                await self._retire(row)
             case Prune(row):
-                await self._commit(row.kind, Event.AUTHORITY_PRUNED, row.id, (), [row])
-                self._keys.remove(row.id)
+                await self._prune(row)
 
-    async def _prepare(self, kind: AuthorityKind) -> None:
-        signer = self._keys.generate(secrets.token_hex(AUTHORITY_ID_BYTES))
-        row = self._row(kind, signer)
+    async def _prepare(self, kind: AuthorityKind, *, actor: str = SERVER) -> AuthorityRow:
+        signer = self._keys.generate(
+            profile.key_identifier if kind is AuthorityKind.X509 else secrets.token_hex(AUTHORITY_ID_BYTES)
+        )
         try:
-            await self._commit(kind, Event.AUTHORITY_PREPARED, row.id, [row], ())
+            row, adopted = await self._certified(kind, signer)
+            failpoints.reach("authority.before_prepare")
+            replaced = await self._commit_prepared(row, adopted, actor)
         except BaseException:
             # Nobody was told of it, or nobody can know: it never signs.
             self._keys.remove(signer.id)
             raise
+        failpoints.reach("authority.after_prepare")
+        for key_id in replaced:
+            self._keys.remove(key_id)
+        return row
 
-    async def _activate(self, row: AuthorityRow) -> None:
-        replaced = [
-            _old(other)
-            for other in self._authorities.rows
-            if other.kind is row.kind and other.state is AuthorityState.ACTIVE and other.id in self._keys.ids()
-        ]
-        active = replace(row, state=AuthorityState.ACTIVE)
-        await self._commit(row.kind, Event.AUTHORITY_ACTIVATED, row.id, [*replaced, active], ())
+    async def _commit_prepared(
+        self, row: AuthorityRow, adopted: tuple[AdoptedAuthority, ...], actor: str
+    ) -> tuple[str, ...]:
+        replaced: tuple[str, ...] = ()
+
+        def alter(writer: Writer) -> bool:
+            nonlocal replaced
+            before = [
+                one
+                for one in writer.authorities(row.kind)
+                if one.state is AuthorityState.PREPARED and one.replica == row.replica
+            ]
+            replaced = tuple(one.id for one in before)
+            for one in before:
+                writer.remove_authority(one.kind, one.id)
+            writer.put_authority(row)
+            _adopt(writer, {(one.kind, one.id): one for one in adopted}, all_from_above=False)
+            return True
+
+        await self._journal.commit(Event.AUTHORITY_PREPARED, row.kind, row.id, alter, actor=actor)
+        return replaced
+
+    async def _certified(
+        self, kind: AuthorityKind, signer: Signer
+    ) -> tuple[AuthorityRow, tuple[AdoptedAuthority, ...]]:
+        if kind is AuthorityKind.X509:
+            minted = await self._upstream.mint(signer, self._rules.ttl)
+            return self._x509_row(signer, minted), minted.roots
+        life = profile.authority_validity(self._clock.now(), self._rules.ttl)
+        public = signer.public_key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+        row = AuthorityRow(
+            kind,
+            signer.id,
+            public,
+            AuthorityState.PREPARED,
+            life.not_before,
+            life.not_after,
+            replica=self._rules.replica,
+        )
+        if kind is not AuthorityKind.JWT:
+            return row, ()
+        above = await self._upstream.publish(PublicJwtKey(row.id, row.public, row.not_after))
+        return row, tuple(one for one in above if one.id != row.id)
+
+    def _x509_row(self, signer: Signer, minted: Minted) -> AuthorityRow:
+        life = profile.life_of(minted.certificate)
+        if life.not_after <= self._clock.now():
+            raise Unavailable("the authority from above has ended already", code="authority_ended")
+        return AuthorityRow(
+            AuthorityKind.X509,
+            signer.id,
+            minted.certificate,
+            AuthorityState.PREPARED,
+            life.not_before,
+            life.not_after,
+            replica=self._rules.replica,
+            upstream=minted.upstream,
+            chain=minted.above,
+        )
+
+    async def _activate(self, row: AuthorityRow, *, actor: str = SERVER) -> None:
+        replaced: tuple[AuthorityRow, ...] = ()
+
+        def alter(writer: Writer) -> bool:
+            nonlocal replaced
+            replaced = activate(writer, row)
+            return False
+
+        failpoints.reach("authority.before_activate")
+        await self._journal.commit(Event.AUTHORITY_ACTIVATED, row.kind, row.id, alter, actor=actor)
+        failpoints.reach("authority.after_activate")
         for other in replaced:
             # What it signed still verifies; it signs nothing more, so the key is of no more use than to a thief.
             self._keys.remove(other.id)
 
-    def _row(self, kind: AuthorityKind, signer: Signer) -> AuthorityRow:
-        validity = profile.authority_validity(self._clock.now(), self._rules.ttl)
-        if kind is AuthorityKind.X509:
-            serial = profile.serial_number(secrets.randbits(profile.SERIAL_BITS))
-            public = x509.self_signed(self._rules.trust_domain, signer, serial, validity)
-        else:
-            public = signer.public_key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-        return AuthorityRow(kind, signer.id, public, AuthorityState.PREPARED, validity.not_before, validity.not_after)
+    async def _retire(self, row: AuthorityRow) -> None:
+        def alter(writer: Writer) -> bool:
+            current = find(writer, row.kind, row.id)
+            if current is not None and current.state is AuthorityState.ACTIVE:
+                writer.put_authority(replace(current, state=AuthorityState.OLD))
+            return False
 
-    async def _commit(
-        self,
-        kind: AuthorityKind,
-        event: Event,
-        subject: str,
-        put: Iterable[AuthorityRow],
-        removed: Iterable[AuthorityRow],
-    ) -> None:
-        now = self._clock.now()
-        put, removed = tuple(put), tuple(removed)
-        is_content = event in (Event.AUTHORITY_PREPARED, Event.AUTHORITY_PRUNED)
+        await self._journal.commit(Event.AUTHORITY_RETIRED, row.kind, row.id, alter)
+        self._keys.remove(row.id)
 
-        def act(writer: Writer) -> tuple[tuple[AuthorityRow, ...], int]:
-            for row in put:
-                writer.put_authority(row)
-            for row in removed:
-                writer.remove_authority(row.kind, row.id)
-            rows = writer.authorities()
-            if is_content and kind is not AuthorityKind.TASK:
-                writer.bump_bundle_sequence()
-            if is_content and kind is AuthorityKind.TASK and self._on_task_keys is not None:
-                self._on_task_keys(writer, public_keys(rows, kind))
-            writer.change(CHANGE_KIND, kind, "")
-            writer.record(Record(event, now, "server", subject, {"kind": kind.value}))
-            return rows, writer.bundle_sequence()
+    async def _prune(self, row: AuthorityRow | AdoptedAuthority) -> None:
+        def alter(writer: Writer) -> bool:
+            if isinstance(row, AdoptedAuthority):
+                return writer.remove_adopted(row.kind, row.id) is not None
+            return writer.remove_authority(row.kind, row.id) is not None
 
-        rows, sequence = await self._store.write(act)
-        self._authorities.replace(rows, sequence)
-        log.info(event.value, kind=kind.value, authority=subject, bundle_sequence=sequence)
+        await self._journal.commit(Event.AUTHORITY_PRUNED, row.kind, row.id, alter)
+        self._keys.remove(row.id)
 
 
-def _old(row: AuthorityRow) -> AuthorityRow:
-    return replace(row, state=AuthorityState.OLD)
+Wanted = dict[tuple[AuthorityKind, str], AdoptedAuthority]
+
+
+def _differs(there: Iterable[AdoptedAuthority], wanted: Wanted, *, all_from_above: bool) -> bool:
+    known = {(row.kind, row.id): row for row in there}
+    return any(_merged(known.get(key), row) != known.get(key) for key, row in wanted.items()) or (
+        all_from_above and any(_is_from_above(row) and key not in wanted for key, row in known.items())
+    )
+
+
+def _adopt(writer: Writer, wanted: Wanted, *, all_from_above: bool) -> bool:
+    known = {(row.kind, row.id): row for row in writer.published().adopted}
+    changed = False
+    for key, row in wanted.items():
+        merged = _merged(known.get(key), row)
+        if merged != known.get(key):
+            writer.put_adopted(merged)
+            changed = True
+    if all_from_above:
+        for kind, name in [key for key, row in known.items() if _is_from_above(row) and key not in wanted]:
+            writer.remove_adopted(kind, name)
+            changed = True
+    return changed
+
+
+def _merged(known: AdoptedAuthority | None, told: AdoptedAuthority) -> AdoptedAuthority:
+    # Taint does not go away, and what was revoked here does not come back with the next look above.
+    if known is None:
+        return told
+    source = Source.REVOKED if known.source is Source.REVOKED else told.source
+    return replace(told, tainted=known.tainted or told.tainted, source=source)
+
+
+def _is_from_above(row: AdoptedAuthority) -> bool:
+    return row.source in (Source.UPSTREAM, Source.REVOKED)

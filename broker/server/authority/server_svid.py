@@ -72,6 +72,7 @@ class _Held:
     identity: TlsIdentity = field(repr=False)
     svid: X509Svid
     rotate_at: datetime
+    signed_by: str = ""
 
 
 class ServerSvid:
@@ -97,6 +98,8 @@ class ServerSvid:
         self._ttl = ttl
         self._on_rotated = on_rotated
         self._held: _Held | None = None
+        self._news = asyncio.Event()
+        authorities.subscribe(self._news.set)
 
     def identity(self) -> TlsIdentity:
         """Give what the TLS port shows now; ``start`` must have been called."""
@@ -119,19 +122,33 @@ class ServerSvid:
             log.info("server_svid_kept", serial=f"{kept.svid.serial:x}", expires_at=str(kept.svid.not_after))
 
     async def run(self) -> None:
-        """Renew at half-life, until cancelled."""
+        """Renew at half-life, and at once when the authority is tainted or gone; until cancelled."""
         while True:
-            left = (self.rotate_at - self._clock.now()).total_seconds()
-            if left > 0:
-                await asyncio.sleep(min(left, CHECK_EVERY))
-                continue
             try:
+                left = (self.rotate_at - self._clock.now()).total_seconds()
+                if left > 0 and not self._is_suspect():
+                    await self._woken(min(left, CHECK_EVERY))
+                    continue
                 self._renew()
             except (BrokerError, OSError) as error:
                 log.warning("server_svid_not_renewed", error=type(error).__name__)
                 await asyncio.sleep(1)
             else:
                 self._on_rotated()
+
+    async def _woken(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._news.wait()
+        self._news.clear()
+
+    def _is_suspect(self) -> bool:
+        assert self._held is not None
+        # Only another authority can help: who stands above may be tainted before there is one.
+        if self._authorities.x509().id == self._held.signed_by:
+            return False
+        authority = self._held.svid.authority
+        return self._authorities.is_tainted(authority) or authority not in self._authorities.bundle.x509_authorities
 
     def _renew(self) -> None:
         authority, now = self._authorities.x509(), self._clock.now()
@@ -143,9 +160,9 @@ class ServerSvid:
             self._names.dns_names,
             self._names.ip_addresses,
         )
-        der = authority.sign(leaf, key.public_key())
-        svid = verify_x509_svid((der,), self._authorities.bundles, now=now)
-        self._held = _Held(TlsIdentity((der,), key), svid, _half_life(svid))
+        chain = authority.issue(leaf, key.public_key())
+        svid = verify_x509_svid(chain, self._authorities.bundles, now=now)
+        self._held = _Held(TlsIdentity(chain, key), svid, _half_life(svid), authority.id)
         self._save(svid, key)
         log.info("server_svid_signed", serial=f"{svid.serial:x}", expires_at=str(svid.not_after))
 
@@ -178,7 +195,7 @@ class ServerSvid:
         if not isinstance(key, ec.EllipticCurvePrivateKey) or not _fits(key, svid) or svid.id != self._id:
             return None
         last = svid.not_after - MARGIN
-        if last <= now:
+        if last <= now or self._authorities.is_tainted(svid.authority):
             return None
         return _Held(TlsIdentity(chain, key), svid, min(max(_half_life(svid), now + HANDOVER), last))
 
@@ -198,7 +215,9 @@ class ServerSvid:
 
 
 def _half_life(svid: X509Svid) -> datetime:
-    return svid.not_before + (svid.not_after - svid.not_before) / 2
+    # Of its life from the signature on: a short one, counted from its back-dated begin, would be over when it comes.
+    begin = min(svid.not_before + profile.BACKDATE, svid.not_after)
+    return begin + (svid.not_after - begin) / 2
 
 
 def _fits(key: ec.EllipticCurvePrivateKey, svid: X509Svid) -> bool:

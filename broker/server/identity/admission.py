@@ -182,8 +182,8 @@ class Admission:
         return _Prepared(authority, Leaf(agent_id, serial, validity), key)
 
     def _sign(self, agent_id: SpiffeId, prepared: _Prepared, reattestable: bool) -> AgentSvid:
-        der = prepared.authority.sign(prepared.leaf, prepared.key)
-        return AgentSvid(agent_id, (der,), prepared.expires_at, reattestable)
+        chain = prepared.authority.issue(prepared.leaf, prepared.key)
+        return AgentSvid(agent_id, chain, prepared.expires_at, reattestable)
 
     async def _admit(self, attestor: str, agent_id: SpiffeId, verdict: AttestedNode, prepared: _Prepared) -> None:
         now = self._clock.now()

@@ -5,7 +5,7 @@ one act. What an operator sets stands, whatever its sequence number; what is fet
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import Enum, auto
@@ -15,15 +15,15 @@ from broker.audit.events import Event, FieldValue, Record
 from broker.clock import Clock
 from broker.errors import BrokerError, Conflict, Invalid, NotFound
 from broker.registry.entry import Entry
-from broker.server.authority.authorities import Authorities
-from broker.server.authority.rotation import CHANGE_KIND
+from broker.server.authority.authorities import Authorities, BundleKey
+from broker.server.authority.rotation import Rotation
 from broker.server.identity.changes import GONE
 from broker.server.identity.entries import dissociate_entry, remove_entry
 from broker.server.identity.federated import BUNDLE_KIND, Federated
 from broker.server.identity.filters import Page, page
 from broker.server.store.bundle_rows import PublishedBundle, PublishedKey, jwt_public_key, x509_key
 from broker.server.store.ports import Store, Writer
-from broker.server.store.rows import AuthorityKind, AuthorityRow, AuthorityState
+from broker.server.store.rows import AdoptedAuthority, AuthorityKind, Source
 from broker.spiffe import TrustDomain
 
 __all__ = ["Bundles", "DeletionMode", "PublishedBundle", "PublishedKey", "drop_bundle", "put_bundle"]
@@ -57,10 +57,18 @@ class Bundles:
     """The use cases of bundles."""
 
     def __init__(
-        self, store: Store, authorities: Authorities, federated: Federated, clock: Clock, trust_domain: TrustDomain
+        self,
+        store: Store,
+        authorities: Authorities,
+        rotation: Rotation,
+        federated: Federated,
+        clock: Clock,
+        *,
+        trust_domain: TrustDomain,
     ) -> None:
         self._store = store
         self._authorities = authorities
+        self._rotation = rotation
         self._federated = federated
         self._clock = clock
         self._trust_domain = trust_domain
@@ -72,8 +80,8 @@ class Bundles:
         bundle = self._authorities.bundle
         return PublishedBundle(
             self._trust_domain,
-            self._published(AuthorityKind.X509),
-            self._published(AuthorityKind.JWT),
+            _published(self._authorities.x509_keys),
+            _published(self._authorities.jwt_keys),
             bundle.sequence or 0,
             bundle.refresh_hint or 0,
         )
@@ -106,24 +114,12 @@ class Bundles:
         """
         if not x509 and not jwt:
             raise Invalid("no authorities to append", code="no_authorities")
-        now = self._clock.now()
-        wanted = [*map(_x509_row, x509), *(_jwt_row(key, now) for key in jwt)]
-
-        def act(writer: Writer) -> tuple[tuple[AuthorityRow, ...], int]:
-            known = writer.authorities()
-            fresh = {row.id: row for row in wanted if not any(_is_same(row, other) for other in known)}
-            if any(other.id in fresh for other in known):
-                raise Invalid("another authority has this key ID", code="bundle_key_id")
-            for row in fresh.values():
-                writer.put_authority(row)
-            if fresh:
-                sequence = writer.bump_bundle_sequence()
-                writer.change(CHANGE_KIND, "appended", "")
-                writer.record(_changed(self._trust_domain, sequence, (len(x509), len(jwt)), actor, now))
-            return writer.authorities(), writer.bundle_sequence()
-
-        rows, sequence = await self._store.write(act)
-        self._authorities.replace(rows, sequence)
+        known = {AuthorityKind.X509: self._authorities.x509_keys, AuthorityKind.JWT: self._authorities.jwt_keys}
+        fresh = [row for row in _adopted(x509, jwt) if all(row.public != other.public for other in known[row.kind])]
+        if any(row.id == other.id for row in fresh for other in known[row.kind]):
+            raise Invalid("another authority has this key ID", code="bundle_key_id")
+        if fresh:
+            await self._rotation.adopt(fresh, actor=actor)
         return self.own()
 
     # ---- the bundles of others
@@ -217,13 +213,6 @@ class Bundles:
         drop_bundle(writer, trust_domain, by.actor, by.now)
         return None
 
-    def _published(self, kind: AuthorityKind) -> tuple[PublishedKey, ...]:
-        return tuple(
-            PublishedKey(row.id, row.public, None if row.not_after == FOREVER else row.not_after, row.tainted)
-            for row in self._authorities.rows
-            if row.kind is kind
-        )
-
 
 def put_bundle(writer: Writer, bundle: PublishedBundle, actor: str, now: datetime, code: str = "") -> None:
     """Write one federated bundle with its change row and its record, unless it is there already; part of a larger act.
@@ -269,27 +258,25 @@ def _changed(trust_domain: TrustDomain, sequence: int, keys: tuple[int, int], ac
     return Record(Event.BUNDLE_CHANGED, now, actor, trust_domain.name, fields)
 
 
-def _x509_row(key: PublishedKey) -> AuthorityRow:
-    from_key = x509_key(key.public)
-    assert from_key.not_after is not None
-    name = hashlib.sha256(key.public).hexdigest()[:32]
-    # Old is what is published and never signs here.
-    return AuthorityRow(
-        AuthorityKind.X509, name, key.public, AuthorityState.OLD, _LONG_AGO, from_key.not_after, key.tainted
+def _adopted(x509: Iterable[PublishedKey], jwt: Iterable[PublishedKey]) -> list[AdoptedAuthority]:
+    rows = []
+    for key in x509:
+        ends = x509_key(key.public).not_after
+        assert ends is not None
+        name = hashlib.sha256(key.public).hexdigest()[:32]
+        rows.append(AdoptedAuthority(AuthorityKind.X509, name, key.public, ends, Source.APPENDED, key.tainted))
+    for key in jwt:
+        jwt_public_key(key.public)
+        ends = key.not_after or FOREVER
+        rows.append(AdoptedAuthority(AuthorityKind.JWT, key.id, key.public, ends, Source.APPENDED, key.tainted))
+    return rows
+
+
+def _published(rows: Iterable[BundleKey]) -> tuple[PublishedKey, ...]:
+    return tuple(
+        PublishedKey(row.id, row.public, None if row.not_after == FOREVER else row.not_after, row.tainted)
+        for row in rows
     )
-
-
-def _jwt_row(key: PublishedKey, now: datetime) -> AuthorityRow:
-    jwt_public_key(key.public)
-    ends = key.not_after or FOREVER
-    return AuthorityRow(AuthorityKind.JWT, key.id, key.public, AuthorityState.OLD, min(now, ends), ends, key.tainted)
-
-
-_LONG_AGO: Final = datetime(1970, 1, 1, tzinfo=UTC)
-
-
-def _is_same(row: AuthorityRow, other: AuthorityRow) -> bool:
-    return row.kind is other.kind and row.public == other.public
 
 
 def _not_found() -> NotFound:

@@ -92,8 +92,8 @@ class _Decided:
     hint: str
 
     def sign(self) -> SignedX509:
-        der = self.authority.sign(self.leaf, self.key)
-        return SignedX509(self.leaf.spiffe_id, (der,), self.leaf.validity.not_after, self.hint)
+        chain = self.authority.issue(self.leaf, self.key)
+        return SignedX509(self.leaf.spiffe_id, chain, self.leaf.validity.not_after, self.hint)
 
 
 class Signing:

@@ -5,7 +5,8 @@ exactly what they were (frames carry integers instead, as on the wire). No row e
 hashes and public halves only.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 
@@ -65,7 +66,11 @@ class AuthorityState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class AuthorityRow:
-    """The public half of an authority: a DER certificate (x509) or a DER SubjectPublicKeyInfo (jwt, task)."""
+    """The public half of an authority: a DER certificate (x509) or a DER SubjectPublicKeyInfo (jwt, task).
+
+    ``replica`` holds the key. Below an upstream authority, ``upstream`` is the key identifier (hex) of its issuer and
+    ``chain`` what leads from that issuer's certificate to the root, concatenated DER without the root.
+    """
 
     kind: AuthorityKind
     id: str
@@ -74,6 +79,40 @@ class AuthorityRow:
     not_before: datetime
     not_after: datetime
     tainted: bool = False
+    replica: str = ""
+    upstream: str = ""
+    chain: bytes = b""
+
+
+class Source(StrEnum):
+    """Where an adopted authority comes from; a revoked one is remembered, so that it is not adopted again."""
+
+    UPSTREAM = "upstream"
+    DOWNSTREAM = "downstream"
+    APPENDED = "appended"
+    REVOKED = "revoked"
+
+
+@dataclass(frozen=True, slots=True)
+class AdoptedAuthority:
+    """An authority of our bundle that no replica of ours signs with; ``public`` and ``id`` as in AuthorityRow."""
+
+    kind: AuthorityKind
+    id: str
+    public: bytes
+    not_after: datetime
+    source: Source
+    tainted: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """All that stands in our bundle, or signs, at one moment; ``replicas`` maps each replica to when it was last heard."""
+
+    authorities: tuple[AuthorityRow, ...] = ()
+    adopted: tuple[AdoptedAuthority, ...] = ()
+    sequence: int = 0
+    replicas: Mapping[str, datetime] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from broker.audit.chain import ChainedRecord, ChainHead
 from broker.audit.events import Record
 from broker.registry.entry import Entry
 from broker.server.store.rows import (
+    AdoptedAuthority,
     AuthorityKind,
     AuthorityRow,
     Change,
@@ -18,6 +19,7 @@ from broker.server.store.rows import (
     JoinToken,
     NewFrame,
     Node,
+    Published,
     SessionRow,
     TaskFilter,
     TaskPage,
@@ -135,6 +137,10 @@ class AuthorityReads(Protocol):
         """Give the sequence number of our own trust domain's bundle; 0 before the first."""
         ...
 
+    def published(self) -> Published:
+        """Give all that stands in our bundle, or signs: authorities, adopted ones, sequence number, replicas."""
+        ...
+
 
 class AuthorityWrites(AuthorityReads, Protocol):
     """Public halves of the authorities, written."""
@@ -149,6 +155,18 @@ class AuthorityWrites(AuthorityReads, Protocol):
 
     def bump_bundle_sequence(self) -> int:
         """Raise the bundle's sequence number by one and give it."""
+        ...
+
+    def put_adopted(self, row: AdoptedAuthority) -> None:
+        """Add, or replace the one of the same kind and id."""
+        ...
+
+    def remove_adopted(self, kind: AuthorityKind, authority_id: str) -> AdoptedAuthority | None:
+        """Remove and give what was there, or None."""
+        ...
+
+    def see_replica(self, replica: str, now: datetime, silent_since: datetime) -> None:
+        """Note that a replica lives, and forget those that were last heard before ``silent_since``."""
         ...
 
 

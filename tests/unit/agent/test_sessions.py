@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+from datetime import datetime, timedelta
 
 import pytest
 
@@ -14,7 +15,6 @@ from broker.errors import NotAttested
 from broker.spiffe import Selector
 from broker.tasks.causes import SessionEnd
 from tests.fakes.fake_server import TD, FakeCa, entry_message
-from tests.fakes.running_agent import until
 
 SELECTORS = frozenset({Selector("unix:uid:1")})
 
@@ -24,6 +24,9 @@ class Clock(SystemClock):
 
     def monotonic(self) -> float:
         return super().monotonic() + self.ahead
+
+    def now(self) -> datetime:
+        return super().now() + timedelta(seconds=self.ahead)
 
 
 class Estate:
@@ -141,11 +144,12 @@ async def test_an_identity_that_is_withdrawn_ends_under_its_id(sleeper) -> None:
 async def test_an_entry_ends_by_its_own_time(sleeper) -> None:
     estate = Estate()
     message = entry_message("e1", "/a", ["unix:uid:1"])
-    message.entry.expires_at = int(estate.clock.now().timestamp()) + 1
+    message.entry.expires_at = int(estate.clock.now().timestamp()) + 60
     estate.cache.apply(upserted=[entry(message, TD)])
     session = estate.sessions.start(opened(sleeper.pid), SELECTORS)
     assert estate.sessions.entries(session)
-    await until(lambda: not estate.sessions.entries(session))
+    estate.clock.ahead = 61
+    assert not estate.sessions.entries(session)
     estate.sessions.end_all()
 
 

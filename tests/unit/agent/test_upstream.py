@@ -51,3 +51,21 @@ async def test_once_more_and_not_twice(monkeypatch) -> None:
     with pytest.raises(Unavailable):
         await answered_once_more(slow)
     assert slow.made == 1
+
+
+async def test_while_connections_go_the_call_is_made_again_a_few_times(monkeypatch) -> None:
+    monkeypatch.setattr(module, "QUICK_FAILURE", -1.0)
+    away, lost = failure(grpc.StatusCode.UNAVAILABLE), []
+
+    def gone(*outcomes):
+        calls = Calls(*outcomes)
+
+        async def call():
+            lost.append(1)
+            return await calls()
+
+        return call
+
+    assert await answered_once_more(gone(away, away, away, 7), lambda: len(lost)) == 7
+    with pytest.raises(Unavailable):
+        await answered_once_more(gone(*[away] * module.MAX_ATTEMPTS, 7), lambda: len(lost))

@@ -101,7 +101,7 @@ def test_the_environment_wins_over_the_file(file):
         ("[server]\nbind_port = 70000", ("server.bind_port",)),
         ("[server]\nroles = []", ("server.roles",)),
         ("[server]\nissuer = 'http://x'", ("server.issuer",)),
-        ("[server.keys]\nmanager = 'disk'", ("server.keys.manager", "memory")),
+        ("[server.keys]\nmanager = 'paper'", ("server.keys.manager", "memory")),
         ("[server.store]\nurl = 'mysql://x'", ("server.store.url",)),
         ("[[server.audiences]]\nresource = 'https://x'\nbinding = ['bearer']", ("server.audiences.0.binding",)),
         ("[server", ("TOML",)),

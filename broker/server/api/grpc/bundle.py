@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Final, TypeVar
 
@@ -12,11 +13,14 @@ from broker._proto.spire.api.types import status_pb2
 from broker.errors import BrokerError, Invalid, InvalidSpiffeId
 from broker.server.api.access import Caller, name_of
 from broker.server.api.grpc import convert
-from broker.server.api.grpc.convert import apply_mask, bundle_message
+from broker.server.api.grpc.convert import MAX_TIME, apply_mask, bundle_message, moment_of
+from broker.server.authority.upstream import PublicJwtKey
 from broker.server.identity.bundles import Bundles, DeletionMode, PublishedBundle
+from broker.server.identity.downstream import Downstream
 from broker.spiffe import TrustDomain
 
 BINDING: Final = ServiceBinding.of(bundle_pb2.DESCRIPTOR, "Bundle")
+NEVER: Final = datetime.fromtimestamp(MAX_TIME, UTC)
 _MODES: Final = {0: DeletionMode.RESTRICT, 1: DeletionMode.DELETE, 2: DeletionMode.DISSOCIATE}
 
 T = TypeVar("T")
@@ -25,8 +29,9 @@ T = TypeVar("T")
 class Bundle:
     """The service, over its use cases; methods that are not here answer Unimplemented."""
 
-    def __init__(self, bundles: Bundles) -> None:
+    def __init__(self, bundles: Bundles, downstream: Downstream) -> None:
         self._bundles = bundles
+        self._downstream = downstream
 
     # ---- the own bundle
 
@@ -106,6 +111,21 @@ class Bundle:
                 bundle_pb2.BatchDeleteFederatedBundleResponse.Result(status=status_of(outcome), trust_domain=name)
                 for name, outcome in zip(request.trust_domains, outcomes, strict=True)
             ]
+        )
+
+    # ---- for servers below
+
+    async def PublishJWTAuthority(  # noqa: N802
+        self, request: bundle_pb2.PublishJWTAuthorityRequest, context: Context, caller: Caller
+    ) -> bundle_pb2.PublishJWTAuthorityResponse:
+        """Put a JWT key of a server below this one into the bundle, and give all that are in it."""
+        if not request.HasField("jwt_authority"):
+            raise Invalid("missing JWT authority", code="invalid_jwt_authority")
+        told = request.jwt_authority
+        ends = moment_of(told.expires_at) or NEVER
+        await self._downstream.publish(PublicJwtKey(told.key_id, told.public_key, ends), name_of(caller))
+        return bundle_pb2.PublishJWTAuthorityResponse(
+            jwt_authorities=bundle_message(self._bundles.own()).jwt_authorities
         )
 
 

@@ -1,4 +1,4 @@
-"""``spire.api.server.svid.v1.SVID``: signing for agents' workloads, and minting for operators."""
+"""``spire.api.server.svid.v1.SVID``: signing for agents' workloads, servers below, and operators."""
 
 from collections.abc import Sequence
 from datetime import timedelta
@@ -10,6 +10,7 @@ from broker.errors import BrokerError, Invalid
 from broker.server.api.access import Caller, agent_of, name_of
 from broker.server.api.grpc.convert import error_status, jwt_message, ok_status, spiffe_id_of, x509_message
 from broker.server.authority.csr import requested_names
+from broker.server.identity.downstream import Downstream
 from broker.server.identity.signing import Signing, X509Request
 
 BINDING: Final = ServiceBinding.of(svid_pb2.DESCRIPTOR, "SVID")
@@ -18,8 +19,9 @@ BINDING: Final = ServiceBinding.of(svid_pb2.DESCRIPTOR, "SVID")
 class Svid:
     """The service, over its use cases."""
 
-    def __init__(self, signing: Signing) -> None:
+    def __init__(self, signing: Signing, downstream: Downstream) -> None:
         self._signing = signing
+        self._downstream = downstream
 
     async def MintX509SVID(  # noqa: N802  # the name on the wire
         self, request: svid_pb2.MintX509SVIDRequest, context: Context, caller: Caller
@@ -62,6 +64,13 @@ class Svid:
         audience: Sequence[str] = request.audience
         svid = await self._signing.jwt(agent_of(caller).id, request.entry_id, audience)
         return svid_pb2.NewJWTSVIDResponse(svid=jwt_message(svid))
+
+    async def NewDownstreamX509CA(  # noqa: N802
+        self, request: svid_pb2.NewDownstreamX509CARequest, context: Context, caller: Caller
+    ) -> svid_pb2.NewDownstreamX509CAResponse:
+        """Sign an authority for a server below this one."""
+        made = await self._downstream.certify(request.csr, _ttl(request.preferred_ttl), name_of(caller))
+        return svid_pb2.NewDownstreamX509CAResponse(ca_cert_chain=made.chain_der, x509_authorities=made.roots_der)
 
 
 def _ttl(seconds: int) -> timedelta | None:

@@ -11,11 +11,13 @@ from broker.server.api import access
 from broker.server.api.access import METHODS, Access, LocalPeer, Role, admit_local, name_of
 from broker.server.api.grpc import (
     agent,
+    authorities,
     bundle,
     entries,
     entry,
     feed,
     health,
+    local_authority,
     sessions,
     svid,
     tasks,
@@ -32,11 +34,13 @@ from tests.unit.server.identity.world import AGENT, world
 
 SERVED = {
     agent: agent.Agent,
+    authorities: authorities.Authorities,
     bundle: bundle.Bundle,
     entries: entries.Entries,
     entry: entry.Entry,
     feed: feed.Feed,
     health: health.Health,
+    local_authority: local_authority.LocalAuthority,
     sessions: sessions.Sessions,
     svid: svid.Svid,
     tasks: tasks.Tasks,

@@ -44,7 +44,7 @@ def test_an_authority_is_an_svid_of_the_trust_domain_that_only_signs(root):
     constraints = extension(certificate, x509.BasicConstraints)
     usage = extension(certificate, x509.KeyUsage)
     assert constraints.critical
-    assert (constraints.value.ca, constraints.value.path_length) == (True, 0)
+    assert (constraints.value.ca, constraints.value.path_length) == (True, profile.NESTING)
     assert usage.critical
     assert usage.value.key_cert_sign
     assert usage.value.crl_sign

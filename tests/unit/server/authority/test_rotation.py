@@ -5,8 +5,11 @@ import pytest
 from broker.errors import Unavailable
 from broker.keys import MemoryKeys
 from broker.server.authority.authorities import Authorities
+from broker.server.authority.forced import Forced
+from broker.server.authority.journal import Journal
 from broker.server.authority.plan import PRUNE_GRACE
 from broker.server.authority.rotation import Rotation, RotationRules
+from broker.server.authority.upstream import SelfSigned
 from broker.server.store.rows import AuthorityKind, AuthorityState
 from broker.server.store.sqlite import SqliteStore
 from tests.unit.server.authority.world import DOMAIN, StandingClock
@@ -18,11 +21,14 @@ DAY = timedelta(days=1)
 class Process:
     """One life of the server: its keys die with it."""
 
-    def __init__(self, store, clock, on_task_keys=None):
-        self.keys = MemoryKeys()
+    def __init__(self, store, clock, on_task_keys=None, *, keys=None, replica="me", upstream=None):
+        self.keys = MemoryKeys() if keys is None else keys
         self.authorities = Authorities(DOMAIN, self.keys)
-        rules = RotationRules(DOMAIN, KINDS, DAY)
-        self.rotation = Rotation(store, self.keys, self.authorities, clock, rules, on_task_keys=on_task_keys)
+        rules = RotationRules(DOMAIN, KINDS, DAY, replica)
+        self.journal = Journal(store, self.authorities, clock, on_task_keys=on_task_keys)
+        upstream = upstream or SelfSigned(DOMAIN, clock)
+        self.rotation = Rotation(self.journal, self.keys, upstream, clock, rules)
+        self.forced = Forced(self.journal, self.rotation, is_below=upstream.is_above)
 
     def states(self, kind=AuthorityKind.X509):
         # The clock stands, so their ages are equal: show them in the order of a life instead.

@@ -8,7 +8,7 @@ from broker.errors import Misconfigured
 from broker.keys import MemoryKeys
 from broker.server.authority.authorities import Authorities
 from broker.server.authority.server_svid import FILE_NAME, HANDOVER, MARGIN, ServerNames, ServerSvid
-from broker.server.store.rows import AuthorityKind, AuthorityRow, AuthorityState
+from broker.server.store.rows import AuthorityKind, AuthorityRow, AuthorityState, Published
 from broker.spiffe import verify_x509_svid
 from tests.unit.server.authority.world import DOMAIN, NOW, StandingClock, root_der
 
@@ -32,7 +32,7 @@ class Process:
             AuthorityKind.X509, f"ca-{serial}", der, AuthorityState.ACTIVE, clock.now(), clock.now() + 24 * HOUR
         )
         self.rows = (*before, row)
-        self.authorities.replace(self.rows, serial)
+        self.authorities.replace(Published(self.rows, sequence=serial))
         self.svid = ServerSvid(
             self.authorities,
             clock,

@@ -16,7 +16,9 @@ from broker.attestation.contract import AttestedNode, Evidence
 from broker.keys import MemoryKeys
 from broker.registry.entry import Entry
 from broker.server.authority.authorities import Authorities
+from broker.server.authority.journal import Journal
 from broker.server.authority.rotation import Rotation, RotationRules
+from broker.server.authority.upstream import SelfSigned
 from broker.server.identity.admission import Admission
 from broker.server.identity.bundles import Bundles
 from broker.server.identity.directory import Directory
@@ -122,14 +124,15 @@ async def world(
     async with SqliteStore.open(directory / "broker.db", clock=clock) as store:
         keys = MemoryKeys()
         authorities = Authorities(DOMAIN, keys)
-        rules = RotationRules(DOMAIN, (AuthorityKind.X509, AuthorityKind.JWT), timedelta(hours=24))
-        rotation = Rotation(store, keys, authorities, clock, rules)
+        rules = RotationRules(DOMAIN, (AuthorityKind.X509, AuthorityKind.JWT), timedelta(hours=24), "replica")
+        journal, upstream = Journal(store, authorities, clock), SelfSigned(DOMAIN, clock)
+        rotation = Rotation(journal, keys, upstream, clock, rules)
         await rotation.settle()
         known = Directory(clock)
         await known.load(store)
         federated = Federated(authorities)
         await federated.load(store)
-        bundles = Bundles(store, authorities, federated, clock, DOMAIN)
+        bundles = Bundles(store, authorities, rotation, federated, clock, trust_domain=DOMAIN)
         nodes = Nodes(store, known, clock)
         attestor = ScriptedAttestor()
         with ThreadPoolExecutor(1) as workers:

@@ -1,5 +1,7 @@
 """SPIRE's Bundle service: statuses, words and masks, item by item."""
 
+from datetime import timedelta
+
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ed25519
 
@@ -9,9 +11,11 @@ from broker.errors import Invalid, NotFound
 from broker.server.api.access import LocalPeer
 from broker.server.api.grpc.bundle import Bundle
 from broker.server.api.grpc.convert import bundle_message
+from broker.server.authority.upstream import SelfSigned
+from broker.server.identity.downstream import Downstream
 from broker.spiffe import TrustDomain
 from tests.unit.server.identity.test_bundles import published, spki
-from tests.unit.server.identity.world import world
+from tests.unit.server.identity.world import DOMAIN, world
 
 OPERATOR = LocalPeer(0, 1)
 OTHER = TrustDomain("other.test")
@@ -26,7 +30,16 @@ async def here(tmp_path):
 
 @pytest.fixture
 def service(here):
-    return Bundle(here.bundles)
+    downstream = Downstream(
+        here.store,
+        here.authorities,
+        here.rotation,
+        SelfSigned(DOMAIN, here.clock),
+        here.clock,
+        trust_domain=DOMAIN,
+        ca_ttl=timedelta(hours=1),
+    )
+    return Bundle(here.bundles, downstream)
 
 
 def sent(name="other.test", **fields):

@@ -1,0 +1,193 @@
+"""Rotation under load: workloads of three agents shake hands and check tokens while authorities come and go.
+
+Scaled for CI. ``BROKER_LOAD=WORKLOADS:SECONDS`` runs it larger, with the lives of reliability line K01 (an authority 60 s,
+an SVID 20 s): ``BROKER_LOAD=50:1200`` is the line itself.
+"""
+
+import asyncio
+import itertools
+import os
+import shutil
+import ssl
+import tempfile
+import time
+from collections import Counter
+from contextlib import AsyncExitStack
+from datetime import timedelta
+from pathlib import Path
+
+import grpc
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import load_der_private_key
+
+from broker._proto.service import Stub
+from broker._proto.spiffe import workload_pb2
+from broker.agent.listener import WORKLOAD
+from broker.clock import SystemClock
+from broker.errors import BrokerError
+from broker.spiffe import Bundle, BundleSet
+from broker.spiffe.certificates import split_der
+from broker.transport.tls import SvidPeer, TlsIdentity, client_context, judge, roots_of, server_context
+from tests.fakes.running_agent import HEADER, until
+from tests.fakes.small_estate import TD, issuer_key_id, running_agent, running_server
+
+SCALE = os.environ.get("BROKER_LOAD", "")
+WORKLOADS, SECONDS = (int(one) for one in SCALE.split(":")) if SCALE else (8, 27)
+CA_TTL, SVID_TTL = (timedelta(seconds=60), 20) if SCALE else (timedelta(seconds=24), 8)
+FORCE_AFTER = 200 if SCALE else 22  # seconds: in CI after the one rotation that is due by itself
+AGENTS = 3
+CLOCK = SystemClock()
+
+
+class Client:
+    """The workloads of one agent, as their process knows them: identities, bundle, tokens."""
+
+    def __init__(self, channel, failures):
+        self.stub = Stub(channel, WORKLOAD)
+        self.failures = failures
+        self.identities = {}
+        self.bundles = BundleSet.of()
+        self.seen = set()  # every authority that signed one of its SVIDs
+
+    async def follow(self):
+        await asyncio.gather(
+            self.read("FetchX509SVID", workload_pb2.X509SVIDRequest(), self.take),
+            self.read("FetchX509Bundles", workload_pb2.X509BundlesRequest(), self.take_bundle),
+        )
+
+    async def read(self, method, request, take):
+        try:
+            async for message in getattr(self.stub, method)(request, metadata=HEADER):
+                take(message)
+            self.failures.append(f"{method} ended")
+        except grpc.aio.AioRpcError as error:
+            self.failures.append(f"{method}: {error.code().name} {error.details()}")
+
+    def take(self, message):
+        told = {one.spiffe_id: one for one in message.svids}
+        if set(self.identities) - set(told):
+            self.failures.append("an SVID was withdrawn")
+        for name, svid in told.items():
+            chain = tuple(split_der(svid.x509_svid))
+            known = self.identities.get(name)
+            if known is None or known.chain_der != chain:
+                self.identities[name] = TlsIdentity(chain, load_der_private_key(svid.x509_svid_key, None))
+                self.seen.add(issuer_key_id(x509.load_der_x509_certificate(chain[0])))
+
+    def take_bundle(self, message):
+        self.bundles = BundleSet.of(*(Bundle.from_workload_api(TD, x509_der=der) for der in message.bundles.values()))
+
+    def issuers(self):
+        return {issuer_key_id(x509.load_der_x509_certificate(one.chain_der[0])) for one in self.identities.values()}
+
+
+def shake_hands(client, name, server, peer):
+    """One mutual TLS handshake, in memory, judged on both sides as our listeners and dialers do."""
+    ends = []
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    for side, (who, identity) in enumerate(((client, name), (server, peer))):
+        build = client_context if side == 0 else server_context
+        mode = {} if side == 0 else {"client": "required"}
+        context = build(who.identities[identity], roots_of(who.bundles), alpn=("h2",), **mode)
+        buffers = (to_client, to_server) if side == 0 else (to_server, to_client)
+        ends.append(context.wrap_bio(*buffers, server_side=side == 1))
+    waiting = set(ends)
+    for end in itertools.cycle(ends):
+        if not waiting:
+            break
+        if end in waiting:
+            try:
+                end.do_handshake()
+                waiting.discard(end)
+            except ssl.SSLWantReadError:
+                pass
+    for end, who, expected in ((ends[0], client, peer), (ends[1], server, name)):
+        seen = judge(end, who.bundles, CLOCK.now())
+        assert isinstance(seen, SvidPeer) and str(seen.svid.id) == expected
+
+
+async def handshakes(clients, pairs, counts, failures):
+    for (client, server), number in zip(itertools.cycle(pairs), itertools.count()):
+        names, peers = sorted(client.identities), sorted(server.identities)
+        name, peer = names[number % len(names)], peers[(number * 7) % len(peers)]
+        try:
+            shake_hands(client, name, server, peer)
+            counts["handshakes"] += 1
+        except (ssl.SSLError, BrokerError, AssertionError) as error:
+            failures.append(f"handshake of {name} with {peer}: {error!r}")
+        await asyncio.sleep(0.004)
+
+
+async def tokens(pairs, counts, failures):
+    for (client, server), number in zip(itertools.cycle(pairs), itertools.count()):
+        name = sorted(client.identities)[number % len(client.identities)]
+        request = workload_pb2.JWTSVIDRequest(audience=["aud"], spiffe_id=name)
+        try:
+            answer = await client.stub.FetchJWTSVID(request, metadata=HEADER, timeout=20)
+            check = workload_pb2.ValidateJWTSVIDRequest(audience="aud", svid=answer.svids[0].svid)
+            await server.stub.ValidateJWTSVID(check, metadata=HEADER, timeout=20)
+            counts["tokens"] += 1
+        except grpc.aio.AioRpcError as error:
+            failures.append(f"token of {name}: {error.code().name} {error.details()}")
+        await asyncio.sleep(0.05)
+
+
+async def force(server, clients, counts):
+    """Prepare, activate, taint, wait until nothing of the old one is in use, revoke."""
+    for kind in ("x509", "jwt"):
+        made = await server.authorities.prepare(kind)
+        await asyncio.sleep(0.5)
+        old = next(one for one in await server.authorities.list(kind) if one.state == 2)
+        if old.id == made.id:
+            continue  # it was due by itself in the meantime
+        await server.authorities.activate(kind, made.id)
+        await server.authorities.taint(kind, old.id)
+        began = time.monotonic()
+        if kind == "x509":
+            await until(lambda gone=old.id: all(gone not in client.issuers() for client in clients), 20)
+        else:
+            await asyncio.sleep(1)
+        counts[f"{kind} replaced, ms"] = round((time.monotonic() - began) * 1000)
+        await server.authorities.revoke(kind, old.id)
+        counts[f"{kind} forced"] += 1
+
+
+@pytest.mark.timeout(SECONDS + 120)
+@pytest.mark.bears("K01", "K04", "WA-03", "WA-15")
+async def test_no_handshake_fails_and_no_stream_ends_while_authorities_come_and_go():
+    directory = Path(tempfile.mkdtemp(dir="/tmp"))
+    directory.chmod(0o755)
+    failures, counts = [], Counter()
+    async with AsyncExitStack() as stack:
+        stack.callback(shutil.rmtree, directory)
+        server = await stack.enter_async_context(
+            running_server(directory, ca_ttl=CA_TTL, agent_ttl=timedelta(seconds=SVID_TTL * 2))
+        )
+        clients = []
+        for number in range(AGENTS):
+            agent = await stack.enter_async_context(running_agent(server, directory, f"agent{number}"))
+            for one in range(WORKLOADS):
+                path = f"/wl/{number}/{one}"
+                await server.register(agent.agent.node.id.path, path, x509_svid_ttl=SVID_TTL, jwt_svid_ttl=SVID_TTL)
+            clients.append(Client(await stack.enter_async_context(agent.channel()), failures))
+        group = await stack.enter_async_context(asyncio.TaskGroup())
+        work = [group.create_task(client.follow()) for client in clients]
+        await until(lambda: all(len(one.identities) == WORKLOADS and one.bundles for one in clients), 30)
+        pairs = list(itertools.product(clients, clients))
+        work.append(group.create_task(handshakes(clients, pairs, counts, failures)))
+        work.append(group.create_task(tokens(pairs, counts, failures)))
+        began, forced_at = time.monotonic(), FORCE_AFTER
+        while (passed := time.monotonic() - began) < SECONDS and not failures:
+            if passed > forced_at:
+                await force(server, clients, counts)
+                forced_at += FORCE_AFTER
+            await asyncio.sleep(0.2)
+        for task in work:
+            task.cancel()
+    seen = set.union(*(client.seen for client in clients))
+    print(dict(counts), f"authorities={len(seen)}")
+    assert failures == []
+    assert len(seen) >= 3
+    assert counts["x509 forced"] >= 1
+    assert min(counts["handshakes"], counts["tokens"]) >= 50
