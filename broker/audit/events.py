@@ -75,6 +75,9 @@ class Event(StrEnum):
     AUTHORITY_PRUNED = "authority_pruned"
     BUNDLE_CHANGED = "bundle_changed"
     BUNDLE_DELETED = "bundle_deleted"
+    RELATIONSHIP_CREATED = "relationship_created"
+    RELATIONSHIP_UPDATED = "relationship_updated"
+    RELATIONSHIP_DELETED = "relationship_deleted"
     ADMIN_REFUSED = "admin_refused"
 
 
@@ -155,6 +158,7 @@ _TASK: Final = frozenset(
 _TOKEN: Final = _TASK | {"audience", "scope", "x5t", "hop", "issued_at", "kid", "token_hash", "binding", "active"}
 _AUTHORITY: Final = frozenset({"kind", "not_before", "not_after", "state", "sequence", "algorithm"})
 _BUNDLE: Final = frozenset({"trust_domain", "sequence", "x509_authorities", "jwt_authorities"})
+_RELATIONSHIP: Final = frozenset({"trust_domain", "endpoint_url", "profile", "endpoint_id"})
 _SERVER: Final = frozenset({"version", "store", "roles", "seconds", "chain_seq"})
 
 _FAMILIES: Final = {
@@ -182,6 +186,7 @@ _FAMILIES: Final = {
         Event.AUTHORITY_PRUNED,
     ),
     _BUNDLE: (Event.BUNDLE_CHANGED, Event.BUNDLE_DELETED),
+    _RELATIONSHIP: (Event.RELATIONSHIP_CREATED, Event.RELATIONSHIP_UPDATED, Event.RELATIONSHIP_DELETED),
     frozenset[str](): (Event.ADMIN_REFUSED, Event.WORKLOAD_REFUSED),
 }
 

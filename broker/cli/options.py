@@ -139,8 +139,15 @@ def _selector() -> Callable[[str], object]:
     return Selector
 
 
+def _trust_domain() -> Callable[[str], object]:
+    from broker.spiffe.ids import TrustDomain  # noqa: PLC0415 - as above
+
+    return TrustDomain
+
+
 DURATION = Duration()
 SPIFFE_ID = Parsed("spiffe-id", _spiffe_id)
+TRUST_DOMAIN = Parsed("trust-domain", _trust_domain)
 SELECTOR = Parsed("type:value", _selector)
 
 

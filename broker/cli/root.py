@@ -16,11 +16,13 @@ from broker.cli.output import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, Format, re
 NOUNS: Final[Mapping[str, tuple[str, str]]] = {
     "agent": ("broker.cli.agent", "The node agent."),
     "authority": ("broker.cli.authority", "The keys that sign: seen, and rotated by hand."),
+    "bundle": ("broker.cli.bundle", "Trust bundles: the own, and those of other trust domains."),
     "config": ("broker.cli.config", "The settings of server and agent."),
     "demo": ("broker.cli.demo", "The whole story with real processes, in seconds."),
     "dev": ("broker.cli.dev", "A development estate on this machine."),
     "entry": ("broker.cli.entry", "Registration entries: which process gets which identity."),
     "explain": ("broker.cli.explain", "Why a process has an identity, or has none."),
+    "federation": ("broker.cli.federation", "Relationships with other trust domains."),
     "join-token": ("broker.cli.join_token", "One-time tokens by which a node joins."),
     "run": ("broker.cli.run", "Launch a program under a name that the agent can attest."),
     "server": ("broker.cli.server", "The server."),

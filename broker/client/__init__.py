@@ -13,12 +13,24 @@ if TYPE_CHECKING:
     from broker.client.calls import Caller
     from broker.client.dial import dial_socket
     from broker.client.entries import Entries
+    from broker.client.federation import Relationships
     from broker.client.health import Health
     from broker.client.nodes import Nodes
     from broker.client.svids import Svids
     from broker.client.tasks import Tasks
 
-__all__ = ["Authorities", "Bundles", "Caller", "Entries", "Health", "Nodes", "Svids", "Tasks", "dial_socket"]
+__all__ = [
+    "Authorities",
+    "Bundles",
+    "Caller",
+    "Entries",
+    "Health",
+    "Nodes",
+    "Relationships",
+    "Svids",
+    "Tasks",
+    "dial_socket",
+]
 
 _MODULES = {
     "Authorities": "authorities",
@@ -27,6 +39,7 @@ _MODULES = {
     "Entries": "entries",
     "Health": "health",
     "Nodes": "nodes",
+    "Relationships": "federation",
     "Svids": "svids",
     "Tasks": "tasks",
     "dial_socket": "dial",

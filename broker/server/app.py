@@ -22,8 +22,11 @@ from broker.server.api.access import Access, Caller, LocalPeer, admit_local
 from broker.server.api.grpc import health
 from broker.server.api.grpc.spire_details import detailed
 from broker.server.api.http.app import create_app
+from broker.server.api.http.discovery import Discovery
 from broker.server.authority.authorities import Authorities
 from broker.server.authority.server_svid import ServerNames, ServerSvid
+from broker.server.bundle_endpoint import bundle_endpoint
+from broker.server.identity.federated import Federated
 from broker.server.identity_half import IdentityHalf, Service, identity_half
 from broker.server.key_room import key_room
 from broker.server.operations import Operations
@@ -67,6 +70,8 @@ class Server:
         self.is_ready = False
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._port = 0
+        self.bundle_port = 0
+        """The bundle endpoint's port that was bound; 0 without one."""
 
     @property
     def port(self) -> int:
@@ -127,7 +132,9 @@ async def _assemble(settings: ServerSettings, clock: Clock, stack: AsyncExitStac
         stack,
     )
     await doors.open_admin(running)
-    listener = await doors.open_tls(clock, authorities, svid, create_app(tasks.http) if tasks else None)
+    app = create_app(tasks.http if tasks else None, Discovery(settings.issuer, lambda: authorities.bundle))
+    listener = await doors.open_tls(clock, identity.federated, svid, app)
+    running.bundle_port = await doors.open_bundle_endpoint(clock, authorities, svid)
     running._port = listener.port  # noqa: SLF001  # the same module
     _keep_in_step(listener, authorities, identity)
     await store.write(lambda writer: writer.record(_started(settings, store.id, clock.now())))
@@ -174,9 +181,7 @@ class _Doors:
             ),
         )
 
-    async def open_tls(
-        self, clock: Clock, authorities: Authorities, svid: ServerSvid, http_app: Starlette | None
-    ) -> TlsListener:
+    async def open_tls(self, clock: Clock, federated: Federated, svid: ServerSvid, http_app: Starlette) -> TlsListener:
         """Open the TLS port."""
         index: CallerIndex[TlsPeer] = CallerIndex()
         guard = detailed(CallGuard(index, self.access.checks(), on_refusal=_log_refusal))
@@ -187,10 +192,12 @@ class _Doors:
             port=self.settings.bind_port,
             context=ContextSource(
                 svid.identity,
-                lambda: authorities.bundles,
+                lambda: federated.trusted,
                 lambda identity, bundles: server_context(identity, roots_of(bundles)),
             ),
-            bundles=lambda: authorities.bundles,
+            # NOTE(security): of all trust domains that are federated with, each judged by its own bundle; what somebody
+            # of another may do is the table's to say: nothing but what everybody may.
+            bundles=lambda: federated.trusted,
             clock=clock,
             index=index,
             grpc_backend=backend.path,
@@ -199,6 +206,17 @@ class _Doors:
         )
         await self._start(backend, listener)
         return listener
+
+    async def open_bundle_endpoint(self, clock: Clock, authorities: Authorities, svid: ServerSvid) -> int:
+        """Open the bundle endpoint where the settings have one; gives its port, 0 without one."""
+        wanted = self.settings.federation.bundle_endpoint
+        if wanted is None:
+            return 0
+        listener = bundle_endpoint(wanted, bundle=lambda: authorities.bundle, svid=svid.identity, clock=clock)
+        await listener.start()
+        self.stack.push_async_callback(listener.stop)
+        log.info("bundle_endpoint_open", port=listener.port, profile=wanted.profile.value)
+        return listener.port
 
     async def _start(self, backend: PrivateGrpcServer, door: TlsListener | UnixListener[LocalPeer]) -> None:
         await backend.start()
@@ -226,6 +244,7 @@ def _keep_in_step(listener: TlsListener, authorities: Authorities, identity: Ide
             listener.drop(lambda peer: isinstance(peer, SvidPeer) and peer.svid.id == agent_id)
 
     authorities.subscribe(lambda: _recheck(listener))
+    identity.federated.subscribe(lambda _kind, _trust_domain: _recheck(listener))
     identity.directory.on_node(on_node)
 
 

@@ -1,5 +1,6 @@
 """Wiring of the identity half: its use cases from settings and parts, and its gRPC services from its use cases."""
 
+import random
 from collections.abc import Coroutine, Iterable
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -9,25 +10,20 @@ from broker._proto.service import ServiceBinding
 from broker.attestation.catalogue import Catalogue
 from broker.attestation.contract import Home, NodeServerAttestor, SettledAttestor
 from broker.clock import Clock
-from broker.server.api.grpc import (
-    agent,
-    bundle,
-    entries,
-    entry,
-    local_authority,
-    svid,
-    watch,
-)
-from broker.server.api.grpc import (
-    authorities as authorities_api,
-)
+from broker.server.api.grpc import agent, bundle, entries, entry, local_authority, svid, trustdomain, watch
+from broker.server.api.grpc import authorities as authorities_api
+from broker.server.federation_settings import bootstrap, configured_relationships
 from broker.server.identity.admission import Admission
 from broker.server.identity.bundles import Bundles
 from broker.server.identity.directory import Directory
 from broker.server.identity.downstream import Downstream
+from broker.server.identity.endpoint_client import EndpointClient
 from broker.server.identity.entries import Entries
+from broker.server.identity.federated import Federated
 from broker.server.identity.join_tokens import JoinTokens
 from broker.server.identity.nodes import Nodes
+from broker.server.identity.polling import Polling
+from broker.server.identity.relationships import Relationships
 from broker.server.identity.signing import Signing, SigningRules
 from broker.server.identity.watch import Watch
 from broker.server.key_room import KeyRoom
@@ -51,6 +47,9 @@ class IdentityHalf:
     entries: Entries
     signing: Signing
     bundles: Bundles
+    federated: Federated
+    relationships: Relationships
+    polling: Polling
     watch: Watch
     downstream: Downstream
     room: KeyRoom
@@ -65,12 +64,13 @@ class IdentityHalf:
             (svid.BINDING, svid.Svid(self.signing, self.downstream)),
             (local_authority.BINDING, local_authority.LocalAuthority(self.room.forced)),
             (authorities_api.BINDING, authorities_api.Authorities(self.room.forced, self.room.replica)),
+            (trustdomain.BINDING, trustdomain.TrustDomains(self.relationships, self.polling)),
             (watch.BINDING, watch.Watch(self.watch, self.nodes, self.store.id)),
         )
 
     def loops(self) -> Iterable[Coroutine[Any, Any, None]]:
         """Give what has to run for as long as the server does."""
-        return self.nodes.run(), self.entries.run()
+        return self.nodes.run(), self.entries.run(), self.polling.run()
 
 
 async def identity_half(
@@ -87,7 +87,11 @@ async def identity_half(
     directory = Directory(clock)
     await directory.load(store)
     nodes = Nodes(store, directory, clock)
-    bundles = Bundles(settings.trust_domain, authorities)
+    federated = Federated(authorities, configured_relationships(settings))
+    await federated.load(store)
+    await bootstrap(settings, store, clock)
+    bundles = Bundles(store, authorities, room.rotation, federated, clock, trust_domain=settings.trust_domain)
+    client = EndpointClient(clock, settings.federation.web_ca_path)
     home = Home(settings.trust_domain, lambda: authorities.bundle)
     return IdentityHalf(
         store=store,
@@ -115,7 +119,10 @@ async def identity_half(
             count=lambda kind, signed: metrics.svids.labels(kind).inc(signed),
         ),
         bundles=bundles,
-        watch=Watch(store, directory, authorities, bundles),
+        federated=federated,
+        relationships=Relationships(store, federated, clock, settings.trust_domain),
+        polling=Polling(store, federated, clock, client.fetch, chance=random.SystemRandom().uniform),
+        watch=Watch(store, directory, authorities, bundles, federated),
         downstream=Downstream(
             store,
             authorities,

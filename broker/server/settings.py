@@ -16,6 +16,7 @@ from pydantic import AfterValidator, Field, SecretStr, model_validator
 from broker.settings import AttestorTable, ProgramSettings, SpiffeIdText, Table, TrustDomainName, read
 from broker.settings import Duration as AnyDuration
 from broker.spiffe import TrustDomain
+from broker.spiffe.federation import Profile
 
 ANY_AUDIENCE: Final = "*"
 """In ``default_allowed_audiences``: whatever the workload asks for, as in SPIRE."""
@@ -157,6 +158,54 @@ class AttestorSettings(AttestorTable):
     )
 
 
+class BundleEndpointSettings(Table):
+    """The port where other trust domains fetch our bundle. Certificates by ACME are not built: use files."""
+
+    address: str = Field(default="0.0.0.0", description="address of the bundle endpoint")  # noqa: S104  # others must reach it
+    port: int = Field(default=8444, ge=0, le=65535, description="its port; 0: the kernel chooses")
+    refresh_hint: Duration = Field(default=timedelta(minutes=5), description="how often others should look")
+    profile: Profile = Field(
+        default=Profile.HTTPS_SPIFFE,
+        description="https_spiffe: shows the server's SVID; https_web: the files' certificate",
+    )
+    cert_file_path: Path | None = Field(default=None, description="https_web: PEM certificate chain, leaf first")
+    key_file_path: Path | None = Field(default=None, description="https_web: its PEM private key")
+    file_sync_interval: Duration = Field(
+        default=timedelta(minutes=1), description="https_web: how often the files are looked at for a change"
+    )
+
+    @model_validator(mode="after")
+    def _has_files(self) -> "BundleEndpointSettings":
+        has_files = self.cert_file_path is not None and self.key_file_path is not None
+        if self.profile is Profile.HTTPS_WEB and not has_files:
+            raise ValueError("https_web needs cert_file_path and key_file_path; certificates by ACME are not built")
+        return self
+
+
+class FederatesWithSettings(Table):
+    """One other trust domain whose bundle is fetched. Stands before a relationship made by command."""
+
+    trust_domain: TrustDomainName = Field(description="its name")
+    bundle_endpoint_url: str = Field(description="the https URL of its bundle endpoint")
+    bundle_endpoint_profile: Profile = Field(description="https_web or https_spiffe; never guessed")
+    endpoint_spiffe_id: SpiffeIdText | None = Field(default=None, description="https_spiffe: whom the endpoint must be")
+    trust_domain_bundle_path: Path | None = Field(
+        default=None, description="its bundle to begin with, SPIFFE or PEM; used until one is stored"
+    )
+
+
+class FederationSettings(Table):
+    """Other trust domains."""
+
+    bundle_endpoint: BundleEndpointSettings | None = Field(
+        default=None, description="where others fetch our bundle; without this table nothing is opened"
+    )
+    federates_with: tuple[FederatesWithSettings, ...] = Field(default=(), description="whose bundles we fetch")
+    web_ca_path: Path | None = Field(
+        default=None, description="PEM roots for https_web endpoints; unset: the machine's own"
+    )
+
+
 class ServerSettings(ProgramSettings):
     """The whole of ``[server]``."""
 
@@ -193,6 +242,7 @@ class ServerSettings(ProgramSettings):
     upstream: UpstreamSettings = Field(default=UpstreamSettings(), description="who stands above our authorities")
     operations: OperationsSettings = Field(default=OperationsSettings(), description="metrics and health")
     attestors: AttestorSettings = Field(default=AttestorSettings(), description="node attestors")
+    federation: FederationSettings = Field(default=FederationSettings(), description="other trust domains")
     subjects: tuple[SubjectSettings, ...] = Field(
         default=(), description="whose user tokens are accepted; none: no task starts"
     )

@@ -124,6 +124,7 @@ async def tasks_half(
     )
     http = HttpServices(
         issuer=settings.issuer,
+        trust_domain=settings.trust_domain,
         store=store,
         clock=clock,
         exchange=exchange,

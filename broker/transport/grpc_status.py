@@ -31,9 +31,9 @@ _TABLE: tuple[tuple[type[BrokerError], grpc.StatusCode], ...] = (
     (Conflict, grpc.StatusCode.ALREADY_EXISTS),
     (Unavailable, grpc.StatusCode.UNAVAILABLE),
 )
-
 _BY_REASON: Mapping[str, grpc.StatusCode] = {
     "stale_version": grpc.StatusCode.ABORTED,
+    "bundle_in_use": grpc.StatusCode.FAILED_PRECONDITION,
     "upstream_above": grpc.StatusCode.FAILED_PRECONDITION,
     "no_upstream": grpc.StatusCode.FAILED_PRECONDITION,
 }

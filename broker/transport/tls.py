@@ -63,6 +63,21 @@ def server_context(
     return _filled(context, identity, roots_der, alpn)
 
 
+INTERMEDIATE_CIPHERS = (
+    "ECDHE-ECDSA-AES128-GCM-SHA256:ECDHE-RSA-AES128-GCM-SHA256:ECDHE-ECDSA-AES256-GCM-SHA384:"
+    "ECDHE-RSA-AES256-GCM-SHA384:ECDHE-ECDSA-CHACHA20-POLY1305:ECDHE-RSA-CHACHA20-POLY1305"
+)
+"""What Mozilla's intermediate level allows below TLS 1.3, in the client's own order of preference."""
+
+
+def public_context(identity: TlsIdentity) -> ssl.SSLContext:
+    """Make a context for a port that the whole world may read from: Mozilla's intermediate level, no client certificate."""
+    context = server_context(identity, (), client="none", alpn=(ALPN_HTTP1,))
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_ciphers(INTERMEDIATE_CIPHERS)
+    return context
+
+
 def client_context(
     identity: TlsIdentity | None,
     roots_der: Iterable[bytes],
@@ -157,6 +172,11 @@ def judge(ssl_object: ssl.SSLObject | ssl.SSLSocket, bundles: BundleSet, now: da
     """Give the one verdict on a finished handshake: Anonymous, or a verified SVID; raises InvalidSvid otherwise."""
     chain = peer_chain(ssl_object)
     return SvidPeer(verify_x509_svid(chain, bundles, now=now)) if chain else Anonymous()
+
+
+def nobody(ssl_object: ssl.SSLObject | ssl.SSLSocket, bundles: BundleSet, now: datetime) -> TlsPeer:
+    """Give the verdict of a port that asks nobody for a certificate. A resumed session hides nothing there."""
+    return Anonymous()
 
 
 class ContextSource:

@@ -10,7 +10,7 @@ import logging
 import socket
 import ssl
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,6 +36,7 @@ MAX_CONNECTIONS = 10_000
 FDS_PER_CONNECTION = 3  # accepted, dialled, and gRPC's own end
 ANONYMOUS_LIFETIME = timedelta(minutes=10)  # node attestation and token requests take seconds
 OnRefusal = Callable[[BrokerError, str], None]
+Verdict = Callable[[ssl.SSLObject, BundleSet, datetime], TlsPeer]
 
 
 class _Connection:
@@ -98,6 +99,7 @@ class TlsListener:
         index: CallerIndex[TlsPeer],
         grpc_backend: Path | None,
         http_app: Any | None,
+        verdict: Verdict = judge,
         on_refusal: OnRefusal | None = None,
         max_connections: int = MAX_CONNECTIONS,
         handshake_deadline: float = HANDSHAKE_DEADLINE,
@@ -110,6 +112,7 @@ class TlsListener:
         self._index = index
         self._backend = Backend(grpc_backend) if grpc_backend else None
         self._http = HttpDoor(http_app, clock) if http_app else None
+        self._verdict = verdict
         self._on_refusal = on_refusal
         self._max_connections = max_connections
         self._room = 0
@@ -238,7 +241,7 @@ class TlsListener:
         ssl_object: ssl.SSLObject = transport.get_extra_info("ssl_object")
         is_h2 = ssl_object.selected_alpn_protocol() == ALPN_H2
         try:
-            peer = judge(ssl_object, self._bundles(), self._clock.now())
+            peer = self._verdict(ssl_object, self._bundles(), self._clock.now())
             protocol = self._spliced(connection, peer) if is_h2 else self._served(connection, peer)
         except BrokerError as error:
             if not is_h2:

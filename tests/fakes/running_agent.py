@@ -34,7 +34,7 @@ async def until(condition, seconds: float = 10.0) -> None:
 class RunningAgent:
     """An agent that serves, and a channel to its socket."""
 
-    def __init__(self, agent: Agent, settings: AgentSettings, server: FakeServer) -> None:
+    def __init__(self, agent: Agent, settings: AgentSettings, server: FakeServer | None) -> None:
         self.agent, self.settings, self.server = agent, settings, server
         self.stop = asyncio.Event()
 
@@ -78,7 +78,16 @@ async def serving(
     if not changed.get("insecure_bootstrap"):
         values["trust_bundle_path"] = server.trust_file()
     settings = AgentSettings(**(values | changed))
-    async with Agent(settings, catalogue=catalogue) as agent:
+    async with serving_agent(Agent(settings, catalogue=catalogue), settings, server, synced=synced) as running:
+        yield running
+
+
+@asynccontextmanager
+async def serving_agent(
+    made: Agent, settings: AgentSettings, server: FakeServer | None = None, *, synced: bool = True
+) -> AsyncIterator[RunningAgent]:
+    """Run an agent, before whichever server its settings name."""
+    async with made as agent:
         running = RunningAgent(agent, settings, server)
         task = asyncio.create_task(agent.serve(running.stop))
         try:

@@ -56,6 +56,7 @@ def _lines(service: str, roles: frozenset[Role], *methods: str) -> dict[str, fro
 _AGENT = "spire.api.server.agent.v1.Agent"
 _BUNDLE = "spire.api.server.bundle.v1.Bundle"
 _ENTRY = "spire.api.server.entry.v1.Entry"
+_TRUST_DOMAIN = "spire.api.server.trustdomain.v1.TrustDomain"
 _SVID = "spire.api.server.svid.v1.SVID"
 _LOCAL_AUTHORITY = "spire.api.server.localauthority.v1.LocalAuthority"
 
@@ -67,7 +68,11 @@ METHODS: Final[Mapping[str, frozenset[Role]]] = {
         "CountAgents", "ListAgents", "GetAgent", "DeleteAgent", "BanAgent", "CreateJoinToken",
     ),
     **_lines(_BUNDLE, _OPEN, "GetBundle"),
-    **_lines(_BUNDLE, _OPERATORS, "CountBundles", "ListFederatedBundles"),
+    **_lines(
+        _BUNDLE, _OPERATORS,
+        "AppendBundle", "CountBundles", "ListFederatedBundles", "BatchCreateFederatedBundle",
+        "BatchUpdateFederatedBundle", "BatchSetFederatedBundle", "BatchDeleteFederatedBundle",
+    ),
     **_lines(_BUNDLE, _OPERATORS | _AGENTS, "GetFederatedBundle"),
     **_lines(
         _ENTRY, _OPERATORS,
@@ -87,6 +92,11 @@ METHODS: Final[Mapping[str, frozenset[Role]]] = {
     **_lines(
         "broker.server.v1.Authorities", _OPERATORS,
         "ListAuthorities", "PrepareAuthority", "ActivateAuthority", "TaintAuthority", "RevokeAuthority",
+    ),
+    **_lines(
+        _TRUST_DOMAIN, _OPERATORS,
+        "ListFederationRelationships", "GetFederationRelationship", "BatchCreateFederationRelationship",
+        "BatchUpdateFederationRelationship", "BatchDeleteFederationRelationship", "RefreshBundle",
     ),
     **_lines("broker.server.v1.Entries", _OPERATORS, "BatchCreateEntry", "GetEntry", "ListEntries"),
     **_lines("broker.server.v1.Watch", _AGENTS, "Watch"),

@@ -93,7 +93,7 @@ class Entries:
         now = self._clock.now()
 
         def act(writer: Writer) -> list[Outcome]:
-            return [_remove(writer, entry_id, actor, now) for entry_id in entry_ids]
+            return [remove_entry(writer, entry_id, actor, now) for entry_id in entry_ids]
 
         return await self._store.write(act)
 
@@ -158,13 +158,22 @@ def add_entry(writer: Writer, entry: Entry, actor: str, now: datetime) -> None:
     writer.record(_record(Event.ENTRY_CREATED, entry, actor, now))
 
 
-def _remove(writer: Writer, entry_id: str, actor: str, now: datetime) -> Outcome:
+def remove_entry(writer: Writer, entry_id: str, actor: str, now: datetime) -> Outcome:
+    """Remove one entry with its change row and its record; part of a larger act."""
     removed = writer.remove_entry(entry_id)
     if removed is None:
         return NotFound("entry not found", code="entry_not_found")
     writer.change(ENTRY_KIND, entry_id, GONE)
     writer.record(_record(Event.ENTRY_DELETED, removed, actor, now))
     return removed
+
+
+def dissociate_entry(writer: Writer, entry: Entry, trust_domain: TrustDomain, actor: str, now: datetime) -> None:
+    """Take a trust domain out of what an entry federates with; part of a larger act."""
+    edited = replace(entry, federates_with=entry.federates_with - {trust_domain}, revision=entry.revision + 1)
+    writer.replace_entry(edited)
+    writer.change(ENTRY_KIND, edited.id, entry_text(edited))
+    writer.record(_record(Event.ENTRY_UPDATED, edited, actor, now))
 
 
 def _record(event: Event, entry: Entry, actor: str, now: datetime) -> Record:

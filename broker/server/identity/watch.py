@@ -5,8 +5,8 @@ state of each, once, however much happened. Beyond a bound it starts again from 
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Final
 
 from broker.registry.entry import Entry
@@ -14,8 +14,9 @@ from broker.server.authority.authorities import Authorities
 from broker.server.identity.bundles import Bundles, PublishedBundle
 from broker.server.identity.changes import ENTRY_KIND, NODE_KIND
 from broker.server.identity.directory import Directory, Remembered
+from broker.server.identity.federated import BUNDLE_KIND, Federated
 from broker.server.store.ports import Store
-from broker.spiffe import SpiffeId
+from broker.spiffe import SpiffeId, TrustDomain
 
 HEARTBEAT: Final = 5.0
 """Seconds of silence after which a stream says that it lives, with its cursor."""
@@ -45,6 +46,7 @@ class Delta:
     upserted: Sequence[Entry]
     deleted_ids: Sequence[str]
     bundles: Sequence[PublishedBundle]
+    deleted_bundles: Sequence[TrustDomain] = ()
     more: bool = False
 
 
@@ -66,6 +68,8 @@ class _Subscription:
         self.has_bundle = False
         self.is_upset = False
         self.told = 0
+        self.federating: dict[str, frozenset[TrustDomain]] = {}
+        self.told_bundles: Mapping[TrustDomain, PublishedBundle | None] = {}
         self.wake = asyncio.Event()
 
     def touched(self, entry_ids: Iterable[str]) -> None:
@@ -82,20 +86,36 @@ class _Subscription:
         self.wake.set()
 
     def bundle_changed(self) -> None:
-        """Note a new bundle."""
+        """Note a new bundle of the own trust domain."""
         self.has_bundle = True
         self.wake.set()
+
+    def federated_changed(self, trust_domain: TrustDomain) -> None:
+        """Note that the bundle of another trust domain came, changed or went; it may be none of this stream's business."""
+        if trust_domain in self.told_bundles or any(trust_domain in one for one in self.federating.values()):
+            self.wake.set()
+
+    def federates(self, entry_id: str, entry: Entry | None) -> None:
+        """Note which trust domains an entry of this stream federates with; None: it is not, or no longer, here."""
+        if entry is None or not entry.federates_with:
+            self.federating.pop(entry_id, None)
+        else:
+            self.federating[entry_id] = entry.federates_with
 
 
 class Watch:
     """The streams of all agents."""
 
-    def __init__(self, store: Store, directory: Directory, authorities: Authorities, bundles: Bundles) -> None:
+    def __init__(
+        self, store: Store, directory: Directory, authorities: Authorities, bundles: Bundles, federated: Federated
+    ) -> None:
         self._store = store
         self._directory = directory
         self._bundles = bundles
+        self._federated = federated
         self._subscriptions: set[_Subscription] = set()
         authorities.subscribe(self._on_authorities)
+        federated.subscribe(self._on_federated)
 
     @property
     def streams(self) -> int:
@@ -114,6 +134,10 @@ class Watch:
             else:
                 subscription.told = cursor
                 subscription.touched(missed)
+                for entry in self._directory.authorized(agent_id):
+                    subscription.federates(entry.id, entry)
+                # Which of the others' bundles it holds is not known: it is told anew what it needs, and to drop the rest.
+                subscription.told_bundles = dict.fromkeys(self._federated.bundles)
                 # A bundle may have changed in the meantime: it is small, so it is always told.
                 subscription.bundle_changed()
             while True:
@@ -129,6 +153,11 @@ class Watch:
         for subscription in self._subscriptions:
             subscription.bundle_changed()
 
+    def _on_federated(self, kind: str, trust_domain: TrustDomain) -> None:
+        if kind == BUNDLE_KIND:
+            for subscription in self._subscriptions:
+                subscription.federated_changed(trust_domain)
+
     def _take(self, agent_id: SpiffeId, subscription: _Subscription) -> Iterable[Update]:
         if not subscription.wake.is_set():
             return ()
@@ -138,38 +167,70 @@ class Watch:
         is_upset, subscription.is_upset = subscription.is_upset, False
         before, subscription.told = subscription.told, self._directory.seq
         if is_upset:
-            return self._snapshot(agent_id)
-        return self._delta(agent_id, touched, before, has_bundle=has_bundle)
+            return self._snapshot(agent_id, subscription)
+        own = (self._bundles.own(),) if has_bundle else ()
+        return self._delta(agent_id, subscription, touched, before, own)
 
-    def _snapshot(self, agent_id: SpiffeId) -> Iterable[Update]:
-        seq, entries, bundle = self._directory.seq, self._directory.authorized(agent_id), self._bundles.own()
+    def _snapshot(self, agent_id: SpiffeId, subscription: _Subscription) -> Iterable[Update]:
+        seq, entries = self._directory.seq, self._directory.authorized(agent_id)
+        subscription.federating.clear()
+        subscription.told_bundles = {}
+        for entry in entries:
+            subscription.federates(entry.id, entry)
+        bundles = [(self._bundles.own(),), *((one,) for one in self._wanted_bundles(subscription))]
         starts = range(0, len(entries), PAGE) or range(1)
+        pages = [entries[start : start + PAGE] for start in starts]
+        # A bundle may be large: each of the others has a page of its own, so that none outgrows a message.
+        pages = [*([] for _ in bundles[1:]), *pages]
+        told = [*bundles, *(() for _ in pages[len(bundles) :])]
         return [
-            Snapshot(seq, entries[start : start + PAGE], (bundle,) if start == 0 else (), start != starts[-1])
-            for start in starts
+            Snapshot(seq, page, with_it, number != len(pages) - 1)
+            for number, (page, with_it) in enumerate(zip(pages, told, strict=True))
         ]
 
-    def _delta(self, agent_id: SpiffeId, touched: set[str], before: int, *, has_bundle: bool) -> Iterable[Update]:
+    def _wanted_bundles(self, subscription: _Subscription) -> list[PublishedBundle]:
+        """Give the bundles that are new for a stream, and note them as told; nothing but what its entries federate with."""
+        names = frozenset[TrustDomain]().union(*subscription.federating.values())
+        known = self._federated.bundles
+        wanted = {name: known[name] for name in sorted(names) if name in known}
+        fresh = [bundle for name, bundle in wanted.items() if subscription.told_bundles.get(name) is not bundle]
+        subscription.told_bundles = wanted
+        return fresh
+
+    def _delta(
+        self,
+        agent_id: SpiffeId,
+        subscription: _Subscription,
+        touched: set[str],
+        before: int,
+        own: Sequence[PublishedBundle],
+    ) -> Iterable[Update]:
         scope = self._directory.scope(agent_id)
         upserted = [entry for entry_id in touched if entry_id in scope and (entry := self._directory.entry(entry_id))]
         there = {entry.id for entry in upserted}
         deleted = [entry_id for entry_id in touched if entry_id not in there]
-        seq, bundles = self._directory.seq, (self._bundles.own(),) if has_bundle else ()
-        if not upserted and not deleted and not bundles:
-            return ()
-        pages = range(0, len(upserted), PAGE) or range(1)
-        # The cursor moves with the last page only: a stream that breaks in between is resumed from before all of them.
-        return [
-            Delta(
-                seq if start == pages[-1] else before,
-                upserted[start : start + PAGE],
-                deleted if start == 0 else (),
-                bundles if start == 0 else (),
-            )
-            for start in pages
-        ]
+        for entry_id in deleted:
+            subscription.federates(entry_id, None)
+        for entry in upserted:
+            subscription.federates(entry.id, entry)
+        held = frozenset(subscription.told_bundles)
+        fresh = self._wanted_bundles(subscription)
+        withdrawn = sorted(held - frozenset(subscription.told_bundles))
+        # Bundles first, each in a message of its own: what an entry federates with is there when the entry comes.
+        deltas = [Delta(before, (), (), (bundle,)) for bundle in fresh]
+        if upserted or deleted or own or withdrawn:
+            rest = [upserted[start : start + PAGE] for start in range(0, len(upserted), PAGE)] or [[]]
+            deltas.append(Delta(before, rest[0], deleted, own, withdrawn))
+            deltas += [Delta(before, page, (), ()) for page in rest[1:]]
+        if deltas:
+            # The cursor moves with the last page only: a stream that breaks in between is resumed from before all of them.
+            deltas[-1] = replace(deltas[-1], seq=self._directory.seq)
+        return deltas
 
     async def _missed(self, agent_id: SpiffeId, cursor: int) -> list[str] | None:
+        if self._federated.withdrew_after(cursor):
+            # What the agent was told of bundles by another stream is not known here: a snapshot withdraws what is gone.
+            return None
         remembered = self._directory.since(agent_id, cursor)
         if remembered is not None:
             return _relevant(remembered, self._directory.scope(agent_id).ids, self._parents(agent_id))
@@ -180,7 +241,7 @@ class Watch:
         # After a restart the old state of entries is not known here; but if none changed, nothing was missed.
         if changes is None or len(changes) == MAX_CATCH_UP:
             return None
-        return None if any(change.kind in (ENTRY_KIND, NODE_KIND) for change in changes) else []
+        return None if any(change.kind in (ENTRY_KIND, NODE_KIND, BUNDLE_KIND) for change in changes) else []
 
     def _parents(self, agent_id: SpiffeId) -> set[SpiffeId]:
         return {agent_id, *(entry.spiffe_id for entry in self._directory.authorized(agent_id))}

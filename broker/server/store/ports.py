@@ -12,6 +12,7 @@ the caller, who repeats it under the same idempotency key.
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
+from broker.server.store.federation_ports import FederationReads, FederationWrites
 from broker.server.store.rows import Change
 from broker.server.store.table_ports import (
     AuthorityReads,
@@ -38,7 +39,16 @@ T = TypeVar("T")
 
 
 class Reader(
-    TrailReads, EntryReads, NodeReads, AuthorityReads, SessionReads, TaskReads, TokenReads, FrameReads, Protocol
+    TrailReads,
+    EntryReads,
+    NodeReads,
+    AuthorityReads,
+    FederationReads,
+    SessionReads,
+    TaskReads,
+    TokenReads,
+    FrameReads,
+    Protocol,
 ):
     """All that a read may ask, from one snapshot."""
 
@@ -48,6 +58,7 @@ class Writer(
     EntryWrites,
     NodeWrites,
     AuthorityWrites,
+    FederationWrites,
     SessionWrites,
     TaskWrites,
     TokenWrites,
@@ -105,6 +116,8 @@ __all__ = [
     "AuthorityWrites",
     "EntryReads",
     "EntryWrites",
+    "FederationReads",
+    "FederationWrites",
     "FrameReads",
     "FrameWrites",
     "Housekeeping",

@@ -89,6 +89,7 @@ class Source(StrEnum):
 
     UPSTREAM = "upstream"
     DOWNSTREAM = "downstream"
+    APPENDED = "appended"
     REVOKED = "revoked"
 
 

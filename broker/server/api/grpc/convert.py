@@ -16,11 +16,11 @@ from broker._proto.spire.api.types import (
     status_pb2,
     x509svid_pb2,
 )
-from broker.errors import BrokerError, Invalid
+from broker.errors import BrokerError, Invalid, InvalidBundle
 from broker.registry.entry import Entry
-from broker.server.identity.bundles import PublishedBundle
 from broker.server.identity.filters import SetFilter, SetMatch
 from broker.server.identity.signing import SignedJwt, SignedX509
+from broker.server.store.bundle_rows import PublishedBundle, PublishedKey, jwt_public_key, x509_key
 from broker.server.store.rows import Node
 from broker.spiffe import Selector, SpiffeId, TrustDomain
 from broker.transport.grpc_status import status_code
@@ -231,3 +231,41 @@ def bundle_message(bundle: PublishedBundle) -> bundle_pb2.Bundle:
         refresh_hint=bundle.refresh_hint,
         sequence_number=bundle.sequence,
     )
+
+
+def published_bundle_of(message: bundle_pb2.Bundle, trust_domain: TrustDomain) -> PublishedBundle:
+    """Read another trust domain's bundle; raises Invalid, also when it names another trust domain than this one."""
+    named = TrustDomain(message.trust_domain)
+    if named != trust_domain:
+        raise Invalid(
+            f'trust domain bundle ("{named}") must match the trust domain of the federation relationship'
+            f' ("{trust_domain}")',
+            code="bundle_trust_domain",
+        )
+    if message.refresh_hint < 0:
+        raise InvalidBundle("the bundle's refresh hint is out of range", code="bundle_number")
+    bundle = PublishedBundle(
+        trust_domain,
+        tuple(x509_keys_of(message.x509_authorities)),
+        tuple(jwt_keys_of(message.jwt_authorities)),
+        message.sequence_number,
+        message.refresh_hint,
+    )
+    bundle.checked()
+    return bundle
+
+
+def x509_keys_of(messages: Iterable[bundle_pb2.X509Certificate]) -> list[PublishedKey]:
+    """Read X.509 authorities, one certificate each; raises InvalidBundle."""
+    return [x509_key(message.asn1, tainted=message.tainted) for message in messages]
+
+
+def jwt_keys_of(messages: Iterable[bundle_pb2.JWTKey]) -> list[PublishedKey]:
+    """Read JWT authorities; raises Invalid."""
+    keys = []
+    for message in messages:
+        jwt_public_key(message.public_key)
+        if not message.key_id:
+            raise InvalidBundle("missing key ID", code="bundle_key_id")
+        keys.append(PublishedKey(message.key_id, message.public_key, moment_of(message.expires_at), message.tainted))
+    return keys

@@ -51,6 +51,7 @@ class Watch:
                         upserted=map(registered_entry_message, update.upserted),
                         deleted_ids=update.deleted_ids,
                         bundles=map(bundle_message, update.bundles),
+                        deleted_bundles=[name.name for name in update.deleted_bundles],
                     )
                 )
             case Heartbeat():

@@ -1,6 +1,6 @@
 """The HTTP app: which address leads to which endpoint. It is served on the TLS port's own transport, never by itself."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -11,6 +11,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from broker.server.api.http import errors, tasks
+from broker.server.api.http.discovery import Discovery
 from broker.server.api.http.introspect import introspect
 from broker.server.api.http.keys import keys
 from broker.server.api.http.metadata import metadata
@@ -23,8 +24,17 @@ METADATA: Final = "/.well-known/oauth-authorization-server"
 _Endpoint = Callable[[Request, HttpServices], Awaitable[Response]]
 
 
-def create_app(services: HttpServices) -> Starlette:
-    """Make the app. Where the issuer has a path, everything lies below it, and the metadata as RFC 8414 §3.1 says."""
+def create_app(services: HttpServices | None, discovery: Discovery | None = None) -> Starlette:
+    """Make the app of the halves that run here: the task half's endpoints, the identity half's discovery."""
+    routes = [*(() if services is None else _task_routes(services)), *(discovery.routes() if discovery else ())]
+    app = Starlette(routes=routes, exception_handlers={HTTPException: errors.on_http_exception})
+    # A slash too many is another address: a redirect would send the token a second time.
+    app.router.redirect_slashes = False
+    return app
+
+
+def _task_routes(services: HttpServices) -> Sequence[Route]:
+    """Where the issuer has a path, everything lies below it, and the metadata as RFC 8414 §3.1 says."""
     below = urlsplit(services.issuer).path.rstrip("/")
 
     def bound(endpoint: _Endpoint) -> errors.Handler:
@@ -33,7 +43,7 @@ def create_app(services: HttpServices) -> Starlette:
 
         return handler
 
-    routes = [
+    return (
         Route(f"{below}/token", errors.oauth(bound(token)), methods=["POST"]),
         Route(f"{below}/introspect", errors.oauth(bound(introspect)), methods=["POST"]),
         Route(f"{below}/revoke", errors.oauth(bound(revoke)), methods=["POST"]),
@@ -41,8 +51,4 @@ def create_app(services: HttpServices) -> Starlette:
         Route(METADATA + below, errors.plain(bound(metadata)), methods=["GET"]),
         Route(f"{below}/tasks/{{task_id}}", errors.plain(bound(tasks.show)), methods=["GET"]),
         Route(f"{below}/tasks/{{task_id}}/complete", errors.plain(bound(tasks.complete)), methods=["POST"]),
-    ]
-    app = Starlette(routes=routes, exception_handlers={HTTPException: errors.on_http_exception})
-    # A slash too many is another address: a redirect would send the token a second time.
-    app.router.redirect_slashes = False
-    return app
+    )

@@ -18,7 +18,7 @@ ALLOWED: Final = frozenset({"token", "token_type_hint"})
 
 async def introspect(request: Request, services: HttpServices) -> Response:
     """Tell whether a token is alive, and what it says."""
-    caller = svid_of(request)
+    caller = svid_of(request, services)
     form = await read_form(request, allowed=ALLOWED)
     live = await services.tokens.introspect(form.require("token"), caller.id)
     if live is None:

@@ -6,6 +6,7 @@ No header is looked at: a certificate that a proxy would forward is not evidence
 from starlette.requests import Request
 
 from broker.errors import Invalid, Refused
+from broker.server.api.http.services import HttpServices
 from broker.server.tasks.requests import Actor, Door, check_key
 from broker.spiffe import X509Svid
 from broker.transport.http import PEER_EXTENSION
@@ -14,8 +15,12 @@ from broker.transport.tls import SvidPeer
 IDEMPOTENCY_KEY = "idempotency-key"
 
 
-def svid_of(request: Request) -> X509Svid:
-    """Give the verified SVID of the connection; raises Refused(code="invalid_client") without one (RFC 8705 §2)."""
+def svid_of(request: Request, services: HttpServices) -> X509Svid:
+    """Give the verified SVID of the connection, one of our own trust domain (RFC 8705 §2).
+
+    Raises Refused(code="invalid_client") without one, and for one of another trust domain: it is who it says it is, and has
+    no business here.
+    """
     peer = request.scope.get("extensions", {}).get(PEER_EXTENSION)
     if not isinstance(peer, SvidPeer):
         raise Refused(
@@ -26,12 +31,14 @@ def svid_of(request: Request) -> X509Svid:
     if "authorization" in request.headers:
         # RFC 6749 §2.3: one way to authenticate in one request.
         raise Invalid("the client authenticates by its certificate, and by nothing else", code="two_authentications")
+    if peer.svid.id.trust_domain != services.trust_domain:
+        raise Refused("the caller is of another trust domain", code="invalid_client")
     return peer.svid
 
 
-def actor_of(request: Request) -> Actor:
+def actor_of(request: Request, services: HttpServices) -> Actor:
     """Give the workload that calls; raises Refused(code="invalid_client"), Invalid."""
-    svid = svid_of(request)
+    svid = svid_of(request, services)
     return Actor(spiffe_id=svid.id, x5t=svid.x5t, not_after=svid.not_after, door=Door.HTTPS)
 
 

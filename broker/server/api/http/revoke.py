@@ -16,7 +16,7 @@ from broker.server.api.http.services import HttpServices
 
 async def revoke(request: Request, services: HttpServices) -> Response:
     """End a token of the caller's own."""
-    caller = svid_of(request)
+    caller = svid_of(request, services)
     form = await read_form(request, allowed=ALLOWED)
     token = form.require("token")
     try:

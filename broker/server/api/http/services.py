@@ -10,7 +10,7 @@ from broker.server.tasks.feed import Feed
 from broker.server.tasks.lifecycle import Lifecycle
 from broker.server.tasks.refusals import Refusals
 from broker.server.tasks.tokens import TaskTokens
-from broker.spiffe import BundleSet
+from broker.spiffe import BundleSet, TrustDomain
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +18,7 @@ class HttpServices:
     """The use cases and facts behind the endpoints. ``bundles`` gives those under which JWT-SVIDs are judged."""
 
     issuer: str
+    trust_domain: TrustDomain
     store: Store
     clock: Clock
     exchange: Exchange

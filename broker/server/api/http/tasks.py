@@ -29,14 +29,14 @@ _VERSION: Final = re.compile(r"[1-9][0-9]{0,14}")
 
 async def show(request: Request, services: HttpServices) -> Response:
     """Give one task of the caller's own."""
-    actor, task_id = actor_of(request), _task_id(request)
+    actor, task_id = actor_of(request, services), _task_id(request)
     task = await services.store.read(lambda reader: _own(reader, actor, task_id))
     return JSONResponse(_shown(task, services, services.feed.frame_of(task.id)), headers=NO_STORE)
 
 
 async def complete(request: Request, services: HttpServices) -> Response:
     """End a task of the caller's own; ending it twice is fine."""
-    actor, task_id = actor_of(request), _task_id(request)
+    actor, task_id = actor_of(request, services), _task_id(request)
     form = await read_form(request, allowed=_ALLOWED, body_optional=True)
     over = await services.lifecycle.complete(
         actor,

@@ -58,7 +58,7 @@ class _Asked:
 
 async def token(request: Request, services: HttpServices) -> Response:
     """Exchange a user's token for a task token."""
-    actor = actor_of(request)
+    actor = actor_of(request, services)
     async with services.refusals.recorded(Event.TOKEN_REFUSED, actor, ""):
         form = await read_form(request, allowed=_ALLOWED, repeatable=_REPEATABLE)
         asked = _read(form, actor, idempotency_key(request), services)

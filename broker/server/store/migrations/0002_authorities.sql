@@ -5,7 +5,8 @@ ALTER TABLE authorities ADD COLUMN replica TEXT NOT NULL DEFAULT '';
 ALTER TABLE authorities ADD COLUMN upstream TEXT NOT NULL DEFAULT '';
 ALTER TABLE authorities ADD COLUMN chain BLOB;
 
--- What the bundle holds that no replica of ours signs with: roots and keys from above, JWT keys that servers below publish.
+-- What the bundle holds that no replica of ours signs with: roots and keys from above, JWT keys that servers below publish,
+-- and what an operator appended.
 
 CREATE TABLE adopted_authorities (
   kind      TEXT NOT NULL CHECK (kind IN ('x509', 'jwt')),
@@ -13,7 +14,7 @@ CREATE TABLE adopted_authorities (
   public    BLOB NOT NULL,
   not_after INTEGER NOT NULL,
   tainted   INTEGER NOT NULL CHECK (tainted IN (0, 1)),
-  source    TEXT NOT NULL CHECK (source IN ('upstream', 'downstream', 'revoked')),
+  source    TEXT NOT NULL CHECK (source IN ('upstream', 'downstream', 'appended', 'revoked')),
   PRIMARY KEY (kind, id)
 ) STRICT;
 

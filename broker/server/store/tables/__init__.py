@@ -4,6 +4,7 @@ from typing_extensions import override
 
 from broker.server.store.tables.authorities import AuthorityReading, AuthorityWriting
 from broker.server.store.tables.entries import EntryReading, EntryWriting
+from broker.server.store.tables.federation import FederationReading, FederationWriting
 from broker.server.store.tables.frames import FrameReading, FrameWriting
 from broker.server.store.tables.housekeeping import Sweeping
 from broker.server.store.tables.idempotency import IdempotencyWriting
@@ -16,6 +17,7 @@ from broker.server.store.tables.trail import TrailReading
 
 class SqlReader(
     TrailReading,
+    FederationReading,
     EntryReading,
     NodeReading,
     AuthorityReading,
@@ -29,6 +31,7 @@ class SqlReader(
 
 class SqlWriter(
     FrameWriting,
+    FederationWriting,
     EntryWriting,
     NodeWriting,
     AuthorityWriting,

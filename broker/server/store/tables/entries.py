@@ -35,6 +35,7 @@ _COLUMNS: Final = (
 _ONE: Final = f"SELECT {_COLUMNS} FROM entries WHERE id = ?"
 _SIMILAR: Final = f"SELECT {_COLUMNS} FROM entries WHERE spiffe_id = ? AND parent_id = ? AND selectors_digest = ?"
 _ALL: Final = f"SELECT {_COLUMNS} FROM entries ORDER BY created_at, id"
+ALL_FEDERATING: Final = f"SELECT {_COLUMNS} FROM entries WHERE federates_with <> '[]' ORDER BY created_at, id"
 _ADD: Final = (
     f"INSERT INTO entries ({_COLUMNS}, selectors_digest)"
     " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
@@ -54,7 +55,7 @@ class EntryReading(SqlTables):
     def __init__(self, sql: Sql) -> None:
         """Start with nothing parsed."""
         super().__init__(sql)
-        self._entries: Remembered[Row, Entry] = Remembered(lambda row: _read(row, Known()), KEPT_ROWS)
+        self._entries: Remembered[Row, Entry] = Remembered(lambda row: read_entry(row, Known()), KEPT_ROWS)
 
     def entry(self, entry_id: str) -> Entry | None:
         """Give one entry, or None."""
@@ -64,12 +65,12 @@ class EntryReading(SqlTables):
     def similar_entry(self, spiffe_id: SpiffeId, parent_id: SpiffeId, selectors: frozenset[Selector]) -> Entry | None:
         """Give the entry with exactly this identity, parent and selectors, or None."""
         row = self._sql.row(_SIMILAR, (str(spiffe_id), str(parent_id), digest(text_set(selectors))))
-        return None if row is None else _read(row, Known())
+        return None if row is None else read_entry(row, Known())
 
     def entries(self) -> tuple[Entry, ...]:
         """Give all entries, oldest first."""
         with _collector_at_rest():
-            return tuple(map(partial(_read, known=Known()), self._sql.rows(_ALL)))
+            return tuple(map(partial(read_entry, known=Known()), self._sql.rows(_ALL)))
 
 
 class EntryWriting(EntryReading):
@@ -144,7 +145,8 @@ def _values(entry: Entry) -> tuple[Value, ...]:
     )
 
 
-def _read(row: Row, known: Known) -> Entry:
+def read_entry(row: Row, known: Known) -> Entry:
+    """Read a row of all columns."""
     return Entry(
         id=row[0],
         spiffe_id=SpiffeId(row[1]),

@@ -21,6 +21,7 @@ from broker.server.api.grpc import (
     sessions,
     svid,
     tasks,
+    trustdomain,
     watch,
 )
 from broker.server.authority import profile
@@ -43,6 +44,7 @@ SERVED = {
     sessions: sessions.Sessions,
     svid: svid.Svid,
     tasks: tasks.Tasks,
+    trustdomain: trustdomain.TrustDomains,
     watch: watch.Watch,
 }
 BINDINGS: list[ServiceBinding] = [module.BINDING for module in SERVED]
@@ -99,7 +101,7 @@ def test_only_attestation_and_the_bundle_are_for_everybody():
 def test_no_method_is_for_agents_and_for_changing_what_they_may():
     for path, roles in METHODS.items():
         if path.rsplit("/", 1)[1].startswith(
-            ("BatchCreate", "BatchUpdate", "BatchDelete", "Ban", "Mint", "CreateJoin")
+            ("BatchCreate", "BatchUpdate", "BatchSet", "BatchDelete", "Append", "Refresh", "Ban", "Mint", "CreateJoin")
         ):
             assert roles == {Role.LOCAL, Role.ADMIN}
 

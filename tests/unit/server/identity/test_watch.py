@@ -1,11 +1,15 @@
 import asyncio
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
 
 from broker.server.identity import watch as watch_module
+from broker.server.identity.bundles import DeletionMode, drop_bundle
 from broker.server.identity.watch import Delta, Heartbeat, Snapshot
+from broker.spiffe import TrustDomain
+from tests.unit.server.identity.test_bundles import published
 from tests.unit.server.identity.world import AGENT, OTHER, world
 
 
@@ -177,3 +181,88 @@ async def test_every_agent_hears_of_its_own(here, agents):
         await here.add(f"/n/{number}", agent)
     for number, delta in enumerate(await asyncio.gather(*waiting)):
         assert [entry.id for entry in delta.upserted] == [f"n.{number}"]
+
+
+OTHER_DOMAIN = TrustDomain("other.test")
+
+
+def names(update):
+    return [bundle.trust_domain.name for bundle in update.bundles]
+
+
+@pytest.mark.bears("FE-08")
+async def test_an_agent_hears_of_the_bundles_that_its_entries_name(here):
+    await here.add_node()
+    await here.bundles.set([published(), published("third.test")], "op")
+    await here.add("/app", federates_with=frozenset({OTHER_DOMAIN}))
+    async with stream(here) as following:
+        own, first = await following(), await following()
+        assert (names(own), own.more, names(first), first.more) == (["example.org"], True, ["other.test"], False)
+        newer = published(sequence=2)
+        await here.bundles.set([newer], "op")
+        update = await following()
+        assert (list(update.bundles), list(update.upserted)) == ([newer], [])
+        # The third one is none of this agent's business: nothing is said of it, whatever happens to it.
+        await here.bundles.set([published("third.test", sequence=2)], "op")
+        await here.add("/two")
+        update = await following()
+        assert ([entry.id for entry in update.upserted], names(update)) == (["two"], [])
+
+
+async def test_an_entry_brings_and_takes_its_bundles(here):
+    await here.add_node()
+    await here.bundles.set([published()], "op")
+    await here.add("/app")
+    async with stream(here) as following:
+        assert names(await following()) == ["example.org"]
+        await here.entries.update([("app", lambda one: replace(one, federates_with=frozenset({OTHER_DOMAIN})))], "op")
+        bundle, entry = await following(), await following()
+        # The bundle is there before the entry that needs it.
+        assert (names(bundle), [one.id for one in entry.upserted]) == (["other.test"], ["app"])
+        assert bundle.seq < entry.seq
+        await here.entries.update([("app", lambda one: replace(one, federates_with=frozenset()))], "op")
+        gone = await following()
+        assert (list(gone.deleted_bundles), [one.id for one in gone.upserted]) == ([OTHER_DOMAIN], ["app"])
+
+
+@pytest.mark.bears("X05")
+async def test_a_bundle_that_is_deleted_is_withdrawn(here):
+    await here.add_node()
+    await here.bundles.set([published()], "op")
+    await here.add("/app", federates_with=frozenset({OTHER_DOMAIN}))
+    async with stream(here) as following:
+        await following()
+        assert (await following()).more is False
+        assert await here.bundles.delete([OTHER_DOMAIN], DeletionMode.RESTRICT, "op") != [None]
+        await here.store.write(lambda writer: drop_bundle(writer, OTHER_DOMAIN, "op", here.clock.now()))
+        gone = await following()
+        assert (list(gone.deleted_bundles), list(gone.upserted)) == ([OTHER_DOMAIN], [])
+        await here.bundles.set([published()], "op")
+        assert names(await following()) == ["other.test"]
+
+
+async def test_who_was_away_is_told_what_went(here):
+    await here.add_node()
+    await here.bundles.set([published(), published("third.test")], "op")
+    await here.add("/app", federates_with=frozenset({OTHER_DOMAIN}))
+    async with stream(here) as following:
+        await following()
+        cursor = (await following()).seq
+    # Still there: told anew what it needs, and to drop what it may hold and does not need.
+    async with stream(here, cursor) as following:
+        bundle, rest = await following(), await following()
+    assert (names(bundle), names(rest)) == (["other.test"], ["example.org"])
+    assert list(rest.deleted_bundles) == [TrustDomain("third.test")]
+    # Gone: only a snapshot says so for sure.
+    await here.bundles.delete([TrustDomain("third.test")], DeletionMode.RESTRICT, "op")
+    async with stream(here, cursor) as following:
+        assert isinstance(await following(), Snapshot)
+
+
+async def test_after_a_restart_a_changed_bundle_means_a_snapshot(tmp_path):
+    async with world(tmp_path) as here:
+        await here.add_node()
+        cursor = here.directory.seq
+        await here.bundles.set([published()], "op")
+    async with world(tmp_path) as again, stream(again, cursor) as following:
+        assert isinstance(await following(), Snapshot)

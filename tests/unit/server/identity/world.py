@@ -23,8 +23,10 @@ from broker.server.identity.admission import Admission
 from broker.server.identity.bundles import Bundles
 from broker.server.identity.directory import Directory
 from broker.server.identity.entries import Entries
+from broker.server.identity.federated import Federated
 from broker.server.identity.join_tokens import JoinTokens
 from broker.server.identity.nodes import Nodes, put_node
+from broker.server.identity.relationships import Relationships
 from broker.server.identity.signing import Signing, SigningRules
 from broker.server.identity.watch import Watch
 from broker.server.store.rows import AuthorityKind, Node
@@ -69,6 +71,9 @@ class World:
     join_tokens: JoinTokens
     entries: Entries
     signing: Signing
+    bundles: Bundles
+    federated: Federated
+    relationships: Relationships
     watch: Watch
     attestor: ScriptedAttestor
 
@@ -125,6 +130,9 @@ async def world(
         await rotation.settle()
         known = Directory(clock)
         await known.load(store)
+        federated = Federated(authorities)
+        await federated.load(store)
+        bundles = Bundles(store, authorities, rotation, federated, clock, trust_domain=DOMAIN)
         nodes = Nodes(store, known, clock)
         attestor = ScriptedAttestor()
         with ThreadPoolExecutor(1) as workers:
@@ -160,6 +168,9 @@ async def world(
                     ),
                     workers=workers,
                 ),
-                watch=Watch(store, known, authorities, Bundles(DOMAIN, authorities)),
+                bundles=bundles,
+                federated=federated,
+                relationships=Relationships(store, federated, clock, DOMAIN),
+                watch=Watch(store, known, authorities, bundles, federated),
                 attestor=attestor,
             )

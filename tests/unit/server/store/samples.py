@@ -6,6 +6,7 @@ from typing import Any
 
 from broker.audit.events import Event, Record
 from broker.registry.entry import Entry
+from broker.server.store.bundle_rows import PublishedBundle, PublishedKey
 from broker.server.store.rows import (
     AuthorityKind,
     AuthorityRow,
@@ -16,6 +17,7 @@ from broker.server.store.rows import (
     TokenRow,
 )
 from broker.spiffe import Selector, SpiffeId, TrustDomain
+from broker.spiffe.federation import Profile, Relationship
 from broker.tasks.authority import Authority
 from broker.tasks.causes import Cause
 from broker.tasks.delegation import Delegation
@@ -175,3 +177,28 @@ def record(subject: str = "tsk_1", **fields: Any) -> Record:
 
 def ended(of: Task, state: State = State.COMPLETED, cause: Cause = Cause.COMPLETED) -> Task:
     return replace(of, state=state, cause=cause, ended_at=NOW + SECOND, version=of.version + 1)
+
+
+def federated_bundle(name: str = "other.test", **fields: Any) -> PublishedBundle:
+    return PublishedBundle(
+        **{
+            "trust_domain": TrustDomain(name),
+            "x509": (PublishedKey("", b"\x00\xff DER", NOW.replace(microsecond=0), tainted=True),),
+            "jwt": (PublishedKey("kid “quoted”", b"\x01 SPKI"),),
+            "sequence": 2**64 - 1,
+            "refresh_hint": 2**53 + 1,
+        }
+        | fields
+    )
+
+
+def relationship(name: str = "other.test", **fields: Any) -> Relationship:
+    return Relationship(
+        **{
+            "trust_domain": TrustDomain(name),
+            "url": f"https://{name}:8443/bundle?a=b",
+            "profile": Profile.HTTPS_SPIFFE,
+            "endpoint_id": SpiffeId(f"spiffe://{name}/spire/server"),
+        }
+        | fields
+    )

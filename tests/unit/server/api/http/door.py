@@ -95,6 +95,7 @@ async def open_door(estate: Estate) -> AsyncIterator[HttpDoorway]:
     bundles = BundleSet.of(Bundle(AGENT.trust_domain, (), {"jwt-1": signer.public_key}))
     services = HttpServices(
         issuer=ISSUER,
+        trust_domain=AGENT.trust_domain,
         store=estate.store,
         clock=estate.clock,
         exchange=estate.exchange,

@@ -8,6 +8,7 @@ import pytest
 
 from broker.server.api.http.app import create_app
 from broker.server.api.http.services import HttpServices
+from broker.spiffe import TrustDomain
 from broker.tasks.keyset import read_keys
 from tests.unit.server.api.http.door import HttpDoorway, assert_error
 from tests.unit.server.tasks.estate import ISSUER
@@ -46,7 +47,7 @@ async def test_keys_verify_what_is_issued(door: HttpDoorway) -> None:
 async def test_an_issuer_with_a_path(door: HttpDoorway, issuer: str) -> None:
     estate = door.estate
     services = HttpServices(
-        issuer=issuer, store=estate.store, clock=estate.clock, exchange=estate.exchange, lifecycle=estate.lifecycle,
+        issuer=issuer, trust_domain=TrustDomain("example.org"), store=estate.store, clock=estate.clock, exchange=estate.exchange, lifecycle=estate.lifecycle,
         tokens=estate.tokens, feed=estate.feed, keys=estate.keys, refusals=estate.refusals, bundles=lambda: None,
     )  # fmt: skip
     assert dataclasses.is_dataclass(services)
