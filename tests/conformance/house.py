@@ -9,6 +9,7 @@ import http.client
 import json
 import os
 import ssl
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -37,6 +38,7 @@ from broker.clock import SystemClock
 from broker.dev.configuration import TRUST_DOMAIN, Plan
 from broker.dev.estate import Estate
 from broker.dev.layout import private_directory
+from broker.dev.programs import install_program, program_environment
 from broker.server.api.grpc import entries, entry
 from broker.server.store.rows import AuthorityKind, AuthorityRow, AuthorityState
 from broker.server.store.sqlite import SqliteStore
@@ -213,15 +215,31 @@ class House:
             return answer
 
     @cached_property
+    def stranger(self) -> Path:
+        """Another program of the same user, with a file of its own, that no entry names."""
+        return install_program(self.estate.layout.directory / "programs", "stranger")
+
+    def strange(self) -> dict[str, tuple[str, str]]:
+        """What the stranger is told: status and words by method."""
+        run = subprocess.run(
+            [self.stranger, "-m", "tests.conformance.stranger", self.agent_socket],
+            env=program_environment(os.environ), capture_output=True, check=True, timeout=2 * SECONDS,
+        )  # fmt: skip
+        return {name: (code, words) for name, (code, words) in json.loads(run.stdout).items()}
+
+    @cached_property
+    def refusals(self) -> dict[str, tuple[str, str]]:
+        """What it is told while no entry names it."""
+        return self.strange()
+
+    @cached_property
     def bundles(self) -> BundleSet:
         """What a workload of this node trusts, as the Workload API tells it."""
         name = str(DOMAIN.id)
         with self.workload() as stub:
             x509 = next(stub.FetchX509Bundles(workload_pb2.X509BundlesRequest(), metadata=HEADER, timeout=SECONDS))
             jwt = next(stub.FetchJWTBundles(workload_pb2.JWTBundlesRequest(), metadata=HEADER, timeout=SECONDS))
-        return BundleSet.of(
-            Bundle.from_workload_api(DOMAIN, x509_der=x509.bundles[name], jwks=jwt.bundles[name])
-        )
+        return BundleSet.of(Bundle.from_workload_api(DOMAIN, x509_der=x509.bundles[name], jwks=jwt.bundles[name]))
 
     @property
     def roots(self) -> list[bytes]:
@@ -304,4 +322,3 @@ def running(directory: Path) -> Iterator[House]:
         yield house
     finally:
         estate.down()
-

@@ -36,7 +36,14 @@ def test_compact_and_nothing_else(house: House, doors: TokenDoors) -> None:
     protected, payload, signature = good.split(".")
     flattened = {"protected": protected, "payload": payload, "signature": signature}
     general = {"payload": payload, "signatures": [{"protected": protected, "signature": signature}]}
-    for text in (json.dumps(flattened), json.dumps(general), f"{good}.", f".{good}", f"{protected}..{signature}", good + ".x.y"):
+    for text in (
+        json.dumps(flattened),
+        json.dumps(general),
+        f"{good}.",
+        f".{good}",
+        f"{protected}..{signature}",
+        good + ".x.y",
+    ):
         assert not doors.ask(text).accepted, text
 
 
@@ -44,7 +51,9 @@ def test_compact_and_nothing_else(house: House, doors: TokenDoors) -> None:
 def test_no_header_but_three(house: House, doors: TokenDoors) -> None:
     assert set(header_of(house.jwt("tests").svids[0].svid)) == {"alg", "kid", "typ"}
     for name in ("jku", "jwk", "x5u", "x5c", "x5t", "x5t#S256", "cty", "crit", "b64", "zip", "anything"):
-        assert not doors.ask(house.replica.token({name: ["exp"] if name == "crit" else "x"}, aud=[doors.audience])).accepted
+        assert not doors.ask(
+            house.replica.token({name: ["exp"] if name == "crit" else "x"}, aud=[doors.audience])
+        ).accepted
 
 
 @pytest.mark.bears("JW-03")
@@ -54,7 +63,9 @@ def test_algorithms(house: House, doors: TokenDoors) -> None:
         assert not doors.ask(house.replica.token({"alg": alg}, aud=[doors.audience])).accepted, alg
     # The public key as the secret of an HMAC.
     claims = json.dumps(house.replica.claims(aud=[doors.audience]))
-    unsigned = ".".join(b64url_encode(part.encode()) for part in (json.dumps(house.replica.header(alg="HS256")), claims))
+    unsigned = ".".join(
+        b64url_encode(part.encode()) for part in (json.dumps(house.replica.header(alg="HS256")), claims)
+    )
     assert not doors.ask(f"{unsigned}.{b64url_encode(b'0' * 32)}").accepted
     assert not doors.ask(f"{unsigned}.").accepted
 
@@ -187,7 +198,14 @@ def test_only_keys_for_jwt_svids_verify_them(house: House) -> None:
     claims, header = house.replica.claims(), {"alg": "ES256", "kid": "k"}
     text = ".".join(b64url_encode(json.dumps(part).encode()) for part in (header, claims))
     token = f"{text}.{b64url_encode(es256(house.replica.jwt_key, text.encode()))}"
-    for use, good in (("jwt-svid", True), ("wit-svid", False), ("x509-svid", False), ("sig", False), ("JWT-SVID", False), (None, False)):
+    for use, good in (
+        ("jwt-svid", True),
+        ("wit-svid", False),
+        ("x509-svid", False),
+        ("sig", False),
+        ("JWT-SVID", False),
+        (None, False),
+    ):
         document = json.dumps({"keys": [{**key, "use": use} if use else key]})
         bundles = BundleSet.of(Bundle.parse(DOMAIN, document))
         if good:
