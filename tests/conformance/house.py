@@ -256,7 +256,8 @@ class House:
             headers = {"content-type": "application/x-www-form-urlencoded"} if form else {}
             connection.request("POST" if form else "GET", path, urlencode(form) if form else None, headers)
             response = connection.getresponse()
-            return Answer(response.status, json.loads(response.read()))
+            said = response.read()
+            return Answer(response.status, json.loads(said) if said else {})
         except (ssl.SSLError, ConnectionError, http.client.BadStatusLine):
             return Answer(0, {})
         finally:

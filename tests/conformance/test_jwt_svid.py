@@ -1,18 +1,21 @@
 """JWT-SVID.md, line by line: the tokens that are issued, and what the agent, the library and the exchange refuse alike."""
 
+import http.client
 import json
 from typing import Any
 
 import jwt as pyjwt
 import pytest
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from broker._proto.broker.agent.v1 import tasks_pb2
 from broker._proto.service import Stub
+from broker._proto.spiffe import workload_pb2
 from broker.agent.listener import TASKS
 from broker.errors import InvalidSvid
 from broker.spiffe import Bundle, BundleSet, jose, verify_jwt_svid
 from broker.spiffe.jose import b64url_encode, parse_compact
+from broker.transport.tls import TlsIdentity, client_context
 from tests.conformance.house import DOMAIN, HEADER, ONE, SECONDS, TWO, House, es256, reason
 from tests.conformance.token_doors import TokenDoors
 
@@ -74,8 +77,6 @@ def test_algorithms(house: House, doors: TokenDoors) -> None:
 @pytest.mark.parametrize("alg", sorted(jose.ALGORITHMS))
 def test_each_of_the_nine(house: House, alg: str) -> None:
     # Authorities of ours sign by ES256; what a federated trust domain signs by another of the nine must verify, too.
-    from cryptography.hazmat.primitives.asymmetric import rsa
-
     curves = {"ES256": ec.SECP256R1(), "ES384": ec.SECP384R1(), "ES512": ec.SECP521R1()}
     key = ec.generate_private_key(curves[alg]) if alg in curves else rsa.generate_private_key(65537, 2048)
     token = pyjwt.encode(house.replica.claims(), key, algorithm=alg, headers={"kid": "k"})
@@ -154,10 +155,6 @@ def test_other_claims_are_allowed(house: House, doors: TokenDoors) -> None:
 @pytest.mark.bears("JW-10")
 def test_over_http_it_is_no_credential_of_the_exchange(house: House, doors: TokenDoors) -> None:
     # Our HTTPS services know callers by their certificate; a bearer token beside it is two authentications.
-    import http.client
-
-    from broker.transport.tls import TlsIdentity, client_context
-
     leaf = house.replica.leaf()
     context = client_context(TlsIdentity((leaf.der,), leaf.key), house.roots)
     connection = http.client.HTTPSConnection("127.0.0.1", house.port, timeout=SECONDS, context=context)
@@ -173,8 +170,6 @@ def test_over_http_it_is_no_credential_of_the_exchange(house: House, doors: Toke
 def test_over_grpc_it_says_nothing_about_the_caller(house: House) -> None:
     # Whoever sends somebody else's token as metadata is still who the kernel says.
     bearer = (*HEADER, ("authorization", f"Bearer {house.replica.token(sub=TWO)}"))
-    from broker._proto.spiffe import workload_pb2
-
     with house.workload() as stub:
         call = stub.FetchX509SVID(workload_pb2.X509SVIDRequest(), metadata=bearer, timeout=SECONDS)
         assert [one.spiffe_id for one in next(call).svids] == [ONE, TWO]

@@ -204,7 +204,10 @@ def test_hints_are_unique(house: House) -> None:
 
 @pytest.mark.bears("WA-14")
 def test_who_is_not_entitled_is_denied(house: House) -> None:
-    assert house.refusals == dict.fromkeys(("FetchX509SVID", "FetchX509Bundles", "FetchJWTSVID", "FetchJWTBundles"), ("PERMISSION_DENIED", "no identity issued"))
+    assert house.refusals == dict.fromkeys(
+        ("FetchX509SVID", "FetchX509Bundles", "FetchJWTSVID", "FetchJWTBundles"),
+        ("PERMISSION_DENIED", "no identity issued"),
+    )
 
 
 @pytest.mark.bears("WA-16")
