@@ -248,13 +248,17 @@ class House:
     # ---- the TLS port
 
     def ask(self, identity: TlsIdentity | None, path: str = "/keys", form: Mapping[str, str] | None = None) -> Answer:
-        """One HTTPS request over a connection of its own, presenting this identity."""
+        """One HTTPS request over a connection of its own, presenting this identity; with a form, a POST."""
+        return self.post(identity, path, None if form is None else urlencode(form))
+
+    def post(self, identity: TlsIdentity | None, path: str, body: str | None) -> Answer:
+        """The same with the form as it is to be sent; without one, a GET."""
         connection = http.client.HTTPSConnection(
             "127.0.0.1", self.port, timeout=SECONDS, context=client_context(identity, self.roots)
         )
+        headers = {} if body is None else {"content-type": "application/x-www-form-urlencoded"}
         try:
-            headers = {"content-type": "application/x-www-form-urlencoded"} if form else {}
-            connection.request("POST" if form else "GET", path, urlencode(form) if form else None, headers)
+            connection.request("GET" if body is None else "POST", path, body, headers)
             response = connection.getresponse()
             said = response.read()
             return Answer(response.status, json.loads(said) if said else {})
