@@ -253,23 +253,31 @@ class House:
 
     def post(self, identity: TlsIdentity | None, path: str, body: str | None) -> Answer:
         """The same with the form as it is to be sent; without one, a GET."""
-        connection = http.client.HTTPSConnection(
-            "127.0.0.1", self.port, timeout=SECONDS, context=client_context(identity, self.roots)
-        )
-        headers = {} if body is None else {"content-type": "application/x-www-form-urlencoded"}
+        connection = self.https(identity)
         try:
-            connection.request("GET" if body is None else "POST", path, body, headers)
-            response = connection.getresponse()
-            said = response.read()
-            return Answer(response.status, json.loads(said) if said else {})
+            return posted(connection, path, body)
         except (ssl.SSLError, ConnectionError, http.client.BadStatusLine):
             return Answer(0, {})
         finally:
             connection.close()
 
+    def https(self, identity: TlsIdentity | None) -> http.client.HTTPSConnection:
+        """A connection to the TLS port that presents this identity; not open yet."""
+        context = client_context(identity, self.roots)
+        return http.client.HTTPSConnection("127.0.0.1", self.port, timeout=SECONDS, context=context)
+
     def present(self, leaf: Holder, *chain: Holder) -> Answer:
         """Knock at the TLS port with a chain: 200 where it is accepted, 403 with a code or 0 where it is not."""
         return self.ask(TlsIdentity((leaf.der, *(one.der for one in chain)), leaf.key))
+
+
+def posted(connection: http.client.HTTPSConnection, path: str, body: str | None) -> Answer:
+    """Send a form, or a GET without one; give the answer."""
+    headers = {} if body is None else {"content-type": "application/x-www-form-urlencoded"}
+    connection.request("GET" if body is None else "POST", path, body, headers)
+    response = connection.getresponse()
+    said = response.read()
+    return Answer(response.status, json.loads(said) if said else {})
 
 
 def reason(call: Callable[[], Any]) -> str:

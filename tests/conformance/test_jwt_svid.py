@@ -2,6 +2,8 @@
 
 import http.client
 import json
+from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 
 import jwt as pyjwt
@@ -21,8 +23,9 @@ from tests.conformance.token_doors import TokenDoors
 
 
 @pytest.fixture
-def doors(house: House) -> TokenDoors:
-    return TokenDoors(house)
+def doors(house: House) -> Iterator[TokenDoors]:
+    with closing(TokenDoors(house)) as one:
+        yield one
 
 
 def header_of(token: str) -> dict[str, Any]:

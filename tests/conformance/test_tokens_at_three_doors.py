@@ -3,7 +3,8 @@
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ GENEROUS = 5.0  # seconds for the three of them, where each takes a millisecond:
 
 
 @pytest.fixture
-def doors(house: House) -> TokenDoors:
-    return TokenDoors(house)
+def doors(house: House) -> Iterator[TokenDoors]:
+    with closing(TokenDoors(house)) as one:
+        yield one
 
 
 class Forge:

@@ -1,6 +1,8 @@
 """The three places where a JWT-SVID is judged: the node agent, a verifier's library, and the token exchange's actor_token."""
 
+from contextlib import ExitStack
 from dataclasses import dataclass
+from urllib.parse import urlencode
 
 from broker._proto.spiffe import workload_pb2
 from broker.clock import SystemClock
@@ -8,7 +10,7 @@ from broker.errors import InvalidSvid
 from broker.server.api.http.token import ACCESS_TOKEN, GRANT_TYPE, JWT
 from broker.spiffe import verify_jwt_svid
 from broker.transport.tls import TlsIdentity
-from tests.conformance.house import HEADER, ONE, SECONDS, House, reason
+from tests.conformance.house import HEADER, ONE, SECONDS, House, posted, reason
 
 NO_FORM = frozenset({"body_too_large", "form_encoding", "parameter_empty"})
 """Where the text cannot even be a parameter, the form is refused before anybody looks at the token."""
@@ -34,21 +36,26 @@ class Verdicts:
 
 
 class TokenDoors:
-    """Asks all three. Tokens are for the server's issuer: the exchange takes no others."""
+    """Asks all three, over two connections that stay open. Tokens are for the server's issuer: the exchange takes no others."""
 
     def __init__(self, house: House) -> None:
         self.house = house
         self.audience = house.issuer
         leaf = house.replica.leaf(ONE)
-        self._identity = TlsIdentity((leaf.der,), leaf.key)
+        self._stack = ExitStack()
+        self._https = house.https(TlsIdentity((leaf.der,), leaf.key))
+        self._stack.callback(self._https.close)
+        self._workload = self._stack.enter_context(house.workload())
+
+    def close(self) -> None:
+        self._stack.close()
 
     def ask(self, token: str) -> Verdicts:
         return Verdicts(self.agent(token), self.library(token), self.exchange(token))
 
     def agent(self, token: str) -> str:
         wanted = workload_pb2.ValidateJWTSVIDRequest(audience=self.audience, svid=token)
-        with self.house.workload() as stub:
-            return reason(lambda: stub.ValidateJWTSVID(wanted, metadata=HEADER, timeout=SECONDS))
+        return reason(lambda: self._workload.ValidateJWTSVID(wanted, metadata=HEADER, timeout=SECONDS))
 
     def library(self, token: str) -> str:
         try:
@@ -65,7 +72,7 @@ class TokenDoors:
             "actor_token": token,
             "actor_token_type": JWT,
         }
-        answer = self.house.ask(self._identity, "/token", form)
+        answer = posted(self._https, "/token", urlencode(form))
         if answer.status == 413:
             return "body_too_large"
         assert answer.status == 400, answer
