@@ -14,16 +14,16 @@ from types import TracebackType
 from typing import Any, Self
 
 import grpc
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import load_der_private_key
-from cryptography.x509 import load_der_x509_certificate
 
 from broker._proto.service import ServiceBinding, Stub
 from broker._proto.spiffe import workload_pb2
-from broker.errors import BrokerError, Invalid, InvalidSvid, NoIdentity, Unavailable
+from broker.errors import BrokerError, Invalid, InvalidBundle, InvalidSvid, NoIdentity, Unavailable
 from broker.sdk.endpoint import CALL_SECONDS, SECURITY_HEADER, socket_target
 from broker.sdk.task import TaskBlock
-from broker.spiffe import Bundle, BundleSet, SpiffeId, TrustDomain
+from broker.spiffe import Bundle, BundleSet, SpiffeId, TrustDomain, certificates
 from broker.spiffe.jose import b64url_encode
 from broker.spiffe.x509svid import parse_x509_svid_id, split_der
 from broker.transport.rpc_errors import from_rpc_error
@@ -68,7 +68,7 @@ class Workload:
         self.chosen = spiffe_id
         self._identities: tuple[Identity, ...] = ()
         self._bundles = BundleSet.of()
-        self._failure: BrokerError | None = None
+        self._failures: dict[str, BrokerError] = {}
         self._changed = asyncio.Condition()
         self._version = 0
         self._streams: asyncio.Task[None] | None = None
@@ -201,13 +201,18 @@ class Workload:
         async with self._changed:
             try:
                 async with asyncio.timeout(timeout):
-                    await self._changed.wait_for(lambda: ready() or isinstance(self._failure, (NoIdentity, Invalid)))
+                    await self._changed.wait_for(lambda: ready() or self._refusal() is not None)
             except TimeoutError:
-                raise self._failure or Unavailable(
+                raise next(iter(self._failures.values()), None) or Unavailable(
                     "the node agent did not answer in time", hint="is the agent running on this node?"
                 ) from None
-            if not ready() and self._failure is not None:
-                raise self._failure
+            refusal = self._refusal()
+            if not ready() and refusal is not None:
+                raise refusal
+
+    def _refusal(self) -> BrokerError | None:
+        # What waiting does not change; anything else may be over at the next attempt.
+        return next((one for one in self._failures.values() if isinstance(one, (NoIdentity, Invalid))), None)
 
     async def _follow(self) -> None:
         async with asyncio.TaskGroup() as group:
@@ -219,30 +224,33 @@ class Workload:
         while True:
             try:
                 async for message in getattr(self._api, method)(request, metadata=SECURITY_HEADER):
-                    await self._update(take, message)
+                    await self._update(method, take, message)
                     pause = RETRY_FIRST
                 failure: BrokerError = Unavailable("the agent ended the stream", code="stream_ended")
             except grpc.aio.AioRpcError as error:
-                failure = from_rpc_error(error)
-            except BrokerError as error:
-                failure = error
-            await self._fail(failure)
+                failure = _stream_failure(method, error)
+            await self._fail(method, failure)
             if isinstance(failure, Invalid):
-                return  # WE-03: the same request will be as wrong the next time
+                return  # WE-03, WE-10: the same request will be as wrong the next time
             await asyncio.sleep(pause)
             pause = min(pause * 2, RETRY_MOST)
 
-    async def _update(self, take: Any, message: Any) -> None:
-        taken = take(message)
+    async def _update(self, method: str, take: Any, message: Any) -> None:
+        try:
+            taken = take(message)
+        except BrokerError as error:
+            # WA-09: what cannot be read is an error and is discarded; the stream goes on, the next one may be good.
+            await self._fail(method, error)
+            return
         async with self._changed:
             taken()
-            self._failure = None
+            self._failures.pop(method, None)
             self._version += 1
             self._changed.notify_all()
 
-    async def _fail(self, failure: BrokerError) -> None:
+    async def _fail(self, method: str, failure: BrokerError) -> None:
         async with self._changed:
-            self._failure = failure
+            self._failures[method] = failure
             if isinstance(failure, NoIdentity):  # WA-15: what is withdrawn is no longer used
                 self._identities, self._bundles = (), BundleSet.of()
                 self._version += 1
@@ -264,6 +272,8 @@ class Workload:
 
     def _take_bundles(self, message: workload_pb2.X509BundlesResponse) -> Any:
         bundles = BundleSet.of(*(_bundle(name, der) for name, der in message.bundles.items()))
+        if not bundles:  # WA-16: one's own is always there
+            raise InvalidBundle("the agent sent no bundle", code="empty_answer")
 
         def taken() -> None:
             self._bundles = bundles
@@ -271,17 +281,33 @@ class Workload:
         return taken
 
 
+def _stream_failure(method: str, error: grpc.aio.AioRpcError) -> BrokerError:
+    if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+        return Invalid(
+            f"what answers there does not serve {method}",
+            code="not_implemented",
+            hint="is it the Workload API's socket of a node agent?",
+        )
+    return from_rpc_error(error)
+
+
 def _identity(svid: workload_pb2.X509SVID) -> Identity:
+    if not (svid.spiffe_id and svid.x509_svid and svid.x509_svid_key and svid.bundle):
+        raise InvalidSvid("the agent sent an X.509-SVID without a part that every one has", code="incomplete_answer")
     chain = tuple(split_der(svid.x509_svid))
-    leaf = load_der_x509_certificate(chain[0])
-    key = load_der_private_key(svid.x509_svid_key, None)
+    leaf = certificates.load(chain[0])
+    identity = parse_x509_svid_id(leaf)
+    if str(identity) != svid.spiffe_id:
+        raise InvalidSvid("the agent sent a certificate of another identity", code="id_mismatch")
+    try:
+        key = load_der_private_key(svid.x509_svid_key, None)
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        # ``from None``: the reader's own words are about the key.
+        raise InvalidSvid("the agent sent a key that cannot be read", code="key_malformed") from None
     if not isinstance(key, ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey | ed25519.Ed25519PrivateKey):
         raise InvalidSvid("the agent sent a kind of key that X.509-SVIDs do not use", code="key_kind")
     if key.public_key() != leaf.public_key():
         raise InvalidSvid("the agent sent a key that is not the certificate's", code="key_mismatch")
-    identity = parse_x509_svid_id(leaf)
-    if str(identity) != svid.spiffe_id:
-        raise InvalidSvid("the agent sent a certificate of another identity", code="id_mismatch")
     return Identity(identity, TlsIdentity(chain, key), svid.hint, b64url_encode(hashlib.sha256(chain[0]).digest()))
 
 

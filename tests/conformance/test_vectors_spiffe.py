@@ -20,9 +20,9 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from broker.errors import Invalid, InvalidBundle, InvalidJson, InvalidSpiffeId, InvalidSvid, InvalidToken
 from broker.spiffe import Bundle, BundleSet, SpiffeId, TrustDomain, X509Svid, jose, strictjson, verify_x509_svid
 from broker.spiffe import certificates as certs
-from broker.spiffe.chains import MAX_CHAIN, TrustAnchors, find_path
 from broker.spiffe.jose import UnverifiedJws
 from broker.spiffe.x509svid import parse_x509_svid_id, split_der
+from tests.conformance import limbo
 
 if "BROKER_VECTORS" not in os.environ:
     pytest.skip("BROKER_VECTORS does not name the folder of public vectors", allow_module_level=True)
@@ -390,38 +390,13 @@ STRICTER = {
 }
 
 
-def limbo_verdict(case: dict[str, Any]) -> str:
-    def der(pem: str) -> bytes:
-        return base64.b64decode("".join(line for line in pem.splitlines() if not line.startswith("-----")))
-
-    moment = case["validation_time"]
-    now = datetime.fromisoformat(moment) if moment else datetime(2026, 1, 1, tzinfo=UTC)
-    anchors = []
-    for pem in case["trusted_certs"]:
-        try:
-            anchors.append(certs.load(der(pem)))
-        except InvalidSvid:
-            continue
-    try:
-        leaf = certs.read(certs.load(der(case["peer_certificate"])))
-        # Of the leaf rules only those that RFC 5280 shares: the suite's leaves are web sites.
-        no_leaf = leaf.is_ca or leaf.constraints is not None or not (leaf.names_critical or leaf.subject().rdns)
-        if no_leaf or 1 + len(case["untrusted_intermediates"]) > MAX_CHAIN:
-            return "FAILURE"
-        others = [certs.read_authority(certs.load(der(pem))) for pem in case["untrusted_intermediates"]]
-        find_path(leaf, others, TrustAnchors(anchors), now=now)
-    except InvalidSvid:
-        return "FAILURE"
-    return "SUCCESS"
-
-
 @pytest.mark.bears("I02", "I13", "X5-17")
 def test_x509_limbo_differs_only_where_listed() -> None:
     looser, stricter = set(), set()
-    for case in read_json("x509-limbo/limbo_core.json")["testcases"]:
-        verdict = limbo_verdict(case)
-        if verdict != case["expected_result"]:
-            (looser if verdict == "SUCCESS" else stricter).add(case["id"])
+    for case in limbo.cases():
+        accepts = limbo.chain_verdict(case)
+        if accepts != case.accepted:
+            (looser if accepts else stricter).add(case.id)
     explained = {name: {entry for entry in LOOSER if _covers(entry, name)} for name in looser}
     assert [name for name, entries in explained.items() if not entries] == []
     assert set().union(*explained.values()) == set(LOOSER)
@@ -435,12 +410,8 @@ def _covers(entry: str, name: str) -> bool:
 @pytest.mark.bears("I02")
 def test_no_limbo_certificate_is_an_svid() -> None:
     # Their names are DNS names: the whole door refuses every one of them, also where the chain is good.
-    for case in read_json("x509-limbo/limbo_core.json")["testcases"]:
-        chain = []
-        for pem in (case["peer_certificate"], *case["untrusted_intermediates"]):
-            try:
-                chain.append(x509.load_pem_x509_certificate(pem.encode()).public_bytes(Encoding.DER))
-            except ValueError:
-                continue
+    for case in limbo.cases():
+        loaded = [limbo.loaded(pem) for pem in (case.leaf_pem, *case.others_pem)]
+        chain = [one.public_bytes(Encoding.DER) for one in loaded if one is not None]
         with pytest.raises(InvalidSvid):
             verify_x509_svid(chain, BundleSet.of(Bundle(DOMAIN)), now=datetime(2026, 1, 1, tzinfo=UTC))

@@ -311,9 +311,9 @@ _DAMAGED: dict[str, Any] = {}
 
 def _damage_judge() -> Judge:
     if not _DAMAGED:
-        from tests.unit.spiffe.conftest import Pki  # noqa: PLC0415 - hypothesis and function fixtures do not mix
+        from tests.unit.spiffe.conftest import NOW, Pki  # noqa: PLC0415 - hypothesis and function fixtures do not mix
 
-        judge = Judge(Pki())
+        judge = Judge(Pki(NOW))
         _DAMAGED.update(judge=judge, leaf=judge.pki.leaf(judge.root).der)
     return _DAMAGED["judge"]
 
