@@ -172,8 +172,8 @@ class TestSchema:
     @pytest.mark.bears("D11")
     async def test_a_newer_schema_is_refused_and_an_older_server_may_go_on(self, postgresql: str) -> None:
         newer = Migration(
-            2,
-            "0002_x.sql",
+            len(known_migrations()) + 1,
+            "9999_x.sql",
             "CREATE TABLE later (x TEXT, y BLOB) STRICT, WITHOUT ROWID;".replace("TEXT", "TEXT PRIMARY KEY"),
         )
         async with PostgresStore.open(postgresql) as older:
