@@ -3,20 +3,11 @@
 from dataclasses import replace
 from datetime import timedelta
 
-import pytest
-
 from broker.server.store.rows import AdoptedAuthority, AuthorityKind, Published, Source
-from broker.server.store.sqlite import SqliteStore
 from tests.unit.server.store.samples import NOW, authority
 
 HOUR = timedelta(hours=1)
 JWT, X509 = AuthorityKind.JWT, AuthorityKind.X509
-
-
-@pytest.fixture
-async def store(tmp_path):
-    async with SqliteStore.open(tmp_path / "contract.db") as one:
-        yield one
 
 
 def adopted(name="k1", kind=JWT, **fields):
