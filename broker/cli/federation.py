@@ -164,10 +164,10 @@ def _relationships(*, data: str | None, **fields: Any) -> list[Any]:
 
 
 def _read_data(data: str) -> list[dict[str, Any]]:
-    try:
-        document = json.loads(read_file(data, "the relationships"))
-    except ValueError:
-        document = None
+    from broker.spiffe import strictjson  # noqa: PLC0415 - imports cryptography
+
+    # NOTE(security): a bundle stands within: a name that is there twice would be one bundle here and another elsewhere.
+    document: Any = strictjson.loads(read_file(data, "the relationships").encode())
     listed = document.get("federationRelationships") if isinstance(document, dict) else None
     if not isinstance(listed, list) or not all(isinstance(one, dict) for one in listed):
         raise Invalid("the file is not a JSON object with a list federationRelationships", code="invalid_data")

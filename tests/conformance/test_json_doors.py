@@ -20,6 +20,7 @@ import attestors
 import broker
 from broker._proto.spiffe import workload_pb2
 from broker.attestation.possession import Challenge, answer, read_chain
+from broker.cli.main import main
 from broker.errors import BrokerError, Invalid
 from broker.server.api.http.token import ACCESS_TOKEN, GRANT_TYPE
 from broker.spiffe import Bundle, BundleSet, jose
@@ -155,8 +156,21 @@ def test_at_the_exchange(house: House) -> None:
                 connection.close()
 
 
+@pytest.mark.bears("I14")
+def test_in_a_file_of_relationships(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # A good file without a relationship asks for nothing; any other is invalid input, and no internal error.
+    file = tmp_path / "relationships.json"
+    for name, text in {**TEXTS, "deep": DEEP}.items():
+        file.write_bytes(among(b'{"federationRelationships": []}', text))
+        assert (main(["federation", "create", "--dry-run", "--data", str(file)]) == 2) is (name not in GOOD), name
+    assert "Traceback" not in capsys.readouterr().err
+
+
 OWN_TEXTS = {
+    "broker/cli/bundle_texts.py": "reads what it wrote a moment before, to indent it",
     "broker/server/identity/changes.py": "reads what this server wrote into its own store",
+    "broker/server/identity/federated.py": "the same",
+    "broker/server/store/bundle_rows.py": "the same",
     "broker/server/tasks/feed.py": "the same",
     "broker/dev/issuer.py": "the development issuer talks to its own processes",
     "broker/dev/lines.py": "the same",
