@@ -47,7 +47,8 @@ class EstateCache:
         self.trust_domain = trust_domain
         self._vouched = vouched
         self.version = 0  # grows with every change
-        self.is_synced = False  # whether a whole snapshot has been applied
+        self.is_synced = False  # whether a whole snapshot has been applied, or taken up, and may be served by
+        self.is_partial = False  # whether there may be entries that are not here
         self._index = EntryIndex(vouched=vouched)
         self._bundles = BundleSet()
         self._told: dict[TrustDomain, ToldBundle] = {}
@@ -58,6 +59,16 @@ class EstateCache:
     def bundles(self) -> BundleSet:
         """Every bundle that is known, the trust domain's own included once there is one."""
         return self._bundles
+
+    @property
+    def told(self) -> tuple[ToldBundle, ...]:
+        """Every bundle, with what the server told of its authorities."""
+        return tuple(self._told.values())
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """Every entry that is known."""
+        return tuple(self._index)
 
     @property
     def own_bundle(self) -> Bundle | None:
@@ -123,6 +134,21 @@ class EstateCache:
         )
         self._told = {told.bundle.trust_domain: told for told in bundles}
         self._bundles = BundleSet(told.bundle for told in self._told.values())
+        self.is_synced, self.is_partial = True, False
+        self._changed(None)
+
+    def resume(self, entries: Iterable[Entry], bundles: Iterable[ToldBundle], *, is_partial: bool) -> None:
+        """Take up what an earlier run was told, until there is a snapshot."""
+        self.replace(entries, bundles)
+        self.is_partial = is_partial
+
+    def suspend(self) -> None:
+        """Serve nobody for now: the server's word is too old."""
+        self.is_synced = False
+        self._changed(None)
+
+    def unsuspend(self) -> None:
+        """Serve again: the server has been heard, and what is held is what it says."""
         self.is_synced = True
         self._changed(None)
 

@@ -134,6 +134,19 @@ class Sessions:
         asyncio.get_running_loop().add_reader(process.pidfd, self.end, session, SessionEnd.PROCESS_EXITED)
         return session
 
+    @contextmanager
+    def delegated(self, process: Process, selectors: frozenset[Selector]) -> Iterator[WorkloadSession]:
+        """A session in whose name a delegate is served: found by nobody, and over with the block.
+
+        ``process`` stays the caller's; it is named in logs.
+        """
+        session = WorkloadSession(process, selectors, self._clock.monotonic())
+        try:
+            yield session
+        finally:
+            session.is_ended = True
+            self._withdraw(session, {}, SessionEnd.PROCESS_EXITED)
+
     def check(self, session: WorkloadSession, *, fully: bool | None = None) -> None:
         """Raise NotAttested unless the process is still the one that was attested; a session that is not, ends.
 

@@ -301,3 +301,15 @@ async def test_an_old_spare_is_replaced_by_tidying() -> None:
         await until(lambda: agent.server.ca.clock.now() > spare.rotate_at)
         agent.agent.svids.tidy()
         await until(lambda: agent.agent.svids._spares["e1"] is not spare)
+
+
+@pytest.mark.bears("O02")
+async def test_a_spare_that_was_shared_is_nobodys_own_afterwards() -> None:
+    async with estate() as agent:
+        await agent.x509()
+        await until(lambda: "e1" in agent.agent.svids._spares)
+        await agent.server.listener.stop()
+        shared = await of_another_process(agent)
+        agent.agent.sync.is_online = True  # heard, and no spare has been signed yet
+        assert agent.agent.svids._take_spare(agent.agent.cache.entry("e1")) is None
+        assert agent.agent.svids._spares["e1"].chain_der == shared.svids[0].x509_svid
