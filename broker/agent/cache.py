@@ -107,9 +107,12 @@ class EstateCache:
         """How many entries are known."""
         return len(self._index)
 
-    def match(self, selectors: frozenset[Selector], now: datetime) -> tuple[Entry, ...]:
-        """Give the entries a workload with these selectors may hold, oldest first, hints unique."""
-        found = self._index.match(selectors, now)
+    def match(self, selectors: frozenset[Selector], now: datetime, *, are_vouched: bool = False) -> tuple[Entry, ...]:
+        """Give the entries a workload with these selectors may hold, oldest first, hints unique.
+
+        ``are_vouched``: as :meth:`broker.registry.EntryIndex.match` has it.
+        """
+        found = self._index.match(selectors, now, are_vouched=are_vouched)
         return oldest_of_each_hint(entry for entry in found if not _not_for_workloads(entry))
 
     def explain(self, selectors: frozenset[Selector], now: datetime) -> Decision:

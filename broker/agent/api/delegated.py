@@ -213,7 +213,7 @@ class DelegatedApi:
         if target.is_own:
             loop.add_reader(target.process.pidfd, _once(loop, target.process.pidfd, bell))
         try:
-            with self._sessions.delegated(target.process, target.selectors) as session:
+            with self._sessions.delegated(target.process, target.selectors, are_vouched=not target.is_own) as session:
                 yield session
         finally:
             if target.is_own:
