@@ -18,8 +18,8 @@ from broker.audit.events import Event, FieldValue, Record
 from broker.clock import Clock, SystemClock
 from broker.errors import BrokerError, Misconfigured
 from broker.server import failpoints
+from broker.server.admin_services import admin_services
 from broker.server.api.access import Access, Caller, LocalPeer, admit_local
-from broker.server.api.grpc import health
 from broker.server.api.grpc.spire_details import detailed
 from broker.server.api.http.app import create_app
 from broker.server.api.http.discovery import Discovery
@@ -131,7 +131,16 @@ async def _assemble(settings: ServerSettings, clock: Clock, stack: AsyncExitStac
         Access(settings.trust_domain, identity.directory, identity.nodes, frozenset(settings.admin_ids)),
         stack,
     )
-    await doors.open_admin(running)
+    await doors.open_admin(
+        admin_services(
+            services,
+            is_ready=lambda: running.is_ready,
+            directory=identity.directory,
+            clock=clock,
+            identity=svid.identity,
+            bundles=lambda: identity.federated.trusted,
+        )
+    )
     app = create_app(tasks.http if tasks else None, Discovery(settings.issuer, lambda: authorities.bundle))
     listener = await doors.open_tls(clock, identity.federated, svid, app)
     running.bundle_port = await doors.open_bundle_endpoint(clock, authorities, svid)
@@ -162,12 +171,11 @@ class _Doors:
     access: Access
     stack: AsyncExitStack
 
-    async def open_admin(self, running: Server) -> None:
+    async def open_admin(self, services: Sequence[Service]) -> None:
         """Open the admin socket."""
         index: CallerIndex[LocalPeer] = CallerIndex()
         guard = CallGuard(index, self.access.checks(), on_refusal=_log_refusal)
-        ready = health.Health(lambda: running.is_ready, [binding.name for binding, _ in self.services])
-        handlers = [handler(binding, service, guard) for binding, service in (*self.services, (health.BINDING, ready))]
+        handlers = [handler(binding, service, guard) for binding, service in services]
         backend = PrivateGrpcServer(self.settings.private_dir / "admin-grpc" / "s", handlers)
         await self._start(
             backend,
