@@ -127,9 +127,20 @@ def test_spire_s_data_file_is_created(here, run) -> None:
 
 
 def test_update_changes_what_it_names_and_nothing_else(here, run) -> None:
-    options = (
-        ["-node", "-hint", "h", "-dns", "a.test", "--owner", "me", "-jwtSVIDIncludeJTI", "-selector", "unix:uid:1", "-selector", "unix:gid:1"]
-    )
+    options = [
+        "-node",
+        "-hint",
+        "h",
+        "-dns",
+        "a.test",
+        "--owner",
+        "me",
+        "-jwtSVIDIncludeJTI",
+        "-selector",
+        "unix:uid:1",
+        "-selector",
+        "unix:gid:1",
+    ]
     made = json.loads(run("create", "-spiffeID", "spiffe://example.org/u", *options, "-o", "json"))
     assert made["parent_id"] == "spiffe://example.org/spire/server"
     assert made["additional_attributes"] == {"disable_x509_svid_prefetch": False, "jwt_svid_include_jti": True}

@@ -33,7 +33,9 @@ from broker.spiffe import Selector, SpiffeId, TrustDomain
 
 BINDING: Final = ServiceBinding.of(agent_pb2.DESCRIPTOR, "Agent")
 # RFC 3339 as SPIRE's command line writes it, or with an offset.
-_TIME: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}[T ][0-9:.]{5,18} ?(?:Z|[+-][0-9]{2}:?[0-9]{2})(?: [A-Z]{1,5})?")
+_TIME: Final = re.compile(
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}[T ][0-9:.]{5,18} ?(?:Z|[+-][0-9]{2}:?[0-9]{2})(?: (?:[A-Z]{1,5}|[+-][0-9]{2,4}))?"
+)
 
 
 class Agent:
