@@ -31,6 +31,7 @@ from broker.server.identity_half import IdentityHalf, Service, identity_half
 from broker.server.key_room import key_room
 from broker.server.operations import Operations
 from broker.server.settings import ServerSettings
+from broker.server.stillness import Stillness
 from broker.server.store.ports import Store
 from broker.server.store.rows import Node
 from broker.server.store.stores import open_store
@@ -150,7 +151,7 @@ async def _assemble(settings: ServerSettings, clock: Clock, stack: AsyncExitStac
     loops = [
         *room.loops(),
         svid.run(),
-        _housekeeping(store, clock),
+        *([] if tasks else [_housekeeping(store, clock)]),  # the task half sweeps by itself, and more often
         *identity.loops(),
         *(tasks.loops() if tasks else ()),
     ]
@@ -289,13 +290,15 @@ async def _background(loops: Iterable[Coroutine[Any, Any, None]], running: Serve
 
 
 async def _housekeeping(store: Store, clock: Clock) -> None:
-    """Let the store forget what nobody can ask for any more, until cancelled."""
+    """Let the store forget what nobody can ask for any more, until cancelled. One in which nothing changes is left alone."""
+    stillness = Stillness(store, clock)
     while True:
         await asyncio.sleep(SWEEP_EVERY)
         try:
-            forgotten = SWEEP_LIMIT
-            while forgotten >= SWEEP_LIMIT:
-                forgotten = await store.write(lambda writer: writer.sweep(clock.now(), SWEEP_LIMIT))
+            while stillness.may_have_ended():
+                if await store.write(lambda writer: writer.sweep(clock.now(), SWEEP_LIMIT)) < SWEEP_LIMIT:
+                    stillness.looked(1, None)
+                    break
         except BrokerError as error:
             log.warning("store_not_swept", code=error.reason, error=error.message)
 

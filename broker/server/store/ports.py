@@ -91,6 +91,16 @@ class Store(Protocol):
         """
         ...
 
+    @property
+    def written(self) -> int:
+        """How many acts this process has asked for: while it stays, nothing was written from here."""
+        ...
+
+    @property
+    def is_shared(self) -> bool:
+        """Tell whether other servers may write to it, too."""
+        ...
+
     async def write(self, act: Callable[[Writer], T]) -> T:
         """Run one act and give its result once it is durable; Unavailable, or what the act raised."""
         ...

@@ -56,6 +56,8 @@ class WriteQueue:
         self._subscribers: list[Subscriber] = []
         self.head = 0
         """The number of the last change that subscribers were told of."""
+        self.written = 0
+        """How many acts were taken."""
 
     async def put(self, run: Callable[[Writer], T]) -> T:
         """Run an act and give its result after its COMMIT; raises what it raised, or Unavailable."""
@@ -66,6 +68,7 @@ class WriteQueue:
             )
         future: asyncio.Future[T] = self._loop.create_future()
         self._waiting.append(Act(run, future))
+        self.written += 1
         self._start_soon()
         return await future
 
