@@ -6,6 +6,7 @@ import re
 import sys
 import time
 from pathlib import Path
+from typing import Self
 
 from broker._proto.broker.server.v1 import entries_pb2
 from broker.client import Entries, dial_socket
@@ -62,7 +63,7 @@ class _Server:
         self.ready_after = 0.0
         self.pid = 0
 
-    async def __aenter__(self) -> "_Server":
+    async def __aenter__(self) -> Self:
         began = time.monotonic()
         with (self._directory / "server.log").open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
@@ -71,10 +72,9 @@ class _Server:
             )  # fmt: skip
         self.pid = self._process.pid
         try:
-            while not self._socket.exists():
-                if self._process.returncode is not None or time.monotonic() - began > READY_DEADLINE:
-                    raise RuntimeError((self._directory / "server.log").read_text())
-                await asyncio.sleep(0.02)
+            async with asyncio.timeout(READY_DEADLINE):
+                while not self._socket.exists() and self._process.returncode is None:
+                    await asyncio.sleep(0.02)
             await Entries(dial_socket(self._socket), timeout=READY_DEADLINE).count()
         except BaseException:
             await self.__aexit__()
