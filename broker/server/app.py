@@ -32,7 +32,7 @@ from broker.server.key_room import key_room
 from broker.server.operations import Operations
 from broker.server.settings import ServerSettings
 from broker.server.stillness import Stillness
-from broker.server.store.ports import Store
+from broker.server.store.ports import Store, making_nothing_due
 from broker.server.store.rows import Node
 from broker.server.store.stores import open_store
 from broker.server.tasks.feed import announce_keys
@@ -296,8 +296,9 @@ async def _housekeeping(store: Store, clock: Clock) -> None:
         await asyncio.sleep(SWEEP_EVERY)
         try:
             while stillness.may_have_ended():
-                if await store.write(lambda writer: writer.sweep(clock.now(), SWEEP_LIMIT)) < SWEEP_LIMIT:
-                    stillness.looked(1, None)
+                sweep = making_nothing_due(lambda writer: writer.sweep(clock.now(), SWEEP_LIMIT))
+                if await store.write(sweep) < SWEEP_LIMIT:
+                    stillness.looked(None)
                     break
         except BrokerError as error:
             log.warning("store_not_swept", code=error.reason, error=error.message)

@@ -34,9 +34,9 @@ class Stillness:
             or (self._store.is_shared and self._clock.monotonic() - self._looked_at >= AT_LEAST_EVERY)
         )
 
-    def looked(self, own: int, due: datetime | None) -> None:
-        """Note a look that found nothing: how many acts it made itself, and when something will be due."""
+    def looked(self, due: datetime | None) -> None:
+        """Note a look that found nothing, and when something will be due. Its own acts are marked, so they do not count."""
         self._due = due
         self._looked_at = self._clock.monotonic()
-        # An act of somebody else in between may have been too late for the look.
-        self._seen = self._store.written if self._store.written == self._before + own else -1
+        # As it was before the look: what somebody wrote since then may have been too late for it.
+        self._seen = self._before

@@ -85,9 +85,8 @@ class TasksHalf:
         stillness = Stillness(self.store, self.clock)
         while True:
             try:
-                # Two acts: one that ends tasks, one that forgets.
                 if stillness.may_have_ended() and not await self.lifecycle.sweep():
-                    stillness.looked(2, await self.store.read(lambda reader: reader.earliest_end()))
+                    stillness.looked(await self.store.read(lambda reader: reader.earliest_end()))
             except BrokerError as error:
                 log.warning("tasks_not_swept", code=error.reason, error=error.message)
             await asyncio.sleep(SWEEP_EVERY)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from broker.errors import Conflict, Invalid, NotFound
-from broker.server.store.ports import Store, Writer
+from broker.server.store.ports import Store, Writer, making_nothing_due
 from broker.server.store.rows import TaskFilter
 from broker.spiffe import SpiffeId
 from broker.tasks.causes import Cause
@@ -145,6 +145,7 @@ class TestTasks:
         before = store.written
         await store.write(lambda w: w.replace_task(ended(first), 1))
         assert await store.read(lambda r: r.earliest_end()) == second.expires_at
+        await store.write(making_nothing_due(lambda w: w.sweep(NOW, 10)))
         assert store.written == before + 1
 
     async def test_the_overdue_are_found_longest_first(self, store: Store) -> None:

@@ -12,29 +12,28 @@ def world(*, is_shared=False):
     return store, clock, Stillness(store, clock)
 
 
-def look(still, store, own=2, due=None):
+def look(still, due=None):
     """One look that finds nothing."""
     assert still.may_have_ended()
-    store.written += own
-    still.looked(own, due)
+    still.looked(due)
 
 
 def test_a_store_in_which_nothing_changes_is_looked_at_once():
     store, clock, still = world()
-    look(still, store)
+    look(still)
     clock.advance(24 * 60 * MINUTE)
     assert not still.may_have_ended()
     store.written += 1
-    look(still, store)
+    look(still)
     assert not still.may_have_ended()
 
 
 def test_what_becomes_due_by_itself_is_looked_for_then():
-    store, clock, still = world()
-    look(still, store, due=clock.now() + MINUTE)
+    _, clock, still = world()
+    look(still, due=clock.now() + MINUTE)
     assert not still.may_have_ended()
     clock.advance(MINUTE)
-    look(still, store)
+    look(still)
     assert not still.may_have_ended()
 
 
@@ -47,17 +46,17 @@ def test_a_look_that_found_something_is_followed_by_another():
 def test_what_somebody_wrote_beside_the_look_is_looked_at():
     store, _, still = world()
     assert still.may_have_ended()
-    store.written += 3
-    still.looked(2, None)
-    look(still, store)
+    store.written += 1
+    still.looked(None)
+    look(still)
     assert not still.may_have_ended()
 
 
 def test_a_store_that_others_write_to_is_looked_at_now_and_then():
-    store, clock, still = world(is_shared=True)
-    look(still, store)
+    _, clock, still = world(is_shared=True)
+    look(still)
     clock.advance(timedelta(seconds=AT_LEAST_EVERY - 1))
     assert not still.may_have_ended()
     clock.advance(timedelta(seconds=1))
-    look(still, store)
+    look(still)
     assert not still.may_have_ended()
