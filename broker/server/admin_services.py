@@ -20,11 +20,15 @@ def admin_services(
     clock: Clock,
     identity: Callable[[], TlsIdentity],
     bundles: Callable[[], BundleSet],
+    count_bundles: Callable[[], int],
 ) -> list[Service]:
     """Give ``services`` and what only the admin socket has; reflection tells all of them."""
     served: list[Service] = [
         *services,
-        (debug.BINDING, debug.Debug(directory, clock, identity=identity, bundles=bundles)),
+        (
+            debug.BINDING,
+            debug.Debug(directory, clock, identity=identity, bundles=bundles, count_bundles=count_bundles),
+        ),
         (logger.BINDING, logger.Logger(LEVELS)),
     ]
     served.append((health.BINDING, health.Health(is_ready, [binding.name for binding, _ in served])))

@@ -139,7 +139,8 @@ async def _assemble(settings: ServerSettings, clock: Clock, stack: AsyncExitStac
             directory=identity.directory,
             clock=clock,
             identity=svid.identity,
-            bundles=lambda: identity.federated.trusted,
+            bundles=lambda: authorities.bundles,
+            count_bundles=identity.bundles.count,
         )
     )
     app = create_app(tasks.http if tasks else None, Discovery(settings.issuer, lambda: authorities.bundle))

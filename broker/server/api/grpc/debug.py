@@ -29,26 +29,27 @@ class Debug:
         *,
         identity: Callable[[], TlsIdentity],
         bundles: Callable[[], BundleSet],
+        count_bundles: Callable[[], int],
     ) -> None:
-        """``identity``: what the TLS port shows now; ``bundles``: all that the server holds, its own among them."""
+        """``identity``: what the TLS port shows now; ``bundles``: with the own one; ``count_bundles``: of all that are kept."""
         self._directory = directory
         self._clock = clock
         self._identity = identity
         self._bundles = bundles
+        self._count_bundles = count_bundles
         self._began = clock.monotonic()
 
     async def GetInfo(  # noqa: N802  # the name on the wire
         self, request: debug_pb2.GetInfoRequest, context: Context, caller: Caller
     ) -> debug_pb2.GetInfoResponse:
         """Tell the server's own certificates, its age, and how much it holds."""
-        bundles = self._bundles()
-        svid = verify_x509_svid(self._identity().chain_der, bundles, now=self._clock.now())
+        svid = verify_x509_svid(self._identity().chain_der, self._bundles(), now=self._clock.now())
         return debug_pb2.GetInfoResponse(
             svid_chain=[_certificate(one) for one in (*svid.chain, svid.authority)],
             uptime=int(self._clock.monotonic() - self._began),
             agents_count=self._directory.node_count,
             entries_count=len(self._directory),
-            federated_bundles_count=len(bundles),
+            federated_bundles_count=self._count_bundles(),
         )
 
 
