@@ -1,11 +1,17 @@
 """``broker entry``: which process gets which identity. The answer's members have SPIRE's names."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
+from broker.cli import entry_apply, entry_filters
+from broker.cli.entry_values import DEFAULTS, mask, message, row
 from broker.cli.options import DURATION, SELECTOR, SPIFFE_ID, noun, option, settings
-from broker.cli.output import Column, Shape, moment
+from broker.cli.output import Column, Shape
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 SHAPE = Shape(
     "entry",
@@ -28,33 +34,65 @@ SHAPE = Shape(
     ),
 )
 
+COUNT = Shape("count", "counts", (Column("entries", "count"),), name="count")
+
 COMMAND = noun("entry", "Registration entries: which process gets which identity.")
 
 
+def _members(command: F) -> F:
+    """Add the options that say what an entry is, in SPIRE's spellings too."""
+    for add in reversed(
+        (
+            option("--spiffe-id", spire=["spiffeID"], type=SPIFFE_ID, help="The identity to give."),
+            option("--parent-id", spire=["parentID"], type=SPIFFE_ID, help="The node agent, or its alias."),
+            option(
+                "--selector", "selectors", spire=["selector"], type=SELECTOR, multiple=True, help="All must hold. Repeatable."
+            ),
+            option("--x509-svid-ttl", spire=["x509SVIDTTL"], type=DURATION, default=0, help="Default: the server's."),
+            option("--jwt-svid-ttl", spire=["jwtSVIDTTL"], type=DURATION, default=0, help="Default: the server's."),
+            option("--ttl", spire=["ttl"], type=DURATION, default=0, help="Both of them."),
+            option("--dns-name", "dns_names", spire=["dns"], multiple=True, help="DNS name in the certificate. Repeatable."),
+            option("--federates-with", spire=["federatesWith"], multiple=True, help="Trust domain whose bundle it gets."),
+            option("--hint", spire=["hint"], default="", help="How a workload with several identities tells this one."),
+            option("--expires-at", spire=["entryExpiry"], type=int, default=0, help="Seconds since 1970; 0: never."),
+            option("--admin/--no-admin", spire=["admin"], default=False, help="May use the server's admin services."),
+            option("--downstream/--no-downstream", spire=["downstream"], default=False, help="May be a server below this one."),
+            option("--store-svid/--no-store-svid", spire=["storeSVID"], default=False, help="Is for a store, not for a process."),
+            option(
+                "--disable-x509-svid-prefetch/--no-disable-x509-svid-prefetch", spire=["disableX509SVIDPrefetch"],
+                default=False, help="Its agent signs no X.509-SVID before one is asked for.",
+            ),
+            option(
+                "--jwt-svid-include-jti/--no-jwt-svid-include-jti", spire=["jwtSVIDIncludeJTI"], default=False,
+                help="Each JWT-SVID is a new one with its own jti.",
+            ),
+            option("--allowed-audience", "allowed_audiences", multiple=True, help="JWT-SVID audience it may ask for. Repeatable."),
+            option("--may-start-tasks/--no-may-start-tasks", default=False, help="May start tasks for users."),
+            option("--description", default="", help="For people."),
+            option("--owner", default="", help="Whose it is: apply --prune deletes what the same owner no longer lists."),
+        )
+    ):  # fmt: skip
+        command = add(command)
+    return command
+
+
 @COMMAND.command("create")
-@option("--spiffe-id", spire=["spiffeID"], type=SPIFFE_ID, required=True, help="The identity to give.")
-@option("--parent-id", spire=["parentID"], type=SPIFFE_ID, required=True, help="The node agent, or its alias.")
-@option(
-    "--selector", spire=["selector"], type=SELECTOR, multiple=True, required=True, help="All must hold. Repeatable."
-)
-@option("--x509-svid-ttl", spire=["x509SVIDTTL"], type=DURATION, default=0, help="Default: the server's.")
-@option("--jwt-svid-ttl", spire=["jwtSVIDTTL"], type=DURATION, default=0, help="Default: the server's.")
-@option("--ttl", spire=["ttl"], type=DURATION, default=0, help="Both of them.")
-@option("--dns-name", "dns_names", spire=["dns"], multiple=True, help="DNS name in the certificate. Repeatable.")
-@option("--federates-with", spire=["federatesWith"], multiple=True, help="Trust domain whose bundle it gets.")
-@option("--hint", spire=["hint"], default="", help="How a workload with several identities tells this one.")
-@option("--entry-id", spire=["entryID"], default="", help="Your own id for the entry.")
-@option("--expires-at", spire=["entryExpiry"], type=int, default=0, help="Seconds since 1970; 0: never.")
-@option("--admin", spire=["admin"], is_flag=True, help="May use the server's admin services.")
-@option("--downstream", spire=["downstream"], is_flag=True, help="May be a server below this one.")
-@option("--store-svid", spire=["storeSVID"], is_flag=True, help="Is for a store, not for a process.")
-@option("--allowed-audience", "audiences", multiple=True, help="JWT-SVID audience it may ask for. Repeatable.")
-@option("--may-start-tasks", is_flag=True, help="May start tasks for users.")
-@option("--description", default="", help="For people.")
-@option("--owner", default="", help="Whom to ask.")
-def create(**given: Any) -> None:
+@_members
+@option("--entry-id", "id", spire=["entryID"], default="", help="Your own id for the entry.")
+@option("--node", spire=["node"], is_flag=True, help="Names nodes by their selectors: the parent is the server.")
+@option("--data", spire=["data"], hidden=True, help="SPIRE's file of entries.")
+def create(node: bool, data: str | None, **given: Any) -> None:
     """Create an entry."""
-    entry = _message(**given)
+    if data is not None:
+        entry_apply.create_all(data)
+        return
+    values = _values(given)
+    if node and given["spiffe_id"] and not given["parent_id"]:
+        values["parent_id"] = _server_of(given["spiffe_id"])
+    for name, wanted in (("spiffe_id", "--spiffe-id"), ("parent_id", "--parent-id"), ("selectors", "--selector")):
+        if not values.get(name):
+            raise click.UsageError(f"Missing option '{wanted}'.", click.get_current_context())
+    entry = message(values)
     here = settings()
     if here.dry_run:
         here.shown.one(SHAPE, row(entry))
@@ -68,26 +106,71 @@ def create(**given: Any) -> None:
     here.shown.next(f"broker entry show {made.entry.id}")
 
 
+@COMMAND.command("update")
+@click.argument("entry_id", metavar="ID", required=False)
+@_members
+@option("--entry-id", "named", spire=["entryID"], hidden=True)
+@option(
+    "--clear", multiple=True, type=click.Choice(sorted(name for name in DEFAULTS if name != "selectors")),
+    help="A member to set back to its default. Repeatable.",
+)  # fmt: skip
+def update(entry_id: str | None, named: str | None, clear: tuple[str, ...], **given: Any) -> None:
+    """Change what the options name of an entry, and nothing else. A repeatable option gives the whole list anew."""
+    wanted = _one_id(entry_id, named)
+    ctx = click.get_current_context()
+    said = {name for name in given if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    if "ttl" in said:
+        said = (said - {"ttl"}) | {"x509_svid_ttl", "jwt_svid_ttl"}
+    if said & set(clear):
+        raise click.UsageError("what is cleared cannot be set at once", ctx)
+    if not said and not clear:
+        raise click.UsageError("nothing is to be changed; --help shows what can be", ctx)
+    values = {name: value for name, value in _values(given).items() if name in said}
+    entry = message({**values, "id": wanted})
+    here = settings()
+    if here.dry_run:
+        here.shown.one(SHAPE, {"id": wanted, **{name: DEFAULTS[name] for name in clear}, **values}, full=True)
+        here.shown.talk("nothing was sent (--dry-run)")
+        return
+    from broker.cli.connections import with_server  # noqa: PLC0415 - imports gRPC
+    from broker.client import Entries  # noqa: PLC0415
+
+    changed = with_server(
+        here,
+        lambda channel: Entries(channel, timeout=here.timeout).update(entry, mask(said | set(clear))),
+    )
+    here.shown.one(SHAPE, row(changed), full=True)
+    here.shown.next(f"broker entry show {wanted}")
+
+
 @COMMAND.command("list")
-@option("--spiffe-id", spire=["spiffeID"], type=SPIFFE_ID, help="Only this identity.")
-@option("--parent-id", spire=["parentID"], type=SPIFFE_ID, help="Only below this parent.")
-@option("--selector", spire=["selector"], type=SELECTOR, multiple=True, help="Only entries that ask for it.")
-def list_(spiffe_id: str | None, parent_id: str | None, selector: tuple[str, ...]) -> None:
+@entry_filters.options
+def list_(**given: Any) -> None:
     """List the entries."""
+    wanted = entry_filters.message(given)
     from broker.cli.connections import with_server  # noqa: PLC0415 - imports gRPC
     from broker.client import Entries  # noqa: PLC0415
 
     here = settings()
-    found = with_server(here, lambda channel: Entries(channel, timeout=here.timeout).list())
-    rows = [
-        one
-        for one in map(row, found)
-        if spiffe_id in {None, one["spiffe_id"]}
-        and parent_id in {None, one["parent_id"]}
-        and set(selector) <= set(one["selectors"])
-    ]
-    here.shown.many(SHAPE, rows)
-    here.shown.next("broker entry show ID" if rows else "broker entry create --help")
+    found = with_server(here, lambda channel: Entries(channel, timeout=here.timeout).list(wanted))
+    here.shown.many(SHAPE, [row(one) for one in found])
+    here.shown.next("broker entry show ID" if found else "broker entry create --help")
+
+
+@COMMAND.command("count")
+@entry_filters.options
+def count(**given: Any) -> None:
+    """Count the entries."""
+    wanted = entry_filters.message(given)
+    from broker.cli.connections import with_server  # noqa: PLC0415 - imports gRPC
+    from broker.client import Entries  # noqa: PLC0415
+
+    here = settings()
+    found = with_server(here, lambda channel: Entries(channel, timeout=here.timeout).count(wanted))
+    if here.shown.format is None:
+        here.shown.raw(str(found))
+    else:
+        here.shown.one(COUNT, {"count": found})
 
 
 @COMMAND.command("show")
@@ -134,79 +217,18 @@ def _one_id(argument: str | None, named: str | None) -> str:
     return given[0]
 
 
-def _message(
-    *,
-    spiffe_id: str,
-    parent_id: str,
-    selector: tuple[str, ...],
-    x509_svid_ttl: int,
-    jwt_svid_ttl: int,
-    ttl: int,
-    dns_names: tuple[str, ...],
-    federates_with: tuple[str, ...],
-    hint: str,
-    entry_id: str,
-    expires_at: int,
-    admin: bool,
-    downstream: bool,
-    store_svid: bool,
-    audiences: tuple[str, ...],
-    may_start_tasks: bool,
-    description: str,
-    owner: str,
-) -> Any:
-    from broker._proto.broker.server.v1 import entries_pb2  # noqa: PLC0415 - imports protobuf
-    from broker._proto.spire.api.types import entry_pb2, selector_pb2  # noqa: PLC0415
-    from broker.client.calls import spiffe_id_message  # noqa: PLC0415
-    from broker.spiffe import Selector, SpiffeId  # noqa: PLC0415
-
-    parsed = [Selector(text) for text in selector]
-    return entries_pb2.RegisteredEntry(
-        entry=entry_pb2.Entry(
-            id=entry_id,
-            spiffe_id=spiffe_id_message(SpiffeId(spiffe_id)),
-            parent_id=spiffe_id_message(SpiffeId(parent_id)),
-            selectors=[selector_pb2.Selector(type=one.type, value=one.value) for one in parsed],
-            x509_svid_ttl=x509_svid_ttl or ttl,
-            jwt_svid_ttl=jwt_svid_ttl or ttl,
-            federates_with=federates_with,
-            admin=admin,
-            downstream=downstream,
-            expires_at=expires_at,
-            dns_names=dns_names,
-            store_svid=store_svid,
-            hint=hint,
-        ),
-        allowed_audiences=audiences,
-        may_start_tasks=may_start_tasks,
-        description=description,
-        owner=owner,
-    )
+def _values(given: dict[str, Any]) -> dict[str, Any]:
+    values = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+    ttl = values.pop("ttl")
+    for name in ("x509_svid_ttl", "jwt_svid_ttl"):
+        values[name] = values[name] or ttl
+    return values
 
 
-def row(registered: Any) -> dict[str, Any]:
-    """Give an entry's members, by SPIRE's names."""
-    from broker.client.calls import spiffe_id_text  # noqa: PLC0415 - imports gRPC
+def _server_of(spiffe_id: str) -> str:
+    from broker.spiffe import SpiffeId  # noqa: PLC0415 - imports cryptography
 
-    entry = registered.entry
-    return {
-        "id": entry.id,
-        "spiffe_id": spiffe_id_text(entry.spiffe_id),
-        "parent_id": spiffe_id_text(entry.parent_id),
-        "selectors": [f"{one.type}:{one.value}" for one in entry.selectors],
-        "x509_svid_ttl": entry.x509_svid_ttl,
-        "jwt_svid_ttl": entry.jwt_svid_ttl,
-        "federates_with": list(entry.federates_with),
-        "admin": entry.admin,
-        "downstream": entry.downstream,
-        "expires_at": moment(entry.expires_at),
-        "dns_names": list(entry.dns_names),
-        "revision_number": entry.revision_number,
-        "store_svid": entry.store_svid,
-        "hint": entry.hint,
-        "created_at": moment(entry.created_at),
-        "allowed_audiences": list(registered.allowed_audiences),
-        "may_start_tasks": registered.may_start_tasks,
-        "description": registered.description,
-        "owner": registered.owner,
-    }
+    return f"spiffe://{SpiffeId(spiffe_id).trust_domain}/spire/server"
+
+
+entry_apply.add(COMMAND)

@@ -23,17 +23,17 @@ def read_text(source: str, what: str, *, stdin: TextIO | None = None) -> str:
     return _checked(text, what)
 
 
-def read_file(name: str, what: str) -> str:
-    """Give the text of a file, ``-`` being standard input; raises Invalid."""
+def read_file(name: str, what: str, *, limit: int = MAX_BYTES) -> str:
+    """Give the text of a file, ``-`` being standard input; raises Invalid when it is longer than ``limit`` bytes."""
     if name == "-":
-        return read_text("-", what)
+        return _checked(sys.stdin.read(limit + 1), what, limit)
     try:
         with Path(name).open("rb") as file:
-            text = file.read(MAX_BYTES + 1).decode()
+            text = file.read(limit + 1).decode()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise Invalid(f"{what} cannot be read from {name}: {reason}", hint="name a file, or - for input") from None
-    return _checked(text, what)
+    return _checked(text, what, limit)
 
 
 def read_token(source: str, what: str, output: Output) -> str:
@@ -43,9 +43,9 @@ def read_token(source: str, what: str, output: Output) -> str:
     return read_text(source, what)
 
 
-def _checked(text: str, what: str) -> str:
-    if len(text) > MAX_BYTES:
-        raise Invalid(f"{what} is longer than {MAX_BYTES} bytes")
+def _checked(text: str, what: str, limit: int = MAX_BYTES) -> str:
+    if len(text) > limit:
+        raise Invalid(f"{what} is longer than {limit} bytes")
     if not text.strip():
         raise Invalid(f"{what} is empty", hint="- reads it from standard input, @FILE from a file")
     return text.strip()

@@ -65,6 +65,8 @@ class Entry:
     may_start_tasks: bool = False
     description: str = ""
     owner: str = ""
+    disable_x509_svid_prefetch: bool = False
+    jwt_svid_include_jti: bool = False
 
     def __post_init__(self) -> None:
         if len(self.id) > MAX_ID or _ID.fullmatch(self.id) is None:
@@ -83,9 +85,16 @@ class Entry:
             _check_text(name, text, limit)
 
     def validated(self, trust_domain: TrustDomain) -> Self:
-        """Give the entry itself if it lies in the server's trust domain; raises Invalid."""
+        """Give the entry itself if the server may write it: it lies in its trust domain, and SPIRE's rules for a store hold.
+
+        Raises Invalid.
+        """
         if not self.spiffe_id.is_member_of(trust_domain):
             raise _invalid("its SPIFFE ID is not in the server's trust domain", hint=f"use spiffe://{trust_domain}/…")
+        if self.store_svid and len({selector.type for selector in self.selectors}) > 1:
+            raise _invalid("selector types must be the same when store SVID is enabled")
+        if self.store_svid and self.disable_x509_svid_prefetch:
+            raise _invalid("an SVID that goes to a store is always fetched beforehand")
         return self
 
     @property

@@ -18,8 +18,8 @@ from broker.audit.events import Event, FieldValue, Record
 from broker.clock import Clock, SystemClock
 from broker.errors import BrokerError, Misconfigured
 from broker.server import failpoints
+from broker.server.admin_services import admin_services
 from broker.server.api.access import Access, Caller, LocalPeer, admit_local
-from broker.server.api.grpc import health
 from broker.server.api.grpc.spire_details import detailed
 from broker.server.api.http.app import create_app
 from broker.server.api.http.discovery import Discovery
@@ -31,7 +31,8 @@ from broker.server.identity_half import IdentityHalf, Service, identity_half
 from broker.server.key_room import key_room
 from broker.server.operations import Operations
 from broker.server.settings import ServerSettings
-from broker.server.store.ports import Store
+from broker.server.stillness import Stillness
+from broker.server.store.ports import Store, making_nothing_due
 from broker.server.store.rows import Node
 from broker.server.store.stores import open_store
 from broker.server.tasks.feed import announce_keys
@@ -131,7 +132,17 @@ async def _assemble(settings: ServerSettings, clock: Clock, stack: AsyncExitStac
         Access(settings.trust_domain, identity.directory, identity.nodes, frozenset(settings.admin_ids)),
         stack,
     )
-    await doors.open_admin(running)
+    await doors.open_admin(
+        admin_services(
+            services,
+            is_ready=lambda: running.is_ready,
+            directory=identity.directory,
+            clock=clock,
+            identity=svid.identity,
+            bundles=lambda: authorities.bundles,
+            count_bundles=identity.bundles.count,
+        )
+    )
     app = create_app(tasks.http if tasks else None, Discovery(settings.issuer, lambda: authorities.bundle))
     listener = await doors.open_tls(clock, identity.federated, svid, app)
     running.bundle_port = await doors.open_bundle_endpoint(clock, authorities, svid)
@@ -141,7 +152,7 @@ async def _assemble(settings: ServerSettings, clock: Clock, stack: AsyncExitStac
     loops = [
         *room.loops(),
         svid.run(),
-        _housekeeping(store, clock),
+        *([] if tasks else [_housekeeping(store, clock)]),  # the task half sweeps by itself, and more often
         *identity.loops(),
         *(tasks.loops() if tasks else ()),
     ]
@@ -162,12 +173,11 @@ class _Doors:
     access: Access
     stack: AsyncExitStack
 
-    async def open_admin(self, running: Server) -> None:
+    async def open_admin(self, services: Sequence[Service]) -> None:
         """Open the admin socket."""
         index: CallerIndex[LocalPeer] = CallerIndex()
         guard = CallGuard(index, self.access.checks(), on_refusal=_log_refusal)
-        ready = health.Health(lambda: running.is_ready, [binding.name for binding, _ in self.services])
-        handlers = [handler(binding, service, guard) for binding, service in (*self.services, (health.BINDING, ready))]
+        handlers = [handler(binding, service, guard) for binding, service in services]
         backend = PrivateGrpcServer(self.settings.private_dir / "admin-grpc" / "s", handlers)
         await self._start(
             backend,
@@ -281,13 +291,16 @@ async def _background(loops: Iterable[Coroutine[Any, Any, None]], running: Serve
 
 
 async def _housekeeping(store: Store, clock: Clock) -> None:
-    """Let the store forget what nobody can ask for any more, until cancelled."""
+    """Let the store forget what nobody can ask for any more, until cancelled. One in which nothing changes is left alone."""
+    stillness = Stillness(store, clock)
     while True:
         await asyncio.sleep(SWEEP_EVERY)
         try:
-            forgotten = SWEEP_LIMIT
-            while forgotten >= SWEEP_LIMIT:
-                forgotten = await store.write(lambda writer: writer.sweep(clock.now(), SWEEP_LIMIT))
+            while stillness.may_have_ended():
+                sweep = making_nothing_due(lambda writer: writer.sweep(clock.now(), SWEEP_LIMIT))
+                if await store.write(sweep) < SWEEP_LIMIT:
+                    stillness.looked(None)
+                    break
         except BrokerError as error:
             log.warning("store_not_swept", code=error.reason, error=error.message)
 

@@ -12,6 +12,7 @@ from broker.attestation.contract import Home, NodeServerAttestor, SettledAttesto
 from broker.clock import Clock
 from broker.server.api.grpc import agent, bundle, entries, entry, local_authority, svid, trustdomain, watch
 from broker.server.api.grpc import authorities as authorities_api
+from broker.server.api.rate_limits import Limits
 from broker.server.federation_settings import bootstrap, configured_relationships
 from broker.server.identity.admission import Admission
 from broker.server.identity.bundles import Bundles
@@ -23,6 +24,7 @@ from broker.server.identity.federated import Federated
 from broker.server.identity.join_tokens import JoinTokens
 from broker.server.identity.nodes import Nodes
 from broker.server.identity.polling import Polling
+from broker.server.identity.pruning import NodePruning, PruningRules
 from broker.server.identity.relationships import Relationships
 from broker.server.identity.signing import Signing, SigningRules
 from broker.server.identity.watch import Watch
@@ -53,15 +55,26 @@ class IdentityHalf:
     watch: Watch
     downstream: Downstream
     room: KeyRoom
+    limits: Limits
+    pruning: NodePruning
 
     def services(self) -> Iterable[Service]:
         """Give each service with what serves it."""
         return (
-            (agent.BINDING, agent.Agent(self.nodes, self.admission, self.join_tokens)),
-            (bundle.BINDING, bundle.Bundle(self.bundles, self.downstream)),
+            (
+                agent.BINDING,
+                agent.Agent(
+                    self.nodes,
+                    self.admission,
+                    self.join_tokens,
+                    limits=self.limits,
+                    trust_domain=self.entries.trust_domain,
+                ),
+            ),
+            (bundle.BINDING, bundle.Bundle(self.bundles, self.downstream, limits=self.limits)),
             (entry.BINDING, entry.Entry(self.entries, self.directory, self.clock)),
             (entries.BINDING, entries.Entries(self.entries, self.clock)),
-            (svid.BINDING, svid.Svid(self.signing, self.downstream)),
+            (svid.BINDING, svid.Svid(self.signing, self.downstream, limits=self.limits)),
             (local_authority.BINDING, local_authority.LocalAuthority(self.room.forced)),
             (authorities_api.BINDING, authorities_api.Authorities(self.room.forced, self.room.replica)),
             (trustdomain.BINDING, trustdomain.TrustDomains(self.relationships, self.polling)),
@@ -70,7 +83,7 @@ class IdentityHalf:
 
     def loops(self) -> Iterable[Coroutine[Any, Any, None]]:
         """Give what has to run for as long as the server does."""
-        return self.nodes.run(), self.entries.run(), self.polling.run()
+        return self.nodes.run(), self.entries.run(), self.pruning.run(), self.polling.run()
 
 
 async def identity_half(
@@ -133,6 +146,8 @@ async def identity_half(
             ca_ttl=settings.ca_ttl,
         ),
         room=room,
+        limits=Limits.of(clock, attestation=settings.ratelimit.attestation, signing=settings.ratelimit.signing),
+        pruning=NodePruning(nodes, clock, _pruning_rules(settings)),
     )
 
 
@@ -143,6 +158,14 @@ def _node_attestors(settings: ServerSettings, home: Home) -> dict[str, NodeServe
         if isinstance(attestor, SettledAttestor):
             attestor.settle(home)
     return made
+
+
+def _pruning_rules(settings: ServerSettings) -> PruningRules:
+    return PruningRules(
+        settings.prune_attested_nodes_expired_for,
+        settings.prune_attested_nodes_batch_size,
+        settings.prune_non_reattestable_nodes,
+    )
 
 
 def _signing_rules(settings: ServerSettings) -> SigningRules:

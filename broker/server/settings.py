@@ -110,6 +110,15 @@ class OperationsSettings(Table):
     enabled: bool = Field(default=True, description="whether that port is opened at all")
 
 
+class RateLimitSettings(Table):
+    """How often one address may ask. SPIRE's limits; a call above them waits its turn."""
+
+    attestation: bool = Field(
+        default=True, description="one node attestation a second for each address; off behind a load balancer"
+    )
+    signing: bool = Field(default=True, description="500 signatures a second for each address, of each kind")
+
+
 class SubjectSettings(Table):
     """One issuer whose user tokens are accepted."""
 
@@ -240,6 +249,16 @@ class ServerSettings(ProgramSettings):
     store: StoreSettings = Field(default=StoreSettings(), description="the store")
     keys: KeySettings = Field(default=KeySettings(), description="the key manager")
     upstream: UpstreamSettings = Field(default=UpstreamSettings(), description="who stands above our authorities")
+    ratelimit: RateLimitSettings = Field(default=RateLimitSettings(), description="how often one address may ask")
+    prune_attested_nodes_expired_for: Duration | None = Field(
+        default=None, description="forget nodes whose SVID has been expired for so long; unset: never. Banned ones stay"
+    )
+    prune_attested_nodes_batch_size: int = Field(
+        default=1000, ge=1, le=10_000, description="how many of them at most at a time"
+    )
+    prune_non_reattestable_nodes: bool = Field(
+        default=False, description="also those that can attest only once, and will need a new proof to come back"
+    )
     operations: OperationsSettings = Field(default=OperationsSettings(), description="metrics and health")
     attestors: AttestorSettings = Field(default=AttestorSettings(), description="node attestors")
     federation: FederationSettings = Field(default=FederationSettings(), description="other trust domains")

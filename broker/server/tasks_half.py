@@ -16,6 +16,7 @@ from broker.server.api.http.services import HttpServices
 from broker.server.authority.authorities import Authorities
 from broker.server.identity.directory import Directory
 from broker.server.settings import AudienceSettings, ServerSettings, SubjectSettings
+from broker.server.stillness import Stillness
 from broker.server.store.ports import Store
 from broker.server.tasks.admission import Starters
 from broker.server.tasks.config import Audience, Audiences, SubjectIssuer, TaskDefaults
@@ -81,9 +82,11 @@ class TasksHalf:
         await self.subjects.aclose()
 
     async def _sweep(self) -> None:
+        stillness = Stillness(self.store, self.clock)
         while True:
             try:
-                await self.lifecycle.sweep()
+                if stillness.may_have_ended() and not await self.lifecycle.sweep():
+                    stillness.looked(await self.store.read(lambda reader: reader.earliest_end()))
             except BrokerError as error:
                 log.warning("tasks_not_swept", code=error.reason, error=error.message)
             await asyncio.sleep(SWEEP_EVERY)

@@ -36,8 +36,12 @@ _BY_REASON: Mapping[str, grpc.StatusCode] = {
     "bundle_in_use": grpc.StatusCode.FAILED_PRECONDITION,
     "upstream_above": grpc.StatusCode.FAILED_PRECONDITION,
     "no_upstream": grpc.StatusCode.FAILED_PRECONDITION,
+    "rate_limited": grpc.StatusCode.RESOURCE_EXHAUSTED,
+    # SPIRE's agents know these by their status.
+    "attestor_unknown": grpc.StatusCode.FAILED_PRECONDITION,
+    "join_token_unknown": grpc.StatusCode.INVALID_ARGUMENT,
 }
-"""What a class alone does not say: the configuration, or the order of things, forbids it to everybody."""
+"""What a class alone does not say: the configuration, or the order of things, forbids it to everybody; or SPIRE's own word."""
 
 
 def status_code(error: BrokerError) -> grpc.StatusCode:

@@ -30,6 +30,11 @@ _ERRORS: Mapping[grpc.StatusCode, type[BrokerError]] = {
     grpc.StatusCode.RESOURCE_EXHAUSTED: Unavailable,
 }
 
+_BY_REASON: Mapping[str, type[BrokerError]] = {
+    # SPIRE's status for it is that of nonsense; it is a refusal.
+    "join_token_unknown": Refused,
+}
+
 
 def from_rpc_error(error: grpc.aio.AioRpcError) -> BrokerError:
     """Give the error that the other side meant: its class by the status, its code and hint by the details."""
@@ -38,6 +43,7 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> BrokerError:
     if kind is Refused and text == NO_IDENTITY_TEXT:
         kind = NoIdentity
     code, hint = _error_info(error)
+    kind = _BY_REASON.get(code or "", kind)
     return kind(text, code=code, hint=hint)
 
 

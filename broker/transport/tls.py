@@ -36,7 +36,9 @@ class TlsIdentity:
 
 @dataclass(frozen=True, slots=True)
 class Anonymous:
-    """A TLS peer that presented no certificate."""
+    """A TLS peer that presented no certificate. ``address``: where it comes from, without the port; empty: not known."""
+
+    address: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,7 @@ class SvidPeer:
     """A TLS peer whose X.509-SVID was verified on this very connection."""
 
     svid: X509Svid
+    address: str = field(default="", compare=False)
 
 
 TlsPeer = Anonymous | SvidPeer

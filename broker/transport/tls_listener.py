@@ -10,6 +10,7 @@ import logging
 import socket
 import ssl
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -259,7 +260,7 @@ class TlsListener:
     def _spliced(self, connection: _Connection, peer: TlsPeer) -> asyncio.BaseProtocol:
         if self._backend is None:
             raise Refused("gRPC is not served here", code="protocol_not_served")
-        connection.name = self._index.admit(peer)
+        connection.name = self._index.admit(replace(peer, address=_host(connection.address)))
 
         def closed(error: Exception | None) -> None:
             self._ended(connection)
@@ -298,6 +299,10 @@ def _forbidden(error: BrokerError) -> bytes:
     body = json.dumps({"error": {"code": error.reason, "message": "the client certificate is refused"}}).encode()
     head = "HTTP/1.1 403 Forbidden\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: "
     return f"{head}{len(body)}\r\n\r\n".encode() + body
+
+
+def _host(address: str) -> str:
+    return address.rpartition(":")[0].strip("[]") or address
 
 
 def _remote(accepted: socket.socket) -> str:

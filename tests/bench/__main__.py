@@ -14,6 +14,7 @@ from broker.telemetry.log import configure
 from tests.bench.answers import fetch_jwt_svid_warm, first_fetch_x509_svid
 from tests.bench.containers import first_fetch_x509_svid_docker
 from tests.bench.entries import entry_to_svid
+from tests.bench.estate_size import server_with_many_entries
 from tests.bench.exchange import exchange_https, exchange_socket
 from tests.bench.house import House
 from tests.bench.measure import Item, result
@@ -37,6 +38,7 @@ IN_HOUSE: dict[str, Measure] = {
     "first_fetch_x509_svid_docker": first_fetch_x509_svid_docker,  # as root
     "exchange_socket": exchange_socket,
     "exchange_https": exchange_https,
+    "server_with_many_entries": server_with_many_entries,
     "entry_to_svid": entry_to_svid,  # the last one: it fills the house
 }
 """Measured on an estate of real processes."""

@@ -191,9 +191,7 @@ def large(key: ec.EllipticCurvePrivateKey) -> bytes:
 async def test_another_agents_entry_is_not_there(estate: Estate) -> None:
     async with with_entry(estate) as (one, _, _, entry_id), attested(one) as (_, _, other):
         key = ec.generate_private_key(ec.SECP256R1())
-        results = [
-            (await sign(other, asked, csr(key)))[0].status for asked in (entry_id, "nothing-like-it", "", SERVER)
-        ]
+        results = [(await sign(other, asked, csr(key)))[0].status for asked in (entry_id, "nothing-like-it", SERVER)]
         # Not even whether it exists.
         assert {(one.code, one.message) for one in results} == {(CODES.NOT_FOUND.value[0], results[0].message)}
         await refused(

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from broker.errors import Conflict, Invalid, NotFound
-from broker.server.store.ports import Store, Writer
+from broker.server.store.ports import Store, Writer, making_nothing_due
 from broker.server.store.rows import TaskFilter
 from broker.spiffe import SpiffeId
 from broker.tasks.causes import Cause
@@ -136,6 +136,17 @@ class TestTasks:
         await store.write(lambda w: [w.add_task(each) for each in (mine, over, other)])
         await store.write(lambda w: w.replace_task(ended(over), 1))
         assert await store.read(lambda r: r.tasks_of_session("ws_1")) == (mine,)
+
+    async def test_the_next_end_is_that_of_a_living_task(self, store: Store) -> None:
+        assert await store.read(lambda r: r.earliest_end()) is None
+        first, second = task("tsk_1", expires_at=NOW + SECOND), task("tsk_2", expires_at=NOW + 2 * SECOND)
+        await store.write(lambda w: [w.add_task(each) for each in (second, first)])
+        assert await store.read(lambda r: r.earliest_end()) == first.expires_at
+        before = store.written
+        await store.write(lambda w: w.replace_task(ended(first), 1))
+        assert await store.read(lambda r: r.earliest_end()) == second.expires_at
+        await store.write(making_nothing_due(lambda w: w.sweep(NOW, 10)))
+        assert store.written == before + 1
 
     async def test_the_overdue_are_found_longest_first(self, store: Store) -> None:
         late, later, ended_one = (

@@ -37,7 +37,7 @@ class Fleet:
         file = self.directory / "server.toml"
         file.write_text(
             f"[server]\nbind_address = '127.0.0.1'\nbind_port = 0\ndata_dir = '{self.directory}/data'\n"
-            f"runtime_dir = '{self.directory}/server'\noperations.enabled = false\n{attestors}"
+            f"runtime_dir = '{self.directory}/server'\noperations.enabled = false\nratelimit.attestation = false\n{attestors}"
         )
         settings = load_server(file, {})
         async with server(settings) as running:

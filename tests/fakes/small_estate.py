@@ -16,7 +16,7 @@ from broker.agent.app import Agent
 from broker.agent.settings import AgentSettings
 from broker.client import Authorities, Bundles, Entries, Nodes, dial_socket
 from broker.server.app import Server, server
-from broker.server.settings import OperationsSettings, ServerSettings, StoreSettings
+from broker.server.settings import OperationsSettings, RateLimitSettings, ServerSettings, StoreSettings
 from broker.spiffe import TrustDomain
 from broker.spiffe.certificates import split_der
 from tests.fakes.running_agent import ME, RunningAgent, until
@@ -67,6 +67,7 @@ async def running_server(directory: Path, name: str = "server", **changed):
         "runtime_dir": home / "run",
         "store": StoreSettings(url=f"sqlite://{home}/broker.db"),
         "operations": OperationsSettings(enabled=False),
+        "ratelimit": RateLimitSettings(attestation=False),  # every node has the same address
     }
     settings = ServerSettings(**(values | changed))
     async with server(settings) as one:

@@ -23,7 +23,7 @@ from broker.agent.upstream import AGENT
 from broker.audit.events import Event, Record
 from broker.client import Bundles, Entries, Nodes, dial_socket
 from broker.server.app import server
-from broker.server.settings import OperationsSettings, ServerSettings, StoreSettings
+from broker.server.settings import OperationsSettings, RateLimitSettings, ServerSettings, StoreSettings
 from broker.spiffe import TrustDomain
 from tests.fakes.processes import held_connection
 from tests.fakes.running_agent import HEADER, ME, RunningAgent, until
@@ -45,6 +45,7 @@ class Estate:
         settings = ServerSettings(
             trust_domain=TD, bind_address="127.0.0.1", bind_port=self.port, data_dir=self.directory / "data", runtime_dir=self.directory / "server",
             store=StoreSettings(url=f"sqlite://{self.directory}/broker.db"), operations=OperationsSettings(enabled=False),
+            ratelimit=RateLimitSettings(attestation=False),
         )  # fmt: skip
         (self.directory / "data").mkdir(exist_ok=True)
         async with server(settings) as running:

@@ -98,13 +98,20 @@ METHODS: Final[Mapping[str, frozenset[Role]]] = {
         "ListFederationRelationships", "GetFederationRelationship", "BatchCreateFederationRelationship",
         "BatchUpdateFederationRelationship", "BatchDeleteFederationRelationship", "RefreshBundle",
     ),
-    **_lines("broker.server.v1.Entries", _OPERATORS, "BatchCreateEntry", "GetEntry", "ListEntries"),
+    **_lines(
+        "broker.server.v1.Entries", _OPERATORS,
+        "BatchCreateEntry", "BatchUpdateEntry", "GetEntry", "ListEntries", "CountEntries",
+    ),
     **_lines("broker.server.v1.Watch", _AGENTS, "Watch"),
     **_lines("broker.server.v1.Sessions", _AGENTS, "ReportSessions"),
     **_lines("broker.server.v1.Tasks", _AGENTS, "StartTask", "IssueToken", "CompleteTask"),
     **_lines("broker.server.v1.Tasks", _OPERATORS, "GetTask", "ListTasks", "RevokeTask"),
     **_lines("broker.server.v1.Feed", _LISTENERS, "Subscribe"),
+    **_lines("spire.api.server.debug.v1.Debug", _LOCAL, "GetInfo"),
+    **_lines("spire.api.server.logger.v1.Logger", _LOCAL, "GetLogger", "SetLogLevel", "ResetLogLevel"),
     **_lines("grpc.health.v1.Health", _LOCAL, "Check", "List", "Watch"),
+    **_lines("grpc.reflection.v1.ServerReflection", _LOCAL, "ServerReflectionInfo"),
+    **_lines("grpc.reflection.v1alpha.ServerReflection", _LOCAL, "ServerReflectionInfo"),
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from broker.audit.events import Event, FieldValue, Record
 from broker.clock import Clock
 from broker.errors import Conflict
 from broker.server.authority.authorities import Authorities, PublicKeys, public_keys
-from broker.server.store.ports import Store, Writer
+from broker.server.store.ports import Store, Writer, making_nothing_due
 from broker.server.store.rows import AuthorityKind, AuthorityRow, AuthorityState, Published
 from broker.telemetry.log import get_logger
 
@@ -84,7 +84,7 @@ class Journal:
     async def beat(self, replica: str, silent_since: datetime) -> None:
         """Say that this replica lives; raises Unavailable."""
         now = self._clock.now()
-        await self._store.write(lambda writer: writer.see_replica(replica, now, silent_since))
+        await self._store.write(making_nothing_due(lambda writer: writer.see_replica(replica, now, silent_since)))
 
 
 def find(writer: Writer, kind: AuthorityKind, authority_id: str) -> AuthorityRow | None:

@@ -24,7 +24,7 @@ from broker.server.authority.profile import Leaf, PublicKey
 from broker.server.authority.x509 import X509Authority
 from broker.server.identity.entries import add_entry
 from broker.server.identity.join_tokens import handle_of, join_token_hash
-from broker.server.identity.nodes import AGENT_PATH, AgentRefused, Nodes, put_node
+from broker.server.identity.nodes import AGENT_PATH, ALIAS_SELECTOR, AgentRefused, Nodes, put_node
 from broker.server.identity.refusals import RefusalBudget
 from broker.server.store.ports import Store, Writer
 from broker.server.store.rows import Node
@@ -39,8 +39,6 @@ MAX_CHALLENGES: Final = 8
 """No attestor needs more than two."""
 MAX_PAYLOAD: Final = 64 * 1024
 """Largest evidence or response: certificate chains of a TPM have some 20 KiB."""
-ALIAS_SELECTOR: Final = "spiffe_id"
-"""The selector type of the entry that gives a node an extra identity, as in SPIRE."""
 
 log = get_logger("nodes")
 
@@ -102,7 +100,10 @@ class Admission:
             raise Invalid(f"the evidence is longer than {MAX_PAYLOAD} bytes", code="evidence_size")
         attestor = self._attestors.get(evidence.type)
         if attestor is None:
-            raise NotAttested("this server has no such node attestor", code="attestor_unknown")
+            raise NotAttested(
+                f'error getting node attestor: could not find node attestor type "{evidence.type[:64]}"',
+                code="attestor_unknown",
+            )
         key = requested_key(csr_der)
         async with self._places:
             try:
@@ -120,7 +121,9 @@ class Admission:
         """Sign a new SVID for an agent that cannot attest again; raises AgentRefused (``agent_must_reattest``)."""
         node = self._nodes.require_active(svid)
         if node.reattestable:
-            raise AgentRefused("the agent must attest again", code="agent_must_reattest")
+            raise AgentRefused("agent must reattest instead of renew", code="agent_must_reattest")
+        if not csr_der:
+            raise Invalid("missing CSR", code="csr_size")
         prepared = self._prepare(svid.id, requested_key(csr_der))
         now = self._clock.now()
 
@@ -192,7 +195,7 @@ class Admission:
         def act(writer: Writer) -> None:
             known = writer.node(agent_id)
             if known is not None and known.banned:
-                raise AgentRefused("the agent is banned", code="agent_banned")
+                raise AgentRefused("failed to attest: agent is banned", code="agent_banned")
             if verdict.consumes is not None:
                 token = writer.take_join_token(join_token_hash(verdict.consumes), now)
                 writer.record(_used(token.token_hash, agent_id, attestor, now))

@@ -40,6 +40,8 @@ def entry_text(entry: Entry) -> str:
             "may_start_tasks": entry.may_start_tasks,
             "description": entry.description,
             "owner": entry.owner,
+            "disable_x509_svid_prefetch": entry.disable_x509_svid_prefetch,
+            "jwt_svid_include_jti": entry.jwt_svid_include_jti,
         },
         separators=(",", ":"),
     )

@@ -4,6 +4,7 @@ A change costs one entry, and each agent that is being followed O(1). It is appl
 that made it returns, so whoever got an answer finds it here. Knows no wire and no stream: followers are told ids.
 """
 
+import heapq
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from broker.clock import Clock
 from broker.registry.authorized import AgentScope, Effect, EntryTree
 from broker.registry.entry import Entry
 from broker.server.identity.changes import ENTRY_KIND, GONE, NODE_KIND, entry_of, node_of
+from broker.server.identity.filters import entry_order
 from broker.server.store.ports import Reader, Store
 from broker.server.store.rows import Change, Node
 from broker.spiffe import SpiffeId
@@ -57,7 +59,8 @@ class Directory:
         self._clock = clock
         self._tree = EntryTree()
         self._privileged: dict[SpiffeId, dict[str, Entry]] = {}
-        self._expiring: dict[str, Entry] = {}
+        self._ends: list[tuple[datetime, str]] = []
+        self._ordered: list[Entry] | None = None
         self._nodes: dict[SpiffeId, Node] = {}
         self._scopes: dict[SpiffeId, AgentScope] = {}
         self._followers: dict[SpiffeId, set[Follower]] = {}
@@ -73,6 +76,11 @@ class Directory:
 
     def __len__(self) -> int:
         return len(self._tree)
+
+    @property
+    def node_count(self) -> int:
+        """How many nodes there are."""
+        return len(self._nodes)
 
     async def load(self, store: Store) -> None:
         """Take a snapshot, then follow the change log without a gap between the two."""
@@ -98,10 +106,33 @@ class Directory:
         """Give all entries, in no order."""
         return self._tree
 
-    def expired(self) -> list[Entry]:
-        """Give the entries whose own time is over and that are still there."""
+    def in_order(self) -> Sequence[Entry]:
+        """Give all entries, oldest first. Sorted when asked for after a change; not to be kept."""
+        if self._ordered is None:
+            self._ordered = sorted(self._tree, key=entry_order)
+        return self._ordered
+
+    def expired(self, limit: int) -> list[str]:
+        """Give the ids of entries whose own time is over and that are still there, the longest over first.
+
+        Costs what is over, however many have an end.
+        """
         now = self._clock.now()
-        return [entry for entry in self._expiring.values() if entry.is_expired(now)]
+        over: dict[tuple[datetime, str], None] = {}
+        while self._ends and self._ends[0][0] <= now and len(over) < limit:
+            end = heapq.heappop(self._ends)
+            entry = self._tree.get(end[1])
+            # Of an entry whose end was moved, the old one is still in the heap.
+            if entry is not None and entry.expires_at == end[0]:
+                over[end] = None
+        # They stay until their deletion is seen: it may fail.
+        for end in over:
+            heapq.heappush(self._ends, end)
+        return [entry_id for _, entry_id in over]
+
+    def children(self, parent: SpiffeId) -> tuple[str, ...]:
+        """Give the ids of the entries directly under a parent."""
+        return tuple(entry.id for entry in self._tree.children(parent))
 
     def node(self, agent_id: SpiffeId) -> Node | None:
         """Give one node, or None."""
@@ -252,10 +283,13 @@ class Directory:
                 self._privileged.pop(old.spiffe_id, None)
         if new is not None and (new.admin or new.downstream):
             self._privileged.setdefault(new.spiffe_id, {})[new.id] = new
-        if old is not None:
-            self._expiring.pop(old.id, None)
-        if new is not None and new.expires_at is not None:
-            self._expiring[new.id] = new
+        self._ordered = None
+        if new is not None and new.expires_at is not None and (old is None or old.expires_at != new.expires_at):
+            heapq.heappush(self._ends, (new.expires_at, new.id))
+            if len(self._ends) > 2 * len(self._tree) + MEMORY:
+                # Ends that were moved again and again: keep those that still are.
+                self._ends = [(e.expires_at, e.id) for e in self._tree if e.expires_at is not None]
+                heapq.heapify(self._ends)
 
 
 def _snapshot(reader: Reader) -> tuple[tuple[Entry, ...], tuple[Node, ...], int]:

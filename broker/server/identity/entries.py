@@ -16,7 +16,7 @@ from broker.errors import BrokerError, Conflict, Invalid, NotFound
 from broker.registry.entry import Entry
 from broker.server.identity.changes import ENTRY_KIND, GONE, entry_text
 from broker.server.identity.directory import Directory
-from broker.server.identity.filters import EntryFilter, Page, entry_order, page
+from broker.server.identity.filters import EntryFilter, Page, entry_order, page_in_order
 from broker.server.store.ports import Store, Writer
 from broker.spiffe import TrustDomain
 from broker.telemetry.log import get_logger
@@ -26,9 +26,13 @@ MAX_BATCH: Final = 1000
 PRUNE_EVERY: Final = 1.0
 """Seconds between two looks for entries whose own time is over."""
 
+PRUNER: Final = "server"
+"""Who deletes an entry whose time is over, in the record."""
+
 log = get_logger("entries")
 Draft = Entry | BrokerError
 Outcome = Entry | BrokerError
+Edit = Callable[[Entry], Entry]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,11 @@ class Entries:
         self._clock = clock
         self._trust_domain = trust_domain
 
+    @property
+    def trust_domain(self) -> TrustDomain:
+        """Where every entry's SPIFFE ID lies."""
+        return self._trust_domain
+
     # ---- questions, answered from memory
 
     def get(self, entry_id: str) -> Entry:
@@ -58,7 +67,7 @@ class Entries:
 
     def find(self, wanted: EntryFilter, size: int = 0, token: str = "") -> Page[Entry]:
         """Give a page of entries, oldest first."""
-        return page((entry for entry in self._directory.entries() if wanted.holds(entry)), entry_order, size, token)
+        return page_in_order(self._directory.in_order(), wanted.holds, entry_order, size, token)
 
     def count(self, wanted: EntryFilter) -> int:
         """Count entries."""
@@ -77,13 +86,19 @@ class Entries:
 
         return await self._store.write(act)
 
-    async def update(self, edits: Sequence[tuple[str, Callable[[Entry], Entry]]], actor: str) -> list[Outcome]:
-        """Change entries by a function of what they are now; it may raise Invalid. Each update raises the revision."""
+    async def update(self, edits: Sequence[tuple[str, Edit | BrokerError]], actor: str) -> list[Outcome]:
+        """Change entries by a function of what they are now; it may raise Invalid. Each update raises the revision.
+
+        An error in the place of a function is that item's outcome.
+        """
         _check_batch(edits)
         now = self._clock.now()
 
         def act(writer: Writer) -> list[Outcome]:
-            return [self._edit(writer, entry_id, edit, actor, now) for entry_id, edit in edits]
+            return [
+                edit if isinstance(edit, BrokerError) else self._edit(writer, entry_id, edit, actor, now)
+                for entry_id, edit in edits
+            ]
 
         return await self._store.write(act)
 
@@ -98,20 +113,36 @@ class Entries:
         return await self._store.write(act)
 
     async def prune(self) -> int:
-        """Delete entries whose own time is over; gives their number."""
-        over = [entry.id for entry in self._directory.expired()][:MAX_BATCH]
-        if over:
-            await self.delete(over, "server")
-        return len(over)
+        """Delete entries whose own time is over, a bounded number at a time; gives how many went.
+
+        Judged again in the transaction: an entry that was given more time a moment ago stays.
+        """
+        over = self._directory.expired(MAX_BATCH)
+        if not over:
+            return 0
+        now = self._clock.now()
+
+        def act(writer: Writer) -> int:
+            there = (writer.entry(entry_id) for entry_id in over)
+            gone = [entry.id for entry in there if entry is not None and entry.is_expired(now)]
+            for entry_id in gone:
+                remove_entry(writer, entry_id, PRUNER, now)
+            return len(gone)
+
+        return await self._store.write(act)
 
     async def run(self) -> None:
         """Prune again and again, until cancelled."""
         while True:
             try:
-                await self.prune()
+                pruned = await self.prune()
             except BrokerError as error:
                 log.warning("entries_not_pruned", code=error.reason, error=error.message)
-            await asyncio.sleep(PRUNE_EVERY)
+                pruned = 0
+            if pruned:
+                log.info("entries_pruned", count=pruned)
+            if pruned < MAX_BATCH:
+                await asyncio.sleep(PRUNE_EVERY)
 
     def _checked(self, draft: Draft) -> Draft:
         if isinstance(draft, BrokerError):
@@ -121,9 +152,7 @@ class Entries:
         except Invalid as error:
             return error
 
-    def _edit(
-        self, writer: Writer, entry_id: str, edit: Callable[[Entry], Entry], actor: str, now: datetime
-    ) -> Outcome:
+    def _edit(self, writer: Writer, entry_id: str, edit: Edit, actor: str, now: datetime) -> Outcome:
         current = writer.entry(entry_id)
         if current is None:
             return NotFound("entry not found", code="entry_not_found")
@@ -159,7 +188,9 @@ def add_entry(writer: Writer, entry: Entry, actor: str, now: datetime) -> None:
 
 
 def remove_entry(writer: Writer, entry_id: str, actor: str, now: datetime) -> Outcome:
-    """Remove one entry with its change row and its record; part of a larger act."""
+    """Remove one entry with its change row and its record; part of a larger act. What is not there is an outcome."""
+    if not entry_id:
+        return Invalid("missing entry ID", code="missing_id")
     removed = writer.remove_entry(entry_id)
     if removed is None:
         return NotFound("entry not found", code="entry_not_found")

@@ -1,6 +1,8 @@
 """Which entries and nodes a list is of, and where its pages end. Pure; SPIRE's filters and their meaning."""
 
 import heapq
+import re
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -14,6 +16,8 @@ from broker.spiffe import Selector, SpiffeId, TrustDomain
 
 MAX_PAGE: Final = 1000
 """Most items of one page: a page of long entries still fits into one gRPC message of 4 MiB."""
+
+_ENTRY_TOKEN: Final = re.compile(r"[0-9]{12}\.[A-Za-z0-9._-]{1,255}")
 
 T = TypeVar("T")
 
@@ -65,6 +69,7 @@ class EntryFilter:
     federates_with: SetFilter[TrustDomain] | None = None
     hint: str | None = None
     downstream: bool | None = None
+    owner: str | None = None
 
     def holds(self, entry: Entry) -> bool:
         """Tell whether an entry is meant."""
@@ -73,6 +78,7 @@ class EntryFilter:
             and (self.parent_id is None or entry.parent_id == self.parent_id)
             and (self.hint is None or entry.hint == self.hint)
             and (self.downstream is None or entry.downstream is self.downstream)
+            and (self.owner is None or entry.owner == self.owner)
             and (self.selectors is None or self.selectors.holds(entry.selectors))
             and (self.federates_with is None or self.federates_with.holds(entry.federates_with))
         )
@@ -118,6 +124,44 @@ def page(items: Iterable[T], key: Callable[[T], str], size: int, token: str) -> 
     # One more than asked for, to tell whether there is a next page.
     found = heapq.nsmallest(size + 1, rest, key=key)
     return Page(found[:size], key(found[size - 1]) if len(found) > size else "")
+
+
+def page_in_order(
+    items: Sequence[T], holds: Callable[[T], bool], key: Callable[[T], str], size: int, token: str
+) -> Page[T]:
+    """Cut the same page out of items that stand in the order of ``key``: it costs what it looks at, not all there are."""
+    if size < 0:
+        raise Invalid("a page has no negative size", code="invalid_page_size")
+    start = bisect_right(items, token, key=key) if token else 0
+    if size == 0:
+        return Page([item for item in items[start:] if holds(item)], "")
+    size = min(size, MAX_PAGE)
+    found: list[T] = []
+    for place in range(start, len(items)):
+        if holds(items[place]):
+            if len(found) == size:
+                return Page(found, key(found[-1]))
+            found.append(items[place])
+    return Page(found, "")
+
+
+def entry_token(text: str) -> str:
+    """Read the token of a page of entries; raises Invalid."""
+    if text and _ENTRY_TOKEN.fullmatch(text) is None:
+        raise _bad_token(text)
+    return text
+
+
+def node_token(text: str) -> str:
+    """Read the token of a page of nodes; raises Invalid."""
+    try:
+        return str(SpiffeId(text)) if text else text
+    except Invalid:
+        raise _bad_token(text) from None
+
+
+def _bad_token(text: str) -> Invalid:
+    return Invalid(f"could not parse token '{text[:64]}'", code="invalid_page_token", hint="give next_page_token back")
 
 
 def entry_order(entry: Entry) -> str:

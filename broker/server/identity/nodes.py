@@ -5,7 +5,10 @@ one counts; a renewed one takes over at its first use. How a node is admitted is
 """
 
 import asyncio
+from collections.abc import Iterable
 from dataclasses import replace
+from datetime import datetime
+from itertools import islice
 from typing import Final
 
 from broker.audit.events import Event, Record
@@ -13,15 +16,19 @@ from broker.clock import Clock
 from broker.errors import BrokerError, Invalid, NotFound, Refused
 from broker.server.identity.changes import GONE, NODE_KIND, node_text
 from broker.server.identity.directory import Directory
+from broker.server.identity.entries import PRUNER, remove_entry
 from broker.server.identity.filters import NodeFilter, Page, node_order, page
 from broker.server.store.ports import Store, Writer
 from broker.server.store.rows import Node
-from broker.spiffe import SpiffeId, X509Svid
+from broker.spiffe import Selector, SpiffeId, X509Svid
 from broker.telemetry.log import get_logger
 
 AGENT_PATH: Final = "/spire/agent"
 MAX_VERSION: Final = 255
 """Longest agent version, as in SPIRE."""
+JOIN_TOKEN: Final = "join_token"  # noqa: S105 - an attestor's name
+ALIAS_SELECTOR: Final = "spiffe_id"
+"""The selector type of the entry that gives a node an extra identity, as in SPIRE."""
 
 log = get_logger("nodes")
 
@@ -55,12 +62,14 @@ class Nodes:
         The first call with a renewed certificate ends the one before it, at once here and a moment later in the store.
         """
         if svid.not_after <= self._clock.now():
-            raise AgentRefused("the agent's SVID has expired", code="agent_expired")
+            raise AgentRefused(f'agent "{svid.id}" SVID is expired', code="agent_expired")
         node = self._directory.node(svid.id)
         if node is None:
-            raise AgentRefused("the agent is not attested", code="agent_not_attested", hint="attest the node again")
+            raise AgentRefused(
+                f'agent "{svid.id}" is not attested', code="agent_not_attested", hint="attest the node again"
+            )
         if node.banned:
-            raise AgentRefused("the agent is banned", code="agent_banned")
+            raise AgentRefused(f'agent "{svid.id}" is banned', code="agent_banned")
         serial = str(svid.serial)
         if serial == self._activated.get(svid.id, node.serial):
             return node
@@ -69,7 +78,9 @@ class Nodes:
             self._activations.put_nowait((svid.id, serial))
             return node
         raise AgentRefused(
-            "the agent's SVID is not its newest one", code="agent_not_active", hint="attest the node again"
+            f'agent "{svid.id}" expected to have serial number "{node.serial}"; has "{serial}"',
+            code="agent_not_active",
+            hint="attest the node again",
         )
 
     def forget_activation(self, agent_id: SpiffeId) -> None:
@@ -100,7 +111,7 @@ class Nodes:
     async def report(self, svid: X509Svid, version: str) -> None:
         """Note the version that an agent says it has; raises Invalid."""
         if len(version.encode()) > MAX_VERSION or not version.isprintable():
-            raise Invalid("the agent version is too long or not printable", code="invalid_version")
+            raise Invalid("agent version is too long (max 255 characters), or not printable", code="invalid_version")
         if self.require_active(svid).agent_version == version:
             return
 
@@ -145,21 +156,64 @@ class Nodes:
     async def delete(self, agent_id: SpiffeId, actor: str) -> None:
         """Forget an agent; it may attest again. Raises NotFound."""
         now = self._clock.now()
+        below = self._directory.children(agent_id)
 
         def act(writer: Writer) -> None:
-            if writer.remove_node(agent_id) is None:
+            node = writer.remove_node(agent_id)
+            if node is None:
                 raise _not_found()
-            writer.change(NODE_KIND, str(agent_id), GONE)
-            writer.record(Record(Event.AGENT_EVICTED, now, actor, str(agent_id), {}))
+            _forget(writer, node, below, Record(Event.AGENT_EVICTED, now, actor, str(agent_id), {}))
 
         await self._store.write(act)
         self._activated.pop(agent_id, None)
+
+    async def prune(self, expired_before: datetime, limit: int, *, include_non_reattestable: bool) -> int:
+        """Forget nodes whose SVID expired before a time, at most ``limit``; gives how many went. Banned ones stay.
+
+        Judged again in the transaction: a node that attested a moment ago stays.
+        """
+
+        def is_over(node: Node) -> bool:
+            return (
+                not node.banned and node.expires_at < expired_before and (node.reattestable or include_non_reattestable)
+            )
+
+        over = list(islice((node.id for node in self._directory.nodes() if is_over(node)), limit))
+        if not over:
+            return 0
+        now = self._clock.now()
+        below = {agent_id: self._directory.children(agent_id) for agent_id in over}
+
+        def act(writer: Writer) -> list[SpiffeId]:
+            found = [node for agent_id in over if (node := writer.node(agent_id)) is not None and is_over(node)]
+            for node in found:
+                writer.remove_node(node.id)
+                _forget(writer, node, below[node.id], Record(Event.AGENT_PURGED, now, PRUNER, str(node.id), {}))
+            return [node.id for node in found]
+
+        gone = await self._store.write(act)
+        for agent_id in gone:
+            self._activated.pop(agent_id, None)
+        return len(gone)
 
 
 def put_node(writer: Writer, node: Node) -> None:
     """Write one node with its change row; part of a larger act."""
     writer.put_node(node)
     writer.change(NODE_KIND, str(node.id), node_text(node))
+
+
+def _forget(writer: Writer, node: Node, below: Iterable[str], record: Record) -> None:
+    writer.change(NODE_KIND, str(node.id), GONE)
+    writer.record(record)
+    if node.attestation_type != JOIN_TOKEN:
+        return
+    # The alias that came with its join token names this node alone, and another token makes another.
+    alone = frozenset({Selector.of(ALIAS_SELECTOR, str(node.id))})
+    for entry_id in below:
+        entry = writer.entry(entry_id)
+        if entry is not None and entry.parent_id == node.id and entry.selectors == alone:
+            remove_entry(writer, entry_id, record.actor, record.at)
 
 
 def _not_found() -> NotFound:

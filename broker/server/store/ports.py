@@ -10,7 +10,7 @@ the caller, who repeats it under the same idempotency key.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+from typing import Final, Protocol, TypeVar
 
 from broker.server.store.federation_ports import FederationReads, FederationWrites
 from broker.server.store.rows import Change
@@ -36,6 +36,20 @@ from broker.server.store.table_ports import (
 )
 
 T = TypeVar("T")
+
+
+_MARK: Final = "makes_nothing_due"
+
+
+def making_nothing_due(act: Callable[["Writer"], T]) -> Callable[["Writer"], T]:
+    """Mark an act after which nobody has to look whether something is over: a sweep itself, a sign of life."""
+    setattr(act, _MARK, True)
+    return act
+
+
+def makes_nothing_due(act: Callable[["Writer"], object]) -> bool:
+    """Tell whether an act is marked so."""
+    return getattr(act, _MARK, False)
 
 
 class Reader(
@@ -89,6 +103,19 @@ class Store(Protocol):
 
         False while the store cannot know: what memory holds may then be behind, and silence says nothing.
         """
+        ...
+
+    @property
+    def written(self) -> int:
+        """How many acts this process has asked for: while it stays, nothing was written from here that can be over once.
+
+        Acts marked by :func:`making_nothing_due` do not count.
+        """
+        ...
+
+    @property
+    def is_shared(self) -> bool:
+        """Tell whether other servers may write to it, too."""
         ...
 
     async def write(self, act: Callable[[Writer], T]) -> T:

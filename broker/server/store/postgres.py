@@ -91,6 +91,18 @@ class PostgresStore(Store):
         """Tell whether subscribers know all that any server committed until a moment ago."""
         return self._is_open and self._follower is not None and self._follower.is_current
 
+    @property
+    @override
+    def written(self) -> int:
+        """How many acts this process has asked for."""
+        return self._writes.written
+
+    @property
+    @override
+    def is_shared(self) -> bool:
+        """True."""
+        return True
+
     @override
     async def write(self, act: Callable[[Writer], T]) -> T:
         """Run one act and give its result once it is durable; Unavailable (store_unreachable, store_outcome_unknown, …)."""

@@ -83,6 +83,18 @@ class SqliteStore(Store):
         """True: nobody else writes to the file."""
         return True
 
+    @property
+    @override
+    def written(self) -> int:
+        """How many acts this process has asked for."""
+        return self._writes.written
+
+    @property
+    @override
+    def is_shared(self) -> bool:
+        """False: the file is locked."""
+        return False
+
     @override
     async def write(self, act: Callable[[Writer], T]) -> T:
         """Run one act and give its result once it is durable; Unavailable (store_overloaded, store_full, …)."""

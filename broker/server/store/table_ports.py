@@ -229,6 +229,10 @@ class TaskReads(Protocol):
         """Give up to ``limit`` tasks whose time is over and whose row does not say so yet, the longest overdue first."""
         ...
 
+    def earliest_end(self) -> datetime | None:
+        """Give when the time of a living task is over next (or was); None where none lives."""
+        ...
+
     def list_tasks(self, wanted: TaskFilter, *, after: str | None = None, limit: int = 100) -> TaskPage:
         """Give a page, oldest first; Invalid(code="invalid_page_token") for a token that is not ours."""
         ...

@@ -18,7 +18,7 @@ from typing import Any, Final, TypeVar
 
 from broker.errors import Unavailable
 from broker.server.store.group import Act, Group
-from broker.server.store.ports import Writer
+from broker.server.store.ports import Writer, makes_nothing_due
 from broker.server.store.rows import Change
 
 QUEUE_LIMIT: Final = 4_096
@@ -56,6 +56,8 @@ class WriteQueue:
         self._subscribers: list[Subscriber] = []
         self.head = 0
         """The number of the last change that subscribers were told of."""
+        self.written = 0
+        """How many acts were taken, but for those that make nothing due."""
 
     async def put(self, run: Callable[[Writer], T]) -> T:
         """Run an act and give its result after its COMMIT; raises what it raised, or Unavailable."""
@@ -66,6 +68,8 @@ class WriteQueue:
             )
         future: asyncio.Future[T] = self._loop.create_future()
         self._waiting.append(Act(run, future))
+        if not makes_nothing_due(run):
+            self.written += 1
         self._start_soon()
         return await future
 

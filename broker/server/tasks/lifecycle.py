@@ -12,7 +12,7 @@ from typing import Final
 
 from broker.clock import Clock
 from broker.server import failpoints
-from broker.server.store.ports import Store, Writer
+from broker.server.store.ports import Store, Writer, making_nothing_due
 from broker.server.store.rows import NewFrame, TokenRow
 from broker.server.tasks import records
 from broker.server.tasks.admission import identify
@@ -252,10 +252,10 @@ class Lifecycle:
                     over.append(end(writer, current, State.EXPIRED, Cause.EXPIRED, by="server", now=now))
             return over
 
-        found = await self._store.write(act)
+        found = await self._store.write(making_nothing_due(act))
         for each in found:
             self._counted(each)
-        await self._store.write(lambda writer: writer.sweep(self._clock.now(), FORGET_LIMIT))
+        await self._store.write(making_nothing_due(lambda writer: writer.sweep(self._clock.now(), FORGET_LIMIT)))
         return len(found)
 
     def _complete(

@@ -2,6 +2,8 @@
 
 import os
 import resource
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 
@@ -187,6 +189,59 @@ def test_a_request_that_never_comes_ends_its_call() -> None:
         assert one.finish(stream, 20).status == 4
         assert one.call(SERVICE + "FetchJWTSVID", JWT).status == 0
         assert one.send(settings())
+
+
+TEN_THOUSAND = """
+import os, resource, socket, sys
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+os.setgroups([])
+os.setresgid(4001, 4001, 4001)
+os.setresuid(4001, 4001, 4001)
+held, refused = [], 0
+for _ in range(10_000):
+    one = socket.socket(socket.AF_UNIX)
+    one.setblocking(False)
+    try:
+        one.connect(sys.argv[1])
+        held.append(one)
+    except BlockingIOError:  # the kernel's queue is full
+        refused += 1
+        one.close()
+print(len(held), refused, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.root("a crowd of another user")
+@pytest.mark.bears("W08", "W10")
+@pytest.mark.timeout(120)
+def test_ten_thousand_connections_of_one_user_leave_places_for_others() -> None:
+    # Those over that user's share are closed as they come: none of them says a word, and none is given anything.
+    with rig() as agent:
+        bystander = Bystander(agent.socket)
+        before = agent.facts()
+        crowd = subprocess.Popen(
+            [sys.executable, "-c", TEN_THOUSAND, str(agent.socket)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        try:
+            assert crowd.stdout is not None
+            held, refused = map(int, crowd.stdout.readline().split())
+            assert held + refused == 10_000
+            assert held > 1_000
+            bystander.lap()
+            time.sleep(3)
+            seen = bystander.lap()
+            assert seen.failures == []
+            assert max(seen.p99, seen.new_p99) < 2  # of a user who had no connection before, too
+            assert agent.facts().rss - before.rss < 600 * MIB
+        finally:
+            with crowd:
+                crowd.kill()
+            bystander.close()
+        wait_for(lambda: agent.facts().fds <= before.fds + 10, 20)
+        assert "Traceback" not in agent.said()
 
 
 @pytest.mark.bears("W11")

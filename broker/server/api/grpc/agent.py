@@ -13,6 +13,7 @@ from broker._proto.spire.api.types import jointoken_pb2, x509svid_pb2
 from broker.attestation.contract import Evidence
 from broker.errors import Invalid
 from broker.server.api.access import Caller, agent_of, name_of
+from broker.server.api.grpc import identities
 from broker.server.api.grpc.conversation import Conversation
 from broker.server.api.grpc.convert import (
     agent_message,
@@ -20,25 +21,40 @@ from broker.server.api.grpc.convert import (
     seconds,
     selector_filter,
     spiffe_id_message,
-    spiffe_id_of,
 )
+from broker.server.api.grpc.identities import id_in, reading
+from broker.server.api.grpc.paging import pages
+from broker.server.api.rate_limits import Limits
 from broker.server.identity.admission import Admission, AgentSvid
-from broker.server.identity.filters import NodeFilter
+from broker.server.identity.filters import NodeFilter, SetFilter, node_order, node_token
 from broker.server.identity.join_tokens import JoinTokens
 from broker.server.identity.nodes import Nodes
+from broker.spiffe import Selector, SpiffeId, TrustDomain
 
 BINDING: Final = ServiceBinding.of(agent_pb2.DESCRIPTOR, "Agent")
 # RFC 3339 as SPIRE's command line writes it, or with an offset.
-_TIME: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}[T ][0-9:.]{5,18} ?(?:Z|[+-][0-9]{2}:?[0-9]{2})(?: [A-Z]{1,5})?")
+_TIME: Final = re.compile(
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}[T ][0-9:.]{5,18} ?(?:Z|[+-][0-9]{2}:?[0-9]{2})(?: (?:[A-Z]{1,5}|[+-][0-9]{2,4}))?"
+)
 
 
 class Agent:
     """The service, over its use cases."""
 
-    def __init__(self, nodes: Nodes, admission: Admission, join_tokens: JoinTokens) -> None:
+    def __init__(
+        self,
+        nodes: Nodes,
+        admission: Admission,
+        join_tokens: JoinTokens,
+        *,
+        limits: Limits,
+        trust_domain: TrustDomain,
+    ) -> None:
         self._nodes = nodes
         self._admission = admission
         self._join_tokens = join_tokens
+        self._limits = limits
+        self._trust_domain = trust_domain
 
     # ---- for agents
 
@@ -46,9 +62,12 @@ class Agent:
         self, request: AsyncIterator[agent_pb2.AttestAgentRequest], context: Context, caller: Caller
     ) -> AsyncIterator[agent_pb2.AttestAgentResponse]:
         """Params, then a response to each challenge; challenges, then the result."""
+        await self._limits.attest.take(caller, context)
         first = await anext(request, None)
-        if first is None or first.WhichOneof("step") != "params":
-            raise Invalid("the first message of an attestation has the parameters", code="attestation_order")
+        if first is None:
+            raise Invalid("failed to receive request from stream", code="attestation_order")
+        with reading("malformed param"):
+            _check_params(first)
         data = first.params.data
         conversation = Conversation[AgentSvid](request)
         run = conversation.run(
@@ -67,14 +86,17 @@ class Agent:
         self, request: agent_pb2.RenewAgentRequest, context: Context, caller: Caller
     ) -> agent_pb2.RenewAgentResponse:
         """Sign anew for an agent that cannot attest again."""
+        await self._limits.certificates.take(caller, context)
         svid = await self._admission.renew(agent_of(caller), request.params.csr)
         return agent_pb2.RenewAgentResponse(svid=_svid_message(svid))
 
     async def PostStatus(  # noqa: N802
         self, request: agent_pb2.PostStatusRequest, context: Context, caller: Caller
     ) -> agent_pb2.PostStatusResponse:
-        """Note the agent's version."""
-        await self._nodes.report(agent_of(caller), request.agent_version)
+        """Note the agent's version; an agent that does not say it keeps the one it has."""
+        await self._limits.status.take(caller, context)
+        if request.agent_version:
+            await self._nodes.report(agent_of(caller), request.agent_version)
         return agent_pb2.PostStatusResponse()
 
     # ---- for operators
@@ -89,18 +111,21 @@ class Agent:
         self, request: agent_pb2.ListAgentsRequest, context: Context, caller: Caller
     ) -> agent_pb2.ListAgentsResponse:
         """List nodes by SPIFFE ID."""
-        page = self._nodes.find(_filter(request.filter), request.page_size, request.page_token)
+        size = max(0, request.page_size)
+        page = self._nodes.find(_filter(request.filter), size, node_token(request.page_token) if size else "")
         mask = request.output_mask if request.HasField("output_mask") else None
-        return agent_pb2.ListAgentsResponse(
-            agents=[apply_mask(agent_message(node), mask) if mask else agent_message(node) for node in page.items],
-            next_page_token=page.next,
-        )
+        shown = [apply_mask(agent_message(node), mask) if mask else agent_message(node) for node in page.items]
+        if not size:
+            return agent_pb2.ListAgentsResponse(agents=shown)
+        fitting, more = next(pages(shown, size))
+        following = node_order(page.items[len(fitting) - 1]) if more else page.next
+        return agent_pb2.ListAgentsResponse(agents=fitting, next_page_token=following)
 
     async def GetAgent(  # noqa: N802
         self, request: agent_pb2.GetAgentRequest, context: Context, caller: Caller
     ) -> types_pb2.Agent:
         """Show one node."""
-        message = agent_message(self._nodes.get(spiffe_id_of(request.id)))
+        message = agent_message(self._nodes.get(self._agent_id(request)))
         if request.HasField("output_mask"):
             apply_mask(message, request.output_mask)
         return message
@@ -109,29 +134,48 @@ class Agent:
         self, request: agent_pb2.DeleteAgentRequest, context: Context, caller: Caller
     ) -> empty_pb2.Empty:
         """Forget a node: its agent may attest again."""
-        await self._nodes.delete(spiffe_id_of(request.id), name_of(caller))
+        await self._nodes.delete(self._agent_id(request), name_of(caller))
         return empty_pb2.Empty()
 
     async def BanAgent(  # noqa: N802
         self, request: agent_pb2.BanAgentRequest, context: Context, caller: Caller
     ) -> empty_pb2.Empty:
         """Refuse a node's agent from now on."""
-        await self._nodes.ban(spiffe_id_of(request.id), name_of(caller))
+        await self._nodes.ban(self._agent_id(request), name_of(caller))
         return empty_pb2.Empty()
 
     async def CreateJoinToken(  # noqa: N802
         self, request: agent_pb2.CreateJoinTokenRequest, context: Context, caller: Caller
     ) -> jointoken_pb2.JoinToken:
         """Make a join token; its text is in this answer and nowhere else."""
-        if request.ttl < 0:
-            raise Invalid("a join token's life is not negative", code="invalid_ttl")
+        if request.ttl < 1:
+            raise Invalid("ttl is required, you must provide one", code="invalid_ttl")
+        alias = None
+        if request.HasField("agent_id"):
+            with reading("invalid agent ID"):
+                alias = identities.workload(identities.spiffe_id_of(request.agent_id), self._trust_domain)
         token = await self._join_tokens.create(
-            name_of(caller),
-            ttl=timedelta(seconds=request.ttl) if request.ttl else None,
-            chosen=request.token,
-            agent_id=spiffe_id_of(request.agent_id) if request.HasField("agent_id") else None,
+            name_of(caller), ttl=timedelta(seconds=request.ttl), chosen=request.token, agent_id=alias
         )
         return jointoken_pb2.JoinToken(value=token.value, expires_at=seconds(token.expires_at))
+
+    def _agent_id(self, request: object) -> SpiffeId:
+        with reading("invalid agent ID"):
+            return identities.agent(id_in(request, "id"), self._trust_domain)
+
+
+def _check_params(message: agent_pb2.AttestAgentRequest) -> None:
+    params = message.params
+    for is_there, what in (
+        (message.WhichOneof("step") == "params", "params"),
+        (params.HasField("data"), "attestation data"),
+        (params.HasField("params"), "X509-SVID parameters"),
+        (params.params.csr, "CSR"),
+        (params.data.type, "attestation data type"),
+        (params.data.payload, "attestation data payload"),
+    ):
+        if not is_there:
+            raise Invalid(f"missing {what}", code="attestation_order")
 
 
 def _svid_message(svid: AgentSvid) -> x509svid_pb2.X509SVID:
@@ -143,11 +187,20 @@ def _svid_message(svid: AgentSvid) -> x509svid_pb2.X509SVID:
 def _filter(message: agent_pb2.ListAgentsRequest.Filter | agent_pb2.CountAgentsRequest.Filter) -> NodeFilter:
     return NodeFilter(
         attestation_type=message.by_attestation_type or None,
-        selectors=selector_filter(message.by_selector_match) if message.HasField("by_selector_match") else None,
+        selectors=_selectors(message),
         banned=message.by_banned.value if message.HasField("by_banned") else None,
         reattestable=message.by_can_reattest.value if message.HasField("by_can_reattest") else None,
         expires_before=_moment(message.by_expires_before) if message.by_expires_before else None,
     )
+
+
+def _selectors(
+    message: agent_pb2.ListAgentsRequest.Filter | agent_pb2.CountAgentsRequest.Filter,
+) -> SetFilter[Selector] | None:
+    if not message.HasField("by_selector_match"):
+        return None
+    with reading("failed to parse selectors"):
+        return selector_filter(message.by_selector_match)
 
 
 def _moment(text: str) -> datetime:

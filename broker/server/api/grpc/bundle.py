@@ -14,6 +14,7 @@ from broker.errors import BrokerError, Invalid, InvalidSpiffeId
 from broker.server.api.access import Caller, name_of
 from broker.server.api.grpc import convert
 from broker.server.api.grpc.convert import MAX_TIME, apply_mask, bundle_message, moment_of
+from broker.server.api.rate_limits import Limits
 from broker.server.authority.upstream import PublicJwtKey
 from broker.server.identity.bundles import Bundles, DeletionMode, PublishedBundle
 from broker.server.identity.downstream import Downstream
@@ -29,9 +30,10 @@ T = TypeVar("T")
 class Bundle:
     """The service, over its use cases; methods that are not here answer Unimplemented."""
 
-    def __init__(self, bundles: Bundles, downstream: Downstream) -> None:
+    def __init__(self, bundles: Bundles, downstream: Downstream, *, limits: Limits) -> None:
         self._bundles = bundles
         self._downstream = downstream
+        self._limits = limits
 
     # ---- the own bundle
 
@@ -119,6 +121,7 @@ class Bundle:
         self, request: bundle_pb2.PublishJWTAuthorityRequest, context: Context, caller: Caller
     ) -> bundle_pb2.PublishJWTAuthorityResponse:
         """Put a JWT key of a server below this one into the bundle, and give all that are in it."""
+        await self._limits.keys.take(caller, context)
         if not request.HasField("jwt_authority"):
             raise Invalid("missing JWT authority", code="invalid_jwt_authority")
         told = request.jwt_authority

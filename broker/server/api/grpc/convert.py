@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from broker._proto.broker.server.v1.entries_pb2 import RegisteredEntry
+from broker._proto.broker.server.v1.entries_pb2 import RegisteredEntry, RegisteredEntryMask
 from broker._proto.spire.api.types import (
     agent_pb2,
     bundle_pb2,
@@ -18,6 +18,8 @@ from broker._proto.spire.api.types import (
 )
 from broker.errors import BrokerError, Invalid, InvalidBundle
 from broker.registry.entry import Entry
+from broker.server.api.grpc import identities
+from broker.server.api.grpc.identities import id_in, reading
 from broker.server.identity.filters import SetFilter, SetMatch
 from broker.server.identity.signing import SignedJwt, SignedX509
 from broker.server.store.bundle_rows import PublishedBundle, PublishedKey, jwt_public_key, x509_key
@@ -28,15 +30,11 @@ from broker.transport.grpc_status import status_code
 MAX_TIME: Final = 253402300799
 """The last second of the year 9999: datetime ends there."""
 ENTRY_FIELDS: Final = tuple(field.name for field in entry_pb2.EntryMask.DESCRIPTOR.fields)
+spiffe_id_of: Final = identities.spiffe_id_of
 _MATCHES: Final = {0: SetMatch.EXACT, 1: SetMatch.SUBSET, 2: SetMatch.SUPERSET, 3: SetMatch.ANY}
 
 
 # ---- small things
-
-
-def spiffe_id_of(message: spiffeid_pb2.SPIFFEID) -> SpiffeId:
-    """Read a SPIFFE ID; raises InvalidSpiffeId."""
-    return SpiffeId.of(TrustDomain(message.trust_domain), message.path)
 
 
 def spiffe_id_message(spiffe_id: SpiffeId) -> spiffeid_pb2.SPIFFEID:
@@ -83,7 +81,8 @@ def selector_filter(message: selector_pb2.SelectorMatch) -> SetFilter[Selector]:
 
 def federation_filter(message: federateswith_pb2.FederatesWithMatch) -> SetFilter[TrustDomain]:
     """Read a filter over federated trust domains; raises Invalid."""
-    return SetFilter(frozenset(map(TrustDomain, message.trust_domains)), _match(message.match))
+    names = (text.removeprefix("spiffe://") for text in message.trust_domains)
+    return SetFilter(frozenset(map(TrustDomain, names)), _match(message.match))
 
 
 def _match(number: int) -> SetMatch:
@@ -108,27 +107,32 @@ def entry_of(message: entry_pb2.Entry, entry_id: str, now: datetime) -> Entry:
     return Entry(
         id=message.id or entry_id,
         created_at=now.replace(microsecond=0),
-        **{name: read(message) for name, read in _ENTRY_READERS.items()},
+        **entry_edits(message, None),
     )
 
 
 def registered_entry_of(message: RegisteredEntry, entry_id: str, now: datetime) -> Entry:
     """Read a new entry with the fields that SPIRE's message lacks; raises Invalid."""
-    base = message.entry
     return Entry(
-        id=base.id or entry_id,
+        id=message.entry.id or entry_id,
         created_at=now.replace(microsecond=0),
-        allowed_audiences=frozenset(message.allowed_audiences),
-        may_start_tasks=message.may_start_tasks,
-        description=message.description,
-        owner=message.owner,
-        **{name: read(base) for name, read in _ENTRY_READERS.items()},
+        **registered_entry_edits(message, None),
     )
 
 
 def entry_edits(message: entry_pb2.Entry, mask: entry_pb2.EntryMask | None) -> dict[str, Any]:
     """Give the fields of an entry that an update names, or all without a mask; raises Invalid."""
-    return {name: read(message) for name, read in _ENTRY_READERS.items() if mask is None or getattr(mask, name)}
+    return {
+        name: read(message)
+        for name, read in _ENTRY_READERS.items()
+        if mask is None or getattr(mask, _MASKED_BY.get(name, name))
+    }
+
+
+def registered_entry_edits(message: RegisteredEntry, mask: RegisteredEntryMask | None) -> dict[str, Any]:
+    """Give the same of an entry with our fields; raises Invalid."""
+    ours = {name: read(message) for name, read in _OUR_READERS.items() if mask is None or getattr(mask, name)}
+    return entry_edits(message.entry, None if mask is None else mask.entry) | ours
 
 
 def entry_message(entry: Entry) -> entry_pb2.Entry:
@@ -149,6 +153,15 @@ def entry_message(entry: Entry) -> entry_pb2.Entry:
         jwt_svid_ttl=entry.jwt_svid_ttl,
         hint=entry.hint,
         created_at=seconds(entry.created_at),
+        additional_attributes=_attributes_message(entry),
+    )
+
+
+def _attributes_message(entry: Entry) -> entry_pb2.Entry.AdditionalAttributes | None:
+    if not entry.disable_x509_svid_prefetch and not entry.jwt_svid_include_jti:
+        return None
+    return entry_pb2.Entry.AdditionalAttributes(
+        disable_x509_svid_prefetch=entry.disable_x509_svid_prefetch, jwt_svid_include_jti=entry.jwt_svid_include_jti
     )
 
 
@@ -163,19 +176,46 @@ def registered_entry_message(entry: Entry) -> RegisteredEntry:
     )
 
 
+def _id(message: entry_pb2.Entry, field: str, what: str) -> SpiffeId:
+    with reading(what):
+        return id_in(message, field)
+
+
+def _entry_selectors(message: entry_pb2.Entry) -> frozenset[Selector]:
+    if not message.selectors:
+        # The empty set is part of every set: such an entry would match every process.
+        raise Invalid("selector list is empty", code="invalid_entry", hint="an entry has at least one selector")
+    return selectors_of(message.selectors)
+
+
+def _federates_with(message: entry_pb2.Entry) -> frozenset[TrustDomain]:
+    with reading("invalid federated trust domain"):
+        # By name, or as SPIRE's command line takes it: by the trust domain's SPIFFE ID.
+        return frozenset(TrustDomain(text.removeprefix("spiffe://")) for text in message.federates_with)
+
+
 _ENTRY_READERS: Final[Mapping[str, Callable[[entry_pb2.Entry], Any]]] = {
-    "spiffe_id": lambda message: spiffe_id_of(message.spiffe_id),
-    "parent_id": lambda message: spiffe_id_of(message.parent_id),
-    "selectors": lambda message: selectors_of(message.selectors),
+    "parent_id": lambda message: _id(message, "parent_id", "invalid parent ID"),
+    "spiffe_id": lambda message: _id(message, "spiffe_id", "invalid spiffe ID"),
+    "selectors": _entry_selectors,
     "x509_svid_ttl": lambda message: message.x509_svid_ttl,
     "jwt_svid_ttl": lambda message: message.jwt_svid_ttl,
-    "federates_with": lambda message: frozenset(map(TrustDomain, message.federates_with)),
+    "federates_with": _federates_with,
     "admin": lambda message: message.admin,
     "downstream": lambda message: message.downstream,
     "expires_at": lambda message: moment_of(message.expires_at),
     "dns_names": lambda message: tuple(message.dns_names),
     "store_svid": lambda message: message.store_svid,
     "hint": lambda message: message.hint,
+    "disable_x509_svid_prefetch": lambda message: message.additional_attributes.disable_x509_svid_prefetch,
+    "jwt_svid_include_jti": lambda message: message.additional_attributes.jwt_svid_include_jti,
+}
+_MASKED_BY: Final = dict.fromkeys(("disable_x509_svid_prefetch", "jwt_svid_include_jti"), "additional_attributes")
+_OUR_READERS: Final[Mapping[str, Callable[[RegisteredEntry], Any]]] = {
+    "allowed_audiences": lambda message: frozenset(message.allowed_audiences),
+    "may_start_tasks": lambda message: message.may_start_tasks,
+    "description": lambda message: message.description,
+    "owner": lambda message: message.owner,
 }
 
 

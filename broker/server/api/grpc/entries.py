@@ -1,5 +1,6 @@
 """``broker.server.v1.Entries``: registration entries with the fields that SPIRE's message lacks."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Final
 
@@ -8,11 +9,12 @@ from broker._proto.service import Context, ServiceBinding
 from broker.clock import Clock
 from broker.registry.entry import Entry as RegistryEntry
 from broker.server.api.access import Caller, name_of
-from broker.server.api.grpc.convert import registered_entry_message, registered_entry_of
-from broker.server.api.grpc.entry import attempt, new_entry_id, status_of
+from broker.server.api.grpc.convert import registered_entry_edits, registered_entry_message, registered_entry_of
+from broker.server.api.grpc.entry import attempt, entry_filter, new_entry_id, status_of
+from broker.server.api.grpc.paging import pages
+from broker.server.identity.entries import Edit, Similar
 from broker.server.identity.entries import Entries as EntryCases
-from broker.server.identity.entries import Similar
-from broker.server.identity.filters import EntryFilter
+from broker.server.identity.filters import EntryFilter, entry_order, entry_token
 
 BINDING: Final = ServiceBinding.of(entries_pb2.DESCRIPTOR, "Entries")
 
@@ -39,6 +41,20 @@ class Entries:
             results.append(result)
         return entries_pb2.BatchCreateEntryResponse(results=results)
 
+    async def BatchUpdateEntry(  # noqa: N802
+        self, request: entries_pb2.BatchUpdateEntryRequest, context: Context, caller: Caller
+    ) -> entries_pb2.BatchUpdateEntryResponse:
+        """Change the fields that the mask names, or all without a mask."""
+        mask = request.input_mask if request.HasField("input_mask") else None
+        edits = [(message.entry.id, attempt(partial(_edit, message, mask))) for message in request.entries]
+        results = []
+        for outcome in await self._entries.update(edits, name_of(caller)):
+            result = entries_pb2.BatchUpdateEntryResponse.Result(status=status_of(outcome))
+            if isinstance(outcome, RegistryEntry):
+                result.entry.CopyFrom(registered_entry_message(outcome))
+            results.append(result)
+        return entries_pb2.BatchUpdateEntryResponse(results=results)
+
     async def GetEntry(  # noqa: N802
         self, request: entries_pb2.GetEntryRequest, context: Context, caller: Caller
     ) -> entries_pb2.RegisteredEntry:
@@ -49,7 +65,23 @@ class Entries:
         self, request: entries_pb2.ListEntriesRequest, context: Context, caller: Caller
     ) -> entries_pb2.ListEntriesResponse:
         """List entries, oldest first."""
-        page = self._entries.find(EntryFilter(), request.page_size, request.page_token)
-        return entries_pb2.ListEntriesResponse(
-            entries=[registered_entry_message(entry) for entry in page.items], next_page_token=page.next
-        )
+        page = self._entries.find(self._wanted(request.filter), request.page_size, entry_token(request.page_token))
+        shown = [registered_entry_message(entry) for entry in page.items]
+        fitting, more = next(pages(shown, request.page_size or len(shown)))
+        following = entry_order(page.items[len(fitting) - 1]) if more else page.next
+        return entries_pb2.ListEntriesResponse(entries=fitting, next_page_token=following)
+
+    async def CountEntries(  # noqa: N802
+        self, request: entries_pb2.CountEntriesRequest, context: Context, caller: Caller
+    ) -> entries_pb2.CountEntriesResponse:
+        """Count entries."""
+        return entries_pb2.CountEntriesResponse(count=self._entries.count(self._wanted(request.filter)))
+
+    def _wanted(self, message: entries_pb2.EntryFilter) -> EntryFilter:
+        wanted = entry_filter(message.entry, self._entries.trust_domain)
+        return replace(wanted, owner=message.owner) if message.HasField("owner") else wanted
+
+
+def _edit(message: entries_pb2.RegisteredEntry, mask: entries_pb2.RegisteredEntryMask | None) -> Edit:
+    changes = registered_entry_edits(message, mask)
+    return lambda entry: replace(entry, **changes)

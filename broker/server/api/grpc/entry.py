@@ -4,25 +4,30 @@ import secrets
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from functools import partial
-from typing import Final
+from typing import Final, TypeVar
 
 from broker._proto.service import Context, ServiceBinding
 from broker._proto.spire.api.server.entry.v1 import entry_pb2
 from broker._proto.spire.api.types import entry_pb2 as types_pb2
 from broker._proto.spire.api.types import status_pb2
 from broker.clock import Clock
-from broker.errors import BrokerError, Invalid
+from broker.errors import BrokerError, Invalid, NotFound
 from broker.registry.entry import Entry as RegistryEntry
 from broker.server.api.access import Caller, agent_of, name_of
-from broker.server.api.grpc import convert
+from broker.server.api.grpc import convert, identities
+from broker.server.api.grpc.identities import reading
+from broker.server.api.grpc.paging import pages
 from broker.server.identity.directory import Directory
-from broker.server.identity.entries import Entries, Similar
-from broker.server.identity.filters import EntryFilter
+from broker.server.identity.entries import Edit, Entries, Similar
+from broker.server.identity.filters import EntryFilter, entry_order, entry_token
+from broker.spiffe import TrustDomain
 
 BINDING: Final = ServiceBinding.of(entry_pb2.DESCRIPTOR, "Entry")
 SYNC_PAGE: Final = 500
 """Entries or revisions of one message of SyncAuthorizedEntries, as in SPIRE."""
 ENTRY_ID_BYTES: Final = 16
+
+T = TypeVar("T")
 
 
 class Entry:
@@ -39,21 +44,29 @@ class Entry:
         self, request: entry_pb2.CountEntriesRequest, context: Context, caller: Caller
     ) -> entry_pb2.CountEntriesResponse:
         """Count entries."""
-        return entry_pb2.CountEntriesResponse(count=self._entries.count(_filter(request.filter)))
+        wanted = entry_filter(request.filter, self._entries.trust_domain)
+        return entry_pb2.CountEntriesResponse(count=self._entries.count(wanted))
 
     async def ListEntries(  # noqa: N802
         self, request: entry_pb2.ListEntriesRequest, context: Context, caller: Caller
     ) -> entry_pb2.ListEntriesResponse:
-        """List entries, oldest first."""
-        page = self._entries.find(_filter(request.filter), request.page_size, request.page_token)
-        return entry_pb2.ListEntriesResponse(
-            entries=[_shown(entry, request) for entry in page.items], next_page_token=page.next
-        )
+        """List entries, oldest first; all of them where no page size is given, as in SPIRE."""
+        size = max(0, request.page_size)
+        wanted = entry_filter(request.filter, self._entries.trust_domain)
+        page = self._entries.find(wanted, size, entry_token(request.page_token) if size else "")
+        shown = [_shown(entry, request) for entry in page.items]
+        if not size:
+            return entry_pb2.ListEntriesResponse(entries=shown)
+        fitting, more = next(pages(shown, size))
+        following = entry_order(page.items[len(fitting) - 1]) if more else page.next
+        return entry_pb2.ListEntriesResponse(entries=fitting, next_page_token=following)
 
     async def GetEntry(  # noqa: N802
         self, request: entry_pb2.GetEntryRequest, context: Context, caller: Caller
     ) -> types_pb2.Entry:
         """Show one entry."""
+        if not request.id:
+            raise Invalid("missing ID", code="missing_id")
         return _shown(self._entries.get(request.id), request)
 
     async def BatchCreateEntry(  # noqa: N802
@@ -76,10 +89,13 @@ class Entry:
     ) -> entry_pb2.BatchUpdateEntryResponse:
         """Change the fields that the mask names, or all without a mask."""
         mask = request.input_mask if request.HasField("input_mask") else None
-        edits = [(message.id, _edit(message, mask)) for message in request.entries]
+        edits = [(message.id, attempt(partial(_edit, message, mask))) for message in request.entries]
         results = []
         for outcome in await self._entries.update(edits, name_of(caller)):
-            result = entry_pb2.BatchUpdateEntryResponse.Result(status=status_of(outcome))
+            status = status_of(outcome)
+            if isinstance(outcome, NotFound):
+                status.message = "failed to update entry"  # what SPIRE's tools know
+            result = entry_pb2.BatchUpdateEntryResponse.Result(status=status)
             if isinstance(outcome, RegistryEntry):
                 result.entry.CopyFrom(_shown(outcome, request))
             results.append(result)
@@ -111,31 +127,23 @@ class Entry:
     ) -> AsyncIterator[entry_pb2.SyncAuthorizedEntriesResponse]:
         """Give all entries if they fit on a page, else their revisions, and then those that are asked for."""
         first = await anext(request, None)
-        if first is None or first.ids:
-            raise Invalid("the first request of a synchronisation names no ids", code="sync_order")
+        if first is None:
+            return
+        _check_first(first)
         agent_id = agent_of(caller).id
         entries = self._directory.authorized(agent_id)
         if len(entries) <= SYNC_PAGE:
-            yield entry_pb2.SyncAuthorizedEntriesResponse(entries=[_shown(entry, first) for entry in entries])
-            return
-        for page, more in _pages(entries):
-            yield entry_pb2.SyncAuthorizedEntriesResponse(
-                entry_revisions=[
-                    entry_pb2.EntryRevision(
-                        id=entry.id, revision_number=entry.revision, created_at=convert.seconds(entry.created_at)
-                    )
-                    for entry in page
-                ],
-                more=more,
-            )
+            page, more = next(pages((_shown(entry, first) for entry in entries), SYNC_PAGE))
+            if not more:
+                yield entry_pb2.SyncAuthorizedEntriesResponse(entries=page)
+                return
+        for revisions, more in pages(map(_revision, entries), SYNC_PAGE):
+            yield entry_pb2.SyncAuthorizedEntriesResponse(entry_revisions=revisions, more=more)
         async for wanted in request:
-            found = [
-                entry for one in wanted.ids if (entry := self._directory.authorized_entry(agent_id, one)) is not None
-            ]
-            for page, more in _pages(found):
-                yield entry_pb2.SyncAuthorizedEntriesResponse(
-                    entries=[_shown(entry, first) for entry in page], more=more
-                )
+            found = (self._directory.authorized_entry(agent_id, one) for one in sorted(wanted.ids))
+            shown = (_shown(entry, first) for entry in found if entry is not None)
+            for page, more in pages(shown, SYNC_PAGE):
+                yield entry_pb2.SyncAuthorizedEntriesResponse(entries=page, more=more)
 
 
 def new_entry_id() -> str:
@@ -143,10 +151,11 @@ def new_entry_id() -> str:
     return secrets.token_hex(ENTRY_ID_BYTES)
 
 
-def attempt(read: Callable[[], RegistryEntry]) -> RegistryEntry | BrokerError:
+def attempt(read: Callable[[], T]) -> T | BrokerError:
     """Read one item of a batch; its failure is its own."""
     try:
-        return read()
+        with reading("failed to convert entry"):
+            return read()
     except Invalid as error:
         return error
 
@@ -158,9 +167,50 @@ def status_of(outcome: RegistryEntry | Similar | BrokerError) -> status_pb2.Stat
     return convert.error_status(outcome) if isinstance(outcome, BrokerError) else convert.ok_status()
 
 
-def _edit(message: types_pb2.Entry, mask: types_pb2.EntryMask | None) -> Callable[[RegistryEntry], RegistryEntry]:
-    # Read where its failure is the item's own.
-    return lambda entry: replace(entry, **convert.entry_edits(message, mask))
+def entry_filter(
+    message: entry_pb2.ListEntriesRequest.Filter | entry_pb2.CountEntriesRequest.Filter, trust_domain: TrustDomain
+) -> EntryFilter:
+    """Read a filter; raises Invalid. An empty hint does not narrow, as in SPIRE."""
+    spiffe_id = parent_id = selectors = federates_with = None
+    if message.HasField("by_parent_id"):
+        with reading("malformed parent ID filter"):
+            parent_id = identities.member(convert.spiffe_id_of(message.by_parent_id), trust_domain)
+    if message.HasField("by_spiffe_id"):
+        with reading("malformed SPIFFE ID filter"):
+            spiffe_id = identities.workload(convert.spiffe_id_of(message.by_spiffe_id), trust_domain)
+    if message.HasField("by_selectors"):
+        with reading("malformed selectors filter"):
+            selectors = convert.selector_filter(message.by_selectors)
+    if message.HasField("by_federates_with"):
+        with reading("malformed federates with filter"):
+            federates_with = convert.federation_filter(message.by_federates_with)
+    return EntryFilter(
+        spiffe_id=spiffe_id,
+        parent_id=parent_id,
+        selectors=selectors,
+        federates_with=federates_with,
+        hint=message.by_hint.value or None,
+        downstream=message.by_downstream.value if message.HasField("by_downstream") else None,
+    )
+
+
+def _check_first(request: entry_pb2.SyncAuthorizedEntriesRequest) -> None:
+    if request.ids:
+        raise Invalid("specifying IDs on initial request is not supported", code="sync_order")
+    if request.HasField("output_mask") and not request.output_mask.revision_number:
+        # By it the agent tells what it must ask for.
+        raise Invalid("revision number cannot be masked", code="sync_mask")
+
+
+def _revision(entry: RegistryEntry) -> entry_pb2.EntryRevision:
+    return entry_pb2.EntryRevision(
+        id=entry.id, revision_number=entry.revision, created_at=convert.seconds(entry.created_at)
+    )
+
+
+def _edit(message: types_pb2.Entry, mask: types_pb2.EntryMask | None) -> Edit:
+    changes = convert.entry_edits(message, mask)
+    return lambda entry: replace(entry, **changes)
 
 
 def _shown(entry: RegistryEntry, request: object) -> types_pb2.Entry:
@@ -168,21 +218,3 @@ def _shown(entry: RegistryEntry, request: object) -> types_pb2.Entry:
     if request.HasField("output_mask"):  # type: ignore[attr-defined]  # every request that comes here has one
         convert.apply_mask(message, request.output_mask)  # type: ignore[attr-defined]  # as above
     return message
-
-
-def _pages(entries: list[RegistryEntry]) -> list[tuple[list[RegistryEntry], bool]]:
-    starts = range(0, len(entries), SYNC_PAGE) or range(1)
-    return [(entries[start : start + SYNC_PAGE], start != starts[-1]) for start in starts]
-
-
-def _filter(message: entry_pb2.ListEntriesRequest.Filter | entry_pb2.CountEntriesRequest.Filter) -> EntryFilter:
-    return EntryFilter(
-        spiffe_id=convert.spiffe_id_of(message.by_spiffe_id) if message.HasField("by_spiffe_id") else None,
-        parent_id=convert.spiffe_id_of(message.by_parent_id) if message.HasField("by_parent_id") else None,
-        selectors=convert.selector_filter(message.by_selectors) if message.HasField("by_selectors") else None,
-        federates_with=(
-            convert.federation_filter(message.by_federates_with) if message.HasField("by_federates_with") else None
-        ),
-        hint=message.by_hint.value if message.HasField("by_hint") else None,
-        downstream=message.by_downstream.value if message.HasField("by_downstream") else None,
-    )

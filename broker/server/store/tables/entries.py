@@ -30,7 +30,8 @@ from broker.spiffe import Selector, SpiffeId
 
 _COLUMNS: Final = (
     "id, spiffe_id, parent_id, selectors, x509_svid_ttl, jwt_svid_ttl, federates_with, admin, downstream, expires_at,"
-    " dns_names, revision, store_svid, hint, created_at, allowed_audiences, may_start_tasks, description, owner"
+    " dns_names, revision, store_svid, hint, created_at, allowed_audiences, may_start_tasks, description, owner,"
+    " disable_x509_svid_prefetch, jwt_svid_include_jti"
 )
 _ONE: Final = f"SELECT {_COLUMNS} FROM entries WHERE id = ?"
 _SIMILAR: Final = f"SELECT {_COLUMNS} FROM entries WHERE spiffe_id = ? AND parent_id = ? AND selectors_digest = ?"
@@ -38,13 +39,13 @@ _ALL: Final = f"SELECT {_COLUMNS} FROM entries ORDER BY created_at, id"
 ALL_FEDERATING: Final = f"SELECT {_COLUMNS} FROM entries WHERE federates_with <> '[]' ORDER BY created_at, id"
 _ADD: Final = (
     f"INSERT INTO entries ({_COLUMNS}, selectors_digest)"
-    " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+    " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 )
 _REPLACE: Final = (
     "UPDATE entries SET spiffe_id = ?, parent_id = ?, selectors = ?, x509_svid_ttl = ?, jwt_svid_ttl = ?,"
     " federates_with = ?, admin = ?, downstream = ?, expires_at = ?, dns_names = ?, revision = ?, store_svid = ?,"
     " hint = ?, created_at = ?, allowed_audiences = ?, may_start_tasks = ?, description = ?, owner = ?,"
-    " selectors_digest = ? WHERE id = ? AND revision = ?"
+    " disable_x509_svid_prefetch = ?, jwt_svid_include_jti = ?, selectors_digest = ? WHERE id = ? AND revision = ?"
 )
 _REMOVE: Final = "DELETE FROM entries WHERE id = ?"
 
@@ -141,6 +142,8 @@ def _values(entry: Entry) -> tuple[Value, ...]:
         int(entry.may_start_tasks),
         entry.description,
         entry.owner,
+        int(entry.disable_x509_svid_prefetch),
+        int(entry.jwt_svid_include_jti),
         digest(selectors),
     )
 
@@ -167,4 +170,6 @@ def read_entry(row: Row, known: Known) -> Entry:
         may_start_tasks=bool(row[16]),
         description=row[17],
         owner=row[18],
+        disable_x509_svid_prefetch=bool(row[19]),
+        jwt_svid_include_jti=bool(row[20]),
     )

@@ -51,6 +51,7 @@ _TREE: Final = (
 )
 _DOWN: Final = f"{_TREE} SELECT {_COLUMNS} FROM tasks WHERE id IN (SELECT id FROM tree) ORDER BY depth, created_at, id"
 _OF_SESSION: Final = f"SELECT {_COLUMNS} FROM tasks WHERE session = ? AND ended_at IS NULL ORDER BY created_at, id"
+_EARLIEST: Final = "SELECT min(expires_at) FROM tasks WHERE ended_at IS NULL"
 _OVERDUE: Final = (
     f"SELECT {_COLUMNS} FROM tasks WHERE ended_at IS NULL AND expires_at <= ? ORDER BY expires_at, id LIMIT ?"
 )
@@ -129,6 +130,11 @@ class TaskReading(SqlTables):
     def overdue_tasks(self, now: datetime, limit: int) -> tuple[Task, ...]:
         """Give up to ``limit`` tasks whose time is over and whose row does not say so yet, the longest overdue first."""
         return tuple(self._read(row) for row in self._sql.rows(_OVERDUE, (micros(now), limit)))
+
+    def earliest_end(self) -> datetime | None:
+        """Give when the time of a living task is over next (or was); None where none lives."""
+        row = self._sql.row(_EARLIEST, ())
+        return None if row is None else moment_or_none(row[0])
 
     def list_tasks(self, wanted: TaskFilter, *, after: str | None = None, limit: int = 100) -> TaskPage:
         """Give a page, oldest first; Invalid(code="invalid_page_token") for a token that is not ours."""

@@ -13,11 +13,13 @@ from broker.server.api.grpc import (
     agent,
     authorities,
     bundle,
+    debug,
     entries,
     entry,
     feed,
     health,
     local_authority,
+    logger,
     sessions,
     svid,
     tasks,
@@ -27,6 +29,7 @@ from broker.server.api.grpc import (
 from broker.server.authority import profile
 from broker.server.authority.profile import Leaf
 from broker.spiffe import Bundle, BundleSet, SpiffeId, verify_x509_svid
+from broker.transport import reflection
 from broker.transport.peercred import KernelPeer
 from broker.transport.tls import Anonymous, SvidPeer
 from tests.unit.server.authority.world import DOMAIN, authority, root_der
@@ -36,25 +39,28 @@ SERVED = {
     agent: agent.Agent,
     authorities: authorities.Authorities,
     bundle: bundle.Bundle,
+    debug: debug.Debug,
     entries: entries.Entries,
     entry: entry.Entry,
     feed: feed.Feed,
     health: health.Health,
     local_authority: local_authority.LocalAuthority,
+    logger: logger.Logger,
     sessions: sessions.Sessions,
     svid: svid.Svid,
     tasks: tasks.Tasks,
     trustdomain: trustdomain.TrustDomains,
     watch: watch.Watch,
 }
-BINDINGS: list[ServiceBinding] = [module.BINDING for module in SERVED]
+TOOLS = (reflection.V1, reflection.V1ALPHA)
+BINDINGS: list[ServiceBinding] = [*(module.BINDING for module in SERVED), *TOOLS]
 PATHS = {method.path for binding in BINDINGS for method in binding.methods.values()}
 SERVED_PATHS = {
     method.path
     for module, servicer in SERVED.items()
     for method in module.BINDING.methods.values()
     if hasattr(servicer, method.name)
-}
+} | {method.path for binding in TOOLS for method in binding.methods.values()}
 
 
 @pytest.fixture

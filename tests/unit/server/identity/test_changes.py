@@ -27,6 +27,8 @@ FULL = draft(
     may_start_tasks=True,
     description="what it is",
     owner="team",
+    disable_x509_svid_prefetch=True,
+    jwt_svid_include_jti=True,
 )
 
 

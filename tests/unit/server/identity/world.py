@@ -85,8 +85,14 @@ class World:
 
     async def add_node(self, agent_id: SpiffeId = AGENT, **fields: Any) -> Node:
         """Write a node, as attestation would."""
-        values = {"serial": "1", "new_serial": "", "selectors": frozenset[Selector](), **fields}
-        node = Node(agent_id, "scripted", expires_at=self.clock.now() + timedelta(hours=1), **values)
+        values = {
+            "attestation_type": "scripted",
+            "serial": "1",
+            "new_serial": "",
+            "selectors": frozenset[Selector](),
+            **fields,
+        }
+        node = Node(agent_id, expires_at=self.clock.now() + timedelta(hours=1), **values)
         await self.store.write(lambda writer: put_node(writer, node))
         return node
 

@@ -63,6 +63,8 @@ def full_entry() -> Entry:
         may_start_tasks=True,
         description="ünïcode, emoji 🪪",
         owner="team-a",
+        disable_x509_svid_prefetch=True,
+        jwt_svid_include_jti=True,
     )
 
 

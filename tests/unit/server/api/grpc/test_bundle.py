@@ -11,6 +11,7 @@ from broker.errors import Invalid, NotFound
 from broker.server.api.access import LocalPeer
 from broker.server.api.grpc.bundle import Bundle
 from broker.server.api.grpc.convert import bundle_message
+from broker.server.api.rate_limits import Limits
 from broker.server.authority.upstream import SelfSigned
 from broker.server.identity.downstream import Downstream
 from broker.spiffe import TrustDomain
@@ -39,7 +40,7 @@ def service(here):
         trust_domain=DOMAIN,
         ca_ttl=timedelta(hours=1),
     )
-    return Bundle(here.bundles, downstream)
+    return Bundle(here.bundles, downstream, limits=Limits.of(here.clock, attestation=True, signing=True))
 
 
 def sent(name="other.test", **fields):
