@@ -343,6 +343,7 @@ class Agent:
             self._known_as = self.node.last_id
             self.sync.begin_anew()
         self._dialer.reconnect()
+        self.sync.hurry()
 
     def _identity_lost(self) -> None:
         self._estate_of = None

@@ -5,6 +5,7 @@ attempt ask for a snapshot. A stream that says nothing for too long is taken for
 """
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Iterable
 from typing import Final
 
@@ -63,12 +64,18 @@ class Sync:
         self._entries: list[Entry] = []
         self._bundles: list[wire.ToldBundle] = []
         self._pages = 0
+        self._hurried = asyncio.Event()
         self.is_online = False
+
+    def hurry(self) -> None:
+        """Try at once if the stream waits out its back-off: what it failed of may have changed."""
+        self._hurried.set()
 
     async def run(self) -> None:
         """Follow for ever; runs until cancelled."""
         backoff = Backoff()
         while True:
+            self._hurried.clear()
             try:
                 await self._follow(backoff)
             except BrokerError as error:
@@ -78,7 +85,8 @@ class Sync:
                 _log.warning("watch_interrupted", code=error.reason, reason=error.message, cursor=self._cursor)
             finally:
                 self.is_online = False
-            await asyncio.sleep(backoff.next())
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._hurried.wait(), backoff.next())
 
     async def _follow(self, backoff: Backoff) -> None:
         call = self._upstream.watch.Watch(watch_pb2.WatchRequest(cursor=self._cursor, store=self._store))

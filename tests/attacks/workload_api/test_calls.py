@@ -316,6 +316,7 @@ def test_reflection_needs_no_header_and_knows_the_public_services_alone(agent: R
     listed = {service.name for service in answers[0].list_services_response.service}
     assert listed == {
         *(binding.name for binding in (WORKLOAD, TASKS, FEED, HEALTH)),
+        "envoy.service.secret.v3.SecretDiscoveryService",
         "grpc.reflection.v1.ServerReflection",
         "grpc.reflection.v1alpha.ServerReflection",
     }

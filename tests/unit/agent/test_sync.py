@@ -128,3 +128,13 @@ async def test_an_interruption_is_unavailable_and_never_a_refusal() -> None:
         await until(lambda: seen)
         assert isinstance(seen[0], Unavailable)
         await asyncio.sleep(0)
+
+
+async def test_who_hurries_does_not_wait_out_the_back_off(monkeypatch) -> None:
+    monkeypatch.setattr(module.Backoff, "next", lambda _: 3600.0)
+    async with estate() as agent:
+        heard = len(agent.server.watches)
+        agent.server.drop()
+        await until(lambda: not agent.agent.sync.is_online)
+        agent.agent.sync.hurry()
+        await until(lambda: len(agent.server.watches) > heard and agent.agent.sync.is_online)
