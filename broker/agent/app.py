@@ -45,6 +45,7 @@ from broker.attestation.strength import Strengths
 from broker.clock import Clock, SystemClock
 from broker.errors import BrokerError, Misconfigured
 from broker.spiffe import Bundle, SpiffeId
+from broker.tasks.causes import SessionEnd
 from broker.telemetry.log import get_logger
 from broker.transport.dialer import SpiffeDialer
 from broker.transport.hardening import harden
@@ -225,6 +226,7 @@ class Agent:
             is_online=lambda: self.sync.is_online,
             share_when_offline=settings.share_when_offline,
             on_new_leaf=self.reports.leaf,
+            on_revoked=lambda identity: self.reports.ended([identity], SessionEnd.SVID_REVOKED),
         )
         self.relay = FeedRelay(upstream, clock)
         freshness = Freshness(
