@@ -14,23 +14,43 @@ from typing import Final, Self
 import grpc.aio
 
 from broker.agent.api.admin import AdminApi
+from broker.agent.api.debug import DebugApi
+from broker.agent.api.delegated import DelegatedApi
 from broker.agent.api.feed import FeedApi
+from broker.agent.api.sds import SdsApi
+from broker.agent.api.secrets import SecretNames
 from broker.agent.api.tasks import TasksApi
 from broker.agent.api.workload import WorkloadApi
-from broker.agent.bootstrap import NodeIdentity, join
+from broker.agent.bootstrap import Condition, NodeIdentity, join
 from broker.agent.cache import EstateCache
 from broker.agent.denials import Denials
 from broker.agent.entitlement import Entitlement
+from broker.agent.estate_file import EstateFile
 from broker.agent.explain import Explainer
 from broker.agent.feed import FeedRelay
 from broker.agent.identity_file import IdentityFile
-from broker.agent.listener import FEED, TASKS, WORKLOAD, AdminSocket, PublicSocket
+from broker.agent.keeping import Keeping
+from broker.agent.listener import (
+    ADMIN,
+    CONNECTION,
+    DEBUG,
+    DELEGATED,
+    FEED,
+    IDENTITY,
+    SDS,
+    TASKS,
+    WORKLOAD,
+    AdminSocket,
+    PublicSocket,
+)
+from broker.agent.offline import Offline
+from broker.agent.rebootstrap import Rebootstrap
 from broker.agent.redaction import Redaction
 from broker.agent.refusal_log import RefusalLog
 from broker.agent.reports import SessionReports
 from broker.agent.rounds import Rounds
 from broker.agent.sessions import Sessions
-from broker.agent.settings import AgentSettings
+from broker.agent.settings import AgentSettings, SdsSettings
 from broker.agent.signing import Signing
 from broker.agent.svids import SvidKeeper
 from broker.agent.sync import Sync
@@ -54,6 +74,7 @@ SERVER_PATH: Final = "/spire/server"
 CLOCK_LOOK: Final = 5.0  # seconds between looks for a stepped clock
 CLOCK_STEP: Final = 2.0  # seconds of difference that count as a step
 ENDING: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # settings are read at the start: none says read again
+STOPPED: Final = 15.0  # seconds without a turn of the loop that count as sleep
 GRACE: Final = 3.0  # seconds for calls in progress at the end; all of it stays below the ten that operators expect
 
 _log = get_logger("agent.app")
@@ -70,13 +91,13 @@ class Agent:
         self._clock = clock or SystemClock()
         self._catalogue = catalogue or Catalogue(frozenset(settings.attestors.trusted_distributions))
         self._chance = random.SystemRandom()
-        self._is_joined = False
         self._known_as: SpiffeId | None = None
+        self._estate_of: SpiffeId | None = None
 
     @property
     def is_ready(self) -> bool:
-        """Whether workloads can be answered: joined, and told the estate."""
-        return self._is_joined and self.cache.is_synced
+        """Whether workloads can be answered: told the estate, now or before a restart, and not too long ago."""
+        return self.cache.is_synced and self.node.condition is not Condition.LOST
 
     async def __aenter__(self) -> Self:
         """Make everything and listen; raises Misconfigured."""
@@ -96,8 +117,9 @@ class Agent:
         strengths = Strengths.of_attestors(attestors)
         self.cache = EstateCache(settings.trust_domain, vouched=strengths.is_vouched)
         self.node = self._node(store)
-        if self.node.load() and self.node.bundle is not None:
-            self._known_as = self.node.id
+        self.node.load()
+        self._known_as = self.node.last_id
+        if self._known_as is not None and self.node.bundle is not None:
             self.cache.start_with(self.node.bundle)
         elif self.node.bundle is None and not settings.insecure_bootstrap:
             raise Misconfigured(
@@ -141,14 +163,23 @@ class Agent:
                 group.create_task(self.svids.maintain(), name="spares"),
                 group.create_task(self._watch_clock(), name="clock"),
                 group.create_task(self.rounds.run(), name="rounds"),
+                group.create_task(self.offline.run(), name="offline"),
+                group.create_task(self.keeping.run(), name="keeping"),
+                group.create_task(self._rebootstrap.run(), name="rebootstrap"),
             ]
             await stop.wait()
             for loop in loops:
                 loop.cancel()
 
     async def _live(self) -> None:
-        await join(self.node, self.upstream)
-        self._is_joined = True
+        try:
+            await join(self.node, self.upstream, self.offline.unheard)
+        except BrokerError as error:
+            # Whoever is still served by what was kept is served to the end of it; the node may join again any time.
+            if not self.offline.has_something:
+                raise
+            self.node.not_joined(error)
+            self.offline.unheard()
         if self.node.bundle is not None and self.cache.own_bundle is None:
             self.cache.start_with(self.node.bundle)
         async with asyncio.TaskGroup() as group:
@@ -163,9 +194,14 @@ class Agent:
             await asyncio.sleep(CLOCK_LOOK)
             wall_now, steady_now = self._clock.now(), self._clock.monotonic()
             # A stepped clock or a suspended machine: what streams wait for by time may be due already.
-            if abs((wall_now - wall).total_seconds() - (steady_now - steady)) > CLOCK_STEP:
-                _log.warning("clock_stepped", seconds=round((wall_now - wall).total_seconds() - (steady_now - steady)))
+            stepped = (wall_now - wall).total_seconds() - (steady_now - steady)
+            if abs(stepped) > CLOCK_STEP:
+                _log.warning("clock_stepped", seconds=round(stepped))
                 self.cache.ring_all()
+            if stepped > CLOCK_STEP or steady_now - steady > CLOCK_LOOK + STOPPED:
+                # What slept for long has connections that are dead, and does not know it.
+                _log.warning("awake_again", seconds=round(max(stepped, steady_now - steady)))
+                self._dialer.reconnect()
             wall, steady = wall_now, steady_now
 
     def _node(self, store: IdentityFile) -> NodeIdentity:
@@ -173,15 +209,12 @@ class Agent:
         ((attestor, table),) = settings.attestors.node.items()
         if attestor == "join_token":
             table = {"join_token": settings.join_token, "join_token_file": settings.join_token_file}
-        trusted: Bundle | None = None
-        if settings.trust_bundle_path is not None:
-            trusted = read_trust_bundle(settings.trust_bundle_path, settings.trust_domain)
         return NodeIdentity(
             settings.trust_domain,
             store,
             self._catalogue.node_agent(attestor, table),
             self._clock,
-            bundle=trusted,
+            bundle=self._first_trust(),
             on_change=self._identity_changed,
             on_lost=self._identity_lost,
         )
@@ -216,8 +249,14 @@ class Agent:
         self.reports = SessionReports(upstream)
         self.sessions = sessions = Sessions(cache, clock, on_identities_ended=self.reports.ended)
         self.sync = Sync(
-            upstream, cache, on_online=self._online, on_bundle=self._bundle, on_refused=self._watch_refused
+            upstream,
+            cache,
+            on_online=self._online,
+            on_bundle=self._bundle,
+            on_refused=self._watch_refused,
+            on_heard=self._heard,
         )
+        self._prepare_offline()
         self._signing = Signing(upstream, cache, clock, self._chance)
         self.svids = svids = SvidKeeper(
             self._signing,
@@ -227,7 +266,9 @@ class Agent:
             share_when_offline=settings.share_when_offline,
             on_new_leaf=self.reports.leaf,
             on_revoked=lambda identity: self.reports.ended([identity], SessionEnd.SVID_REVOKED),
+            on_spares=self.keeping.note,
         )
+        self.offline.svids = self.keeping.svids = svids
         self.relay = FeedRelay(upstream, clock)
         freshness = Freshness(
             settings.attest_again_every.total_seconds(), settings.attestors_bridged_for.total_seconds()
@@ -238,9 +279,6 @@ class Agent:
         show = Redaction(settings.explain_selectors)
         explainer = Explainer(workloads, cache, strengths, clock, show)
         denials = Denials(explainer, RefusalLog(get_logger("agent.refusals"), clock), clock, self.reports.refused)
-        self._admin = AdminSocket(
-            settings.admin_socket_path, settings.private_dir / "admin-grpc", AdminApi(explainer, denials, sessions)
-        )
         self._socket = PublicSocket(
             settings.socket_path,
             settings.private_dir / "grpc",
@@ -249,19 +287,69 @@ class Agent:
                 WORKLOAD.name: WorkloadApi(entitlement, svids, cache, clock),
                 TASKS.name: TasksApi(entitlement, svids, upstream),
                 FEED.name: FeedApi(entitlement, self.relay, cache),
+                SDS.name: SdsApi(entitlement, svids, cache, _secret_names(settings.sds)),
             },
             is_ready=lambda: self.is_ready,
+            parts={IDENTITY: lambda: self.node.tls is not None, CONNECTION: lambda: self.sync.is_online},
             denials=denials,
         )
+        is_private = settings.admin_socket_path.parent == settings.private_dir
+        self._admin = AdminSocket(
+            settings.admin_socket_path,
+            settings.private_dir / "admin-grpc",
+            workloads,
+            {
+                ADMIN.name: AdminApi(explainer, denials, sessions),
+                DEBUG.name: DebugApi(self.node, self.offline, sessions, svids, clock),
+                DELEGATED.name: DelegatedApi(
+                    entitlement, workloads, sessions, svids, cache, delegates=settings.authorized_delegates
+                ),
+            },
+            for_delegates=bool(settings.authorized_delegates) and not is_private,
+            is_private=is_private,
+        )
+
+    def _prepare_offline(self) -> None:
+        settings, cache, clock = self._settings, self.cache, self._clock
+        file = EstateFile(settings.private_dir, settings.trust_domain)
+        self.keeping = Keeping(
+            file, cache, clock, agent_id=lambda: self._estate_of, heard_at=lambda: self.offline.heard_at
+        )
+        self.offline = Offline(
+            file,
+            cache,
+            clock,
+            longest=settings.max_offline,
+            is_online=lambda: self.sync.is_online,
+            note=self.keeping.note,
+        )
+        if self.node.last_id is not None:
+            self._estate_of = self.node.last_id
+            self.offline.load(self.node.last_id)
+        self._rebootstrap = Rebootstrap(
+            settings.rebootstrap_mode,
+            settings.rebootstrap_delay.total_seconds(),
+            clock,
+            node=self.node,
+            is_stranger=lambda: self._dialer.is_stranger,
+            first_trust=self._first_trust,
+        )
+
+    def _first_trust(self) -> Bundle | None:
+        path = self._settings.trust_bundle_path
+        return None if path is None else read_trust_bundle(path, self._settings.trust_domain)
 
     def _identity_changed(self) -> None:
-        if self.node.id != self._known_as:
+        if self.node.last_id != self._known_as:
             # Another agent has other entries: nothing of the old one's may stay by way of its cursor.
-            self._known_as = self.node.id
+            self._known_as = self.node.last_id
             self.sync.begin_anew()
         self._dialer.reconnect()
 
     def _identity_lost(self) -> None:
+        self._estate_of = None
+        self.offline.forget()
+        self.keeping.forget()
         self.cache.withdraw()
         self.svids.forget()
         for session in self.sessions:
@@ -272,6 +360,10 @@ class Agent:
         # Shared spares are replaced now, failed rotations tried again.
         self.cache.ring_all()
 
+    def _heard(self) -> None:
+        self._estate_of = self.node.last_id
+        self.offline.heard()
+
     def _bundle(self, told: ToldBundle) -> None:
         self.node.follow(told.bundle, told.tainted)
         self._dialer.recheck()
@@ -281,6 +373,7 @@ class Agent:
             # The stream is older than the newest SVID.
             self._dialer.reconnect()
         self.node.refused(error)
+        self.offline.unheard()
 
 
 def run(settings: AgentSettings) -> None:
@@ -318,6 +411,15 @@ async def _run(settings: AgentSettings) -> None:
 def _first(group: BaseExceptionGroup[BrokerError]) -> BrokerError:
     inner = group.exceptions[0]
     return _first(inner) if isinstance(inner, BaseExceptionGroup) else inner
+
+
+def _secret_names(chosen: SdsSettings) -> SecretNames:
+    return SecretNames(
+        chosen.default_svid_name,
+        chosen.default_bundle_name,
+        chosen.default_all_bundles_name,
+        chosen.disable_spiffe_cert_validation,
+    )
 
 
 def _unsafe_trust_anybody(chain: tuple[bytes, ...]) -> None:

@@ -8,7 +8,8 @@ first use. Whom the agent serves is not known here.
 import asyncio
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import datetime
+from datetime import datetime, timedelta
+from enum import StrEnum
 from typing import Final
 
 import grpc.aio
@@ -23,6 +24,7 @@ from broker._proto.spire.api.types import attestation_pb2, x509svid_pb2
 from broker.agent import wire
 from broker.agent.backoff import Backoff
 from broker.agent.identity_file import IdentityFile, StoredIdentity
+from broker.agent.signing import MAX_LIFETIME
 from broker.agent.upstream import RPC_TIMEOUT, Upstream, answered
 from broker.attestation.contract import NodeAgentAttestor
 from broker.clock import Clock
@@ -38,8 +40,21 @@ JITTER: Final = 0.1  # of the half-life: a fleet that joined together does not r
 CHECK_EVERY: Final = 5.0  # seconds: the wall clock may jump, so it is asked rather than slept towards
 LOST_CODES: Final = frozenset({"agent_banned", "agent_not_attested", "agent_evicted"})
 """What the server says when this agent's identity is worth nothing any more."""
+ATTEST_CODES: Final = frozenset({"agent_must_reattest", "agent_not_active", "agent_expired"})
+"""What it says when only a new attestation helps."""
+_MOMENT: Final = timedelta(seconds=1)
 
 _log = get_logger("agent.bootstrap")
+
+
+class Condition(StrEnum):
+    """How it stands with the agent's own identity."""
+
+    JOINING = "joining"  # never had one
+    JOINED = "joined"
+    EXPIRED = "expired"  # and no server to ask
+    REFUSED = "refused"  # asked, and denied for a reason that does not pass by itself
+    LOST = "lost"  # banned or evicted: nobody is served
 
 
 class NodeIdentity:
@@ -70,6 +85,30 @@ class NodeIdentity:
         self._renew_at: datetime | None = None
         self._tainted: frozenset[x509.Certificate] = frozenset()
         self._news = asyncio.Event()
+        self._refusal: BrokerError | None = None
+        self._is_lost = False
+        self.last_id: SpiffeId | None = None
+
+    @property
+    def condition(self) -> Condition:
+        """How it stands with this agent's own identity."""
+        if self.tls is not None:
+            return Condition.JOINED
+        if self._is_lost:
+            return Condition.LOST
+        if self._refusal is not None:
+            return Condition.REFUSED
+        return Condition.JOINING if self.last_id is None else Condition.EXPIRED
+
+    @property
+    def reattestable(self) -> bool:
+        """Whether the node can prove itself again, as the server said last."""
+        return self._reattestable
+
+    @property
+    def svid(self) -> X509Svid | None:
+        """The agent's SVID, expired or not."""
+        return self._svid
 
     @property
     def bundles(self) -> BundleSet:
@@ -92,17 +131,26 @@ class NodeIdentity:
         return None if self._svid is None else self._svid.id
 
     def load(self) -> bool:
-        """Take up what an earlier run stored, and say whether it is usable; what is not is left for attestation."""
+        """Take up what an earlier run stored, and say whether it is usable; what is not is left for attestation.
+
+        Of an SVID that has expired the bundle and the ID still count: the server is known, and whose entries were kept.
+        """
         try:
             stored = self._store.load(self.trust_domain)
             if stored is None:
                 return False
-            svid = _judged(stored.tls.chain_der, stored.tls.key, stored.bundles, self._clock.now())
-        except (InvalidJson, InvalidSvid) as error:
-            _log.warning("stored_identity_unusable", code=error.reason, reason=error.message)
+            now = self._clock.now()
+            ends = x509.load_der_x509_certificate(stored.tls.chain_der[0]).not_valid_after_utc
+            svid = _judged(stored.tls.chain_der, stored.tls.key, stored.bundles, min(now, ends - _MOMENT))
+        except (InvalidJson, InvalidSvid, ValueError) as error:
+            known = error if isinstance(error, BrokerError) else InvalidJson("its certificate cannot be read")
+            _log.warning("stored_identity_unusable", code=known.reason, reason=known.message)
             return False
         # The stored bundle was followed to the present; the one in the settings may be years old.
-        self._bundle, self._reattestable = stored.bundle, stored.reattestable
+        self._bundle, self._reattestable, self.last_id = stored.bundle, stored.reattestable, svid.id
+        if svid.expires_at <= now:
+            _log.warning("stored_identity_expired", agent=str(svid.id), expires_at=svid.expires_at.isoformat())
+            return False
         self._hold(stored.tls, svid)
         return True
 
@@ -145,6 +193,14 @@ class NodeIdentity:
         if self._reattestable:
             await self.attest(upstream)
             return
+        try:
+            await self._renew(upstream)
+        except Refused as error:
+            if error.reason not in ATTEST_CODES:
+                raise
+            await self.attest(upstream)
+
+    async def _renew(self, upstream: Upstream) -> None:
         key = ec.generate_private_key(ec.SECP256R1())
         response: agent_pb2.RenewAgentResponse = await answered(
             upstream.agent.RenewAgent(
@@ -156,10 +212,21 @@ class NodeIdentity:
 
     def lose(self) -> None:
         """The server wants this agent no more: delete its key and SVID."""
-        self._store.remove()
-        self._tls = self._svid = self._renew_at = None
+        self._is_lost = True
+        self._drop()
         self._on_lost()
         self._on_change()
+
+    def bootstrap_anew(self, bundle: Bundle | None) -> None:
+        """Drop identity and trust, and begin as the first time; ``bundle`` None: whoever answers is trusted."""
+        self._drop()
+        self._bundle, self._tainted = bundle, frozenset()
+        self._news.set()
+        self._on_change()
+
+    def _drop(self) -> None:
+        self._store.remove()
+        self._tls = self._svid = self._renew_at = self.last_id = None
 
     async def keep(self, upstream: Upstream, chance: Callable[[], float]) -> None:
         """Renew at half-life or when its authority is tainted, and join again when the SVID is lost or has expired; runs until cancelled."""
@@ -181,12 +248,7 @@ class NodeIdentity:
                 delay = CHECK_EVERY if self._is_suspect() else 0.0
             except BrokerError as error:
                 self.refused(error)
-                _log.error(
-                    "agent_identity_not_renewed",
-                    code=error.reason,
-                    reason=error.message,
-                    hint=error.hint or "if it does not recover: give the agent a new join token",
-                )
+                self.not_joined(error)
                 delay = backoff.next()
 
     async def _woken(self, delay: float) -> None:
@@ -200,6 +262,20 @@ class NodeIdentity:
             return False
         authority = self._svid.authority
         return authority in self._tainted or authority not in self._bundle.x509_authorities
+
+    def not_joined(self, error: BrokerError) -> None:
+        """Note why there is no newer identity; what will not pass by itself is said to be so."""
+        is_final = not isinstance(error, Unavailable)
+        if is_final and self.tls is None:
+            self._refusal = error
+        _log.error(
+            "agent_identity_not_renewed",
+            state=self.condition.value,
+            code=error.reason,
+            reason=error.message,
+            hint=error.hint
+            or ("give the agent a new join token, or let its node attest again" if is_final else "is the server up?"),
+        )
 
     def refused(self, error: BrokerError) -> None:
         """Note what the server said of this agent: an identity that it no longer accepts is deleted at once."""
@@ -227,7 +303,10 @@ class NodeIdentity:
 
     def _take(self, key: ec.EllipticCurvePrivateKey, told: x509svid_pb2.X509SVID) -> None:
         tls = TlsIdentity(tuple(told.cert_chain), key)
-        svid = _judged(tls.chain_der, key, self.bundles, self._clock.now())
+        now = self._clock.now()
+        svid = _judged(tls.chain_der, key, self.bundles, now)
+        if svid.not_after - now > MAX_LIFETIME:
+            raise InvalidSvid("the server gave an identity for too long", code="svid_too_long")
         if svid.id.trust_domain != self.trust_domain:
             raise InvalidSvid("the server gave an identity of another trust domain", code="svid_wrong_id")
         self._hold(tls, svid)
@@ -236,6 +315,7 @@ class NodeIdentity:
 
     def _hold(self, tls: TlsIdentity, svid: X509Svid) -> None:
         self._tls, self._svid, self._renew_at = tls, svid, None
+        self._refusal, self._is_lost, self.last_id = None, False, svid.id
 
     def _keep(self) -> None:
         if self._tls is None or self._bundle is None:
@@ -247,7 +327,7 @@ class NodeIdentity:
             _log.error("identity_not_stored", reason=error.strerror or "")
 
 
-async def join(node: NodeIdentity, upstream: Upstream) -> None:
+async def join(node: NodeIdentity, upstream: Upstream, on_failure: Callable[[], None] = lambda: None) -> None:
     """Attest until it succeeds, waiting while the server is away; raises Refused and what else will not pass by itself."""
     backoff = Backoff()
     while node.tls is None:
@@ -255,6 +335,7 @@ async def join(node: NodeIdentity, upstream: Upstream) -> None:
             await node.attest(upstream)
         except Unavailable as error:
             _log.warning("server_unavailable", code=error.reason, reason=error.message)
+            on_failure()
             await asyncio.sleep(backoff.next())
 
 

@@ -48,7 +48,8 @@ class EstateCache:
         self.trust_domain = trust_domain
         self._vouched = vouched
         self.version = 0  # grows with every change
-        self.is_synced = False  # whether a whole snapshot has been applied
+        self.is_synced = False  # whether a whole snapshot has been applied, or taken up, and may be served by
+        self.is_partial = False  # whether there may be entries that are not here
         self._index = EntryIndex(vouched=vouched)
         self._bundles = BundleSet()
         self._told: dict[TrustDomain, ToldBundle] = {}
@@ -60,6 +61,16 @@ class EstateCache:
     def bundles(self) -> BundleSet:
         """Every bundle that is known, the trust domain's own included once there is one."""
         return self._bundles
+
+    @property
+    def told(self) -> tuple[ToldBundle, ...]:
+        """Every bundle, with what the server told of its authorities."""
+        return tuple(self._told.values())
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """Every entry that is known."""
+        return tuple(self._index)
 
     @property
     def own_bundle(self) -> Bundle | None:
@@ -98,9 +109,12 @@ class EstateCache:
         """How many entries are known."""
         return len(self._index)
 
-    def match(self, selectors: frozenset[Selector], now: datetime) -> tuple[Entry, ...]:
-        """Give the entries a workload with these selectors may hold, oldest first, hints unique."""
-        found = self._index.match(selectors, now)
+    def match(self, selectors: frozenset[Selector], now: datetime, *, are_vouched: bool = False) -> tuple[Entry, ...]:
+        """Give the entries a workload with these selectors may hold, oldest first, hints unique.
+
+        ``are_vouched``: as :meth:`broker.registry.EntryIndex.match` has it.
+        """
+        found = self._index.match(selectors, now, are_vouched=are_vouched)
         return oldest_of_each_hint(entry for entry in found if not _not_for_workloads(entry))
 
     def explain(self, selectors: frozenset[Selector], now: datetime) -> Decision:
@@ -131,6 +145,21 @@ class EstateCache:
             (_the_known_one(before.get(entry.id), entry) for entry in entries), vouched=self._vouched
         )
         self._told, self.crls, self._bundles = told, tuple(crls), known
+        self.is_synced, self.is_partial = True, False
+        self._changed(None)
+
+    def resume(self, entries: Iterable[Entry], bundles: Iterable[ToldBundle], *, is_partial: bool) -> None:
+        """Take up what an earlier run was told, until there is a snapshot."""
+        self.replace(entries, bundles)
+        self.is_partial = is_partial
+
+    def suspend(self) -> None:
+        """Serve nobody for now: the server's word is too old."""
+        self.is_synced = False
+        self._changed(None)
+
+    def unsuspend(self) -> None:
+        """Serve again: the server has been heard, and what is held is what it says."""
         self.is_synced = True
         self._changed(None)
 

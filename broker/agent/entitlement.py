@@ -9,7 +9,7 @@ from broker.agent.workloads import NO_IDENTITY, Caller, Workloads
 from broker.errors import NoIdentity, Unavailable
 from broker.registry import Entry
 
-NOT_SYNCED: Final = "the agent has not heard from its server yet"
+NOT_SYNCED: Final = "the agent has not heard from its server"
 
 
 class Entitlement:
@@ -47,14 +47,16 @@ class Entitlement:
             if left <= 0 or not await bell.wait(left):
                 break
         self._workloads.check(session)
-        if not self._cache.is_synced:
-            raise Unavailable(NOT_SYNCED, code="not_synced")
         return self.required(session)
 
     def required(self, session: WorkloadSession) -> tuple[Entry, ...]:
-        """Give the session's entries as they are now; raises NoIdentity where there is none."""
+        """Give the session's entries as they are now; raises NoIdentity where there is none, Unavailable while nobody is served."""
+        if not self._cache.is_synced:
+            raise Unavailable(NOT_SYNCED, code="not_synced")
         entries = self._sessions.entries(session)
         if not entries:
+            if self._cache.is_partial:
+                raise Unavailable(NOT_SYNCED, code="not_synced")
             raise NoIdentity(NO_IDENTITY)
         return entries
 

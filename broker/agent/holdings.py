@@ -8,6 +8,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from broker.agent.cache import EstateCache
 from broker.registry import Entry
 from broker.spiffe import X509Svid
+from broker.spiffe.x509svid import split_der
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,11 @@ class X509Holding:
     key_der: bytes = field(repr=False)  # PKCS#8
     rotate_at: datetime
     shared: bool = False  # handed to more than one process while the server was away
+
+    @property
+    def chain(self) -> tuple[bytes, ...]:
+        """The certificates as DER, leaf first."""
+        return tuple(split_der(self.chain_der))
 
     def is_valid(self, cache: EstateCache, now: datetime) -> bool:
         """Say whether it may still be handed out: not expired, not revoked, and its authority is still trusted."""
@@ -51,6 +57,7 @@ class JwtHolding:
     token: str = field(repr=False)
     expires_at: datetime
     renew_at: datetime
+    issued_at: int = 0  # seconds since 1970; 0: the server did not say
 
     def is_valid(self, cache: EstateCache, now: datetime) -> bool:
         """Say whether it may still be handed out."""

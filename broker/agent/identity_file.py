@@ -9,7 +9,6 @@ import fcntl
 import json
 import os
 import stat
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Self
@@ -17,6 +16,7 @@ from typing import Any, Final, Self
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_der_private_key
 
+from broker.agent.private_file import PrivateFile
 from broker.errors import BrokerError, InvalidJson, Misconfigured
 from broker.spiffe import Bundle, BundleSet, TrustDomain, strictjson
 from broker.transport.tls import TlsIdentity
@@ -77,7 +77,7 @@ class IdentityFile:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._path = directory / FILE
+        self._file = PrivateFile(directory / FILE, max_size=_MAX_SIZE)
         self._lock = -1
 
     def prepare(self) -> None:
@@ -117,43 +117,16 @@ class IdentityFile:
 
     def load(self, trust_domain: TrustDomain) -> StoredIdentity | None:
         """Read what is stored, None where there is nothing; raises InvalidJson when it is damaged."""
-        try:
-            fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise InvalidJson("the stored identity cannot be opened") from error
-        with os.fdopen(fd, "rb") as stored:
-            facts = os.fstat(fd)
-            if facts.st_uid != os.geteuid() or stat.S_IMODE(facts.st_mode) & 0o077 or facts.st_size > _MAX_SIZE:
-                raise InvalidJson("the stored identity is readable by others, or not ours")
-            return StoredIdentity.parse(stored.read(), trust_domain)
+        content = self._file.read()
+        return None if content is None else StoredIdentity.parse(content, trust_domain)
 
     def store(self, identity: StoredIdentity) -> None:
         """Replace what is stored; on return it is on the disk. Raises OSError."""
-        beside = self._directory / f".{FILE}.new"
-        with suppress(FileNotFoundError):
-            beside.unlink()
-        fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        with os.fdopen(fd, "wb") as new:
-            new.write(identity.serialise())
-            new.flush()
-            os.fsync(fd)
-        beside.rename(self._path)
-        self._sync_directory()
+        self._file.write(identity.serialise())
 
     def remove(self) -> None:
         """Forget what is stored; harmless when there is nothing."""
-        with suppress(FileNotFoundError):
-            self._path.unlink()
-            self._sync_directory()
-
-    def _sync_directory(self) -> None:
-        directory = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        self._file.remove()
 
 
 def _make_parents(directory: Path) -> None:

@@ -55,6 +55,7 @@ class WorkloadSession:
     pending: dict[object, "asyncio.Task[Any]"] = field(default_factory=dict)  # signing under way
     connections: int = 0
     is_ended: bool = False
+    are_vouched: bool = False  # a delegate stands for the selectors
     matched_version: int = -1
     matched: tuple[Entry, ...] = ()
     bells: set[Bell] = field(default_factory=set)
@@ -134,6 +135,21 @@ class Sessions:
         asyncio.get_running_loop().add_reader(process.pidfd, self.end, session, SessionEnd.PROCESS_EXITED)
         return session
 
+    @contextmanager
+    def delegated(
+        self, process: Process, selectors: frozenset[Selector], *, are_vouched: bool
+    ) -> Iterator[WorkloadSession]:
+        """A session in whose name a delegate is served: found by nobody, and over with the block.
+
+        ``process`` stays the caller's; it is named in logs. ``are_vouched``: the delegate stands for the selectors.
+        """
+        session = WorkloadSession(process, selectors, self._clock.monotonic(), are_vouched=are_vouched)
+        try:
+            yield session
+        finally:
+            session.is_ended = True
+            self._withdraw(session, {}, SessionEnd.PROCESS_EXITED)
+
     def check(self, session: WorkloadSession, *, fully: bool | None = None) -> None:
         """Raise NotAttested unless the process is still the one that was attested; a session that is not, ends.
 
@@ -158,7 +174,7 @@ class Sessions:
         now = self._clock.now()
         if session.matched_version == self._cache.version and not any(one.is_expired(now) for one in session.matched):
             return session.matched
-        session.matched = self._cache.match(session.selectors, now)
+        session.matched = self._cache.match(session.selectors, now, are_vouched=session.are_vouched)
         session.matched_version = self._cache.version
         self._withdraw(session, {entry.id: entry for entry in session.matched}, cause)
         return session.matched

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field, SecretStr, model_validator
 
-from broker.settings import AttestorTable, Duration, ProgramSettings, TrustDomainName, read
+from broker.settings import AttestorTable, Duration, ProgramSettings, SpiffeIdText, Table, TrustDomainName, read
 from broker.spiffe import TrustDomain
 
 
@@ -29,6 +29,17 @@ class AttestorSettings(AttestorTable):
     )
 
 
+class SdsSettings(Table):
+    """Envoy's secret discovery: the names by which it asks."""
+
+    default_svid_name: str = Field(default="default", min_length=1, description="the first of a workload's SVIDs")
+    default_bundle_name: str = Field(default="ROOTCA", min_length=1, description="the trust domain's own bundle")
+    default_all_bundles_name: str = Field(default="ALL", min_length=1, description="all bundles of a workload at once")
+    disable_spiffe_cert_validation: bool = Field(
+        default=False, description="give authorities alone instead of Envoy's SPIFFE validator"
+    )
+
+
 class AgentSettings(ProgramSettings):
     """The whole of ``[agent]``."""
 
@@ -41,17 +52,33 @@ class AgentSettings(ProgramSettings):
         default=Path("/var/lib/broker/agent"), description="what must survive a reboot; the agent keeps no secret there"
     )
     runtime_dir: Path = Field(
-        default=Path("/run/broker/agent"), description="sockets, and the agent's own key and SVID; best in memory"
+        default=Path("/run/broker/agent"),
+        description="sockets, and what a restart needs: the agent's key and SVID, its entries, spare SVIDs; best in memory",
     )
     socket_path: Path = Field(
         default_factory=lambda set_before: set_before["runtime_dir"] / "public" / "api.sock",
         description="the workload socket, open to every local process",
+    )
+    admin_socket_path: Path = Field(
+        default_factory=lambda set_before: set_before["runtime_dir"] / "private" / "admin.sock",
+        description="the operator's socket, and the delegates'; delegates of other users need one outside private/",
+    )
+    authorized_delegates: tuple[SpiffeIdText, ...] = Field(
+        default=(), description="SPIFFE IDs of local workloads that may fetch other workloads' identities"
     )
     trust_bundle_path: Path | None = Field(
         default=None, description="the server's authorities for the first contact: PEM, or a SPIFFE bundle in JSON"
     )
     insecure_bootstrap: bool = Field(
         default=False, description="trust whatever server answers the first time; for trials only"
+    )
+    rebootstrap_mode: Literal["never", "auto", "always"] = Field(
+        default="never",
+        description="when the server's authority is unknown, settle the first trust anew: never, where the node can prove"
+        " itself again (auto), or always",
+    )
+    rebootstrap_delay: Duration = Field(
+        default=timedelta(minutes=10), description="for how long the server must have been unknown before that"
     )
     join_token: SecretStr | None = Field(default=None, description="the one-time token for join_token attestation")
     join_token_file: Path | None = Field(default=None, description="a file that holds it, read at each attempt")
@@ -72,6 +99,10 @@ class AgentSettings(ProgramSettings):
         default=True,
         description="while the server is away a new process may share its entry's last spare SVID, without task tokens",
     )
+    max_offline: Duration | None = Field(
+        default=None,
+        description="for how long workloads are served without a word from the server; unset: until their SVIDs expire",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="what is logged")
     log_format: Literal["text", "json"] = Field(default="text", description="how it is logged")
     explain_selectors: tuple[str, ...] = Field(
@@ -79,6 +110,7 @@ class AgentSettings(ProgramSettings):
         description="selectors whose values broker explain shows though they may hold secrets, by their beginning:"
         " docker:label:app, docker:env:REGION",
     )
+    sds: SdsSettings = Field(default=SdsSettings(), description="Envoy's secret discovery")
     attestors: AttestorSettings = Field(default=AttestorSettings(), description="node and workload attestors")
 
     @model_validator(mode="after")
@@ -95,11 +127,6 @@ class AgentSettings(ProgramSettings):
     def private_dir(self) -> Path:
         """The directory in the runtime directory that only the agent's user may enter."""
         return self.runtime_dir / "private"
-
-    @property
-    def admin_socket_path(self) -> Path:
-        """The operator's socket."""
-        return self.private_dir / "admin.sock"
 
     @property
     def server(self) -> str:

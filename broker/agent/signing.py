@@ -12,9 +12,16 @@ from datetime import datetime, timedelta
 from typing import Final
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_der_private_key,
+)
 
 from broker._proto.spire.api.server.svid.v1 import svid_pb2
 from broker.agent.cache import EstateCache
@@ -79,6 +86,16 @@ class Signing:
             return self._jwt_holding(entry, audiences, response.svid.token)
         except InvalidSvid as error:
             raise _unusable(entry, error) from error
+
+    def held(self, entry: Entry, chain: Sequence[bytes], key_der: bytes) -> X509Holding:
+        """Judge an SVID that an earlier run was given, as strictly as a new one; raises InvalidSvid."""
+        try:
+            key = load_der_private_key(key_der, None)
+        except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+            raise InvalidSvid("the key cannot be read", code="svid_wrong_key") from error
+        if not isinstance(key, ec.EllipticCurvePrivateKey):
+            raise InvalidSvid("the key is of another kind", code="svid_wrong_key")
+        return self._x509_holding(entry, key, tuple(chain))
 
     async def close(self) -> None:
         """Give up what is under way."""
@@ -168,6 +185,7 @@ class Signing:
             token=token,
             expires_at=svid.expires_at,
             renew_at=now + (svid.expires_at - now) * HALF_LIFE,
+            issued_at=issued if isinstance(issued := svid.claims.get("iat"), int) else 0,
         )
 
     def _half_life(self, now: datetime, end: datetime) -> datetime:

@@ -15,12 +15,13 @@ from typing import Any, Final, TypeVar
 
 from broker.agent.backoff import Backoff
 from broker.agent.cache import EstateCache
+from broker.agent.estate_file import KeptSpare
 from broker.agent.holdings import JwtHolding, X509Holding
 from broker.agent.sessions import Identity, WorkloadSession
 from broker.agent.signing import Signing
 from broker.agent.workloads import NO_IDENTITY
 from broker.clock import Clock
-from broker.errors import BrokerError, NoIdentity, Unavailable
+from broker.errors import BrokerError, InvalidSvid, NoIdentity, Unavailable
 from broker.registry import Entry
 from broker.telemetry.log import get_logger
 
@@ -50,7 +51,9 @@ class SvidKeeper:
         share_when_offline: bool,
         on_new_leaf: Callable[[Identity], None],
         on_revoked: Callable[[Identity], None] = lambda _: None,
+        on_spares: Callable[[], None] = lambda: None,
     ) -> None:
+        """``on_new_leaf`` is called with an identity that holds a new leaf, ``on_spares`` when other spares are held."""
         self._signing = signing
         self._cache = cache
         self._clock = clock
@@ -58,10 +61,16 @@ class SvidKeeper:
         self._share_when_offline = share_when_offline
         self._on_new_leaf = on_new_leaf
         self._on_revoked = on_revoked
+        self._on_spares = on_spares
         self._spares: dict[str, X509Holding] = {}
         self._used_at: dict[str, datetime] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._refilling: set[str] = set()
+
+    @property
+    def spares(self) -> int:
+        """How many spares are held."""
+        return len(self._spares)
 
     # ---- X.509
 
@@ -171,12 +180,13 @@ class SvidKeeper:
 
     def _take_spare(self, entry: Entry) -> X509Holding | None:
         spare = self._spares.get(entry.id)
-        if spare is None or not spare.is_fresh(entry, self._cache, self._clock.now()):
+        if spare is None or spare.shared or not spare.is_fresh(entry, self._cache, self._clock.now()):
             return None
         if not self._is_online():
             # It may be the last: who can be served by signing is, and who cannot shares it.
             return None
         del self._spares[entry.id]
+        self._on_spares()
         return spare
 
     def _shareable(self, entry: Entry) -> X509Holding | None:
@@ -191,13 +201,15 @@ class SvidKeeper:
         if spare is None or self._is_online():
             return None
         _log.warning("spare_svid_shared", entry=entry.id, spiffe_id=str(entry.spiffe_id))
-        return replace(spare, shared=True)
+        # NOTE(security): marked where it lies, too: whoever comes after the outage must not get it for its own.
+        shared = self._spares[entry.id] = replace(spare, shared=True)
+        return shared
 
     def _refill(self, entry: Entry) -> None:
         spare = self._spares.get(entry.id)
-        if entry.id in self._refilling or len(self._spares) >= MAX_SPARES:
+        if entry.id in self._refilling or (spare is None and len(self._spares) >= MAX_SPARES):
             return
-        if spare is not None and spare.is_fresh(entry, self._cache, self._clock.now()):
+        if spare is not None and not spare.shared and spare.is_fresh(entry, self._cache, self._clock.now()):
             return
         self._refilling.add(entry.id)
         self._spawn(self._sign_spare(entry))
@@ -208,6 +220,7 @@ class SvidKeeper:
             await asyncio.sleep(REFILL_PAUSE)
             with suppress(BrokerError):  # tried again by maintain(); a caller without a spare is signed for directly
                 self._spares[entry.id] = await self._signing.x509(entry)
+                self._on_spares()
         finally:
             self._refilling.discard(entry.id)
 
@@ -232,6 +245,35 @@ class SvidKeeper:
         """Drop every spare and its key: this agent may serve nobody."""
         self._spares.clear()
         self._used_at.clear()
+        self._on_spares()
+
+    def kept(self) -> tuple[KeptSpare, ...]:
+        """Give every spare that the next run of this agent could share; none where it may not."""
+        if not self._share_when_offline:
+            return ()
+        now = self._clock.now()
+        return tuple(
+            KeptSpare(entry_id, spare.chain, spare.key_der, self._used_at.get(entry_id, now))
+            for entry_id, spare in self._spares.items()
+            if spare.is_valid(self._cache, now)
+        )
+
+    def resume(self, kept: Iterable[KeptSpare]) -> None:
+        """Take up the spares of an earlier run that are still good, after its entries and bundles.
+
+        They can be shared and no more: the file may be older than the moment in which one was handed out.
+        """
+        for one in kept:
+            entry = self._cache.entry(one.entry_id)
+            if entry is None or entry.id in self._spares or len(self._spares) >= MAX_SPARES:
+                continue
+            try:
+                holding = self._signing.held(entry, one.chain_der, one.key_der)
+            except InvalidSvid as error:
+                _log.info("kept_svid_unusable", entry=entry.id, code=error.reason)
+                continue
+            self._spares[entry.id] = replace(holding, shared=True)
+            self._used_at[entry.id] = min(one.used_at, self._clock.now())
 
     # ---- JWT
 

@@ -48,14 +48,16 @@ class Sync:
         on_online: Callable[[], None],
         on_bundle: Callable[[wire.ToldBundle], None],
         on_refused: Callable[[BrokerError], None],
+        on_heard: Callable[[], None],
         silence: float = SILENCE,
     ) -> None:
-        """``silence`` in seconds."""
+        """``silence`` in seconds. ``on_heard`` is called at each message while what is held is what the server says."""
         self._upstream = upstream
         self._cache = cache
         self._on_online = on_online
         self._on_bundle = on_bundle
         self._on_refused = on_refused
+        self._on_heard = on_heard
         self._silence = silence
         self._cursor = 0
         self._store = ""
@@ -92,15 +94,21 @@ class Sync:
                     raise Unavailable("the server ended the stream", code="watch_ended")
                 self._take(response)
                 backoff.reset()
-                if not self.is_online and self._cache.is_synced:
-                    self.is_online = True
-                    self._on_online()
+                # By the store's name and not by the cache, which may hold what an earlier run was told.
+                if self._store:
+                    self._heard()
         except TimeoutError:
             raise Unavailable("the server has fallen silent", code="watch_silent") from None
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error) from error
         finally:
             call.cancel()
+
+    def _heard(self) -> None:
+        self._on_heard()
+        if not self.is_online:
+            self.is_online = True
+            self._on_online()
 
     def _take(self, response: watch_pb2.WatchResponse) -> None:
         kind = response.WhichOneof("kind")
@@ -131,7 +139,7 @@ class Sync:
         _log.info("estate_synced", entries=len(self._cache), cursor=self._cursor, store=self._store)
 
     def _take_delta(self, response: watch_pb2.WatchResponse) -> None:
-        if not self._cache.is_synced or response.store != self._store or response.seq < self._cursor:
+        if not self._store or response.store != self._store or response.seq < self._cursor:
             raise GapError("the delta does not follow what is held")
         delta = response.delta
         bundles = [self._bundle(one) for one in delta.bundles]

@@ -1,14 +1,14 @@
-"""From the server's messages to values: entries and bundles. What does not parse raises; nothing is guessed."""
+"""Entries and bundles, from the server's messages to values and back. What does not parse raises; nothing is guessed."""
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
-from cryptography.hazmat.primitives.serialization import load_der_public_key
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_der_public_key
 
 from broker._proto.broker.server.v1 import entries_pb2
-from broker._proto.spire.api.types import bundle_pb2, spiffeid_pb2
+from broker._proto.spire.api.types import bundle_pb2, entry_pb2, selector_pb2, spiffeid_pb2
 from broker.errors import Invalid, InvalidBundle
 from broker.registry import Entry
 from broker.spiffe import Bundle, Selector, SpiffeId, TrustDomain
@@ -75,6 +75,60 @@ def bundle(message: bundle_pb2.Bundle) -> ToldBundle:
         frozenset(certificate for certificate, is_tainted in authorities if is_tainted),
         frozenset(one.key_id for one in message.jwt_authorities if one.tainted),
     )
+
+
+def entry_message(entry: Entry) -> entries_pb2.RegisteredEntry:
+    """Write one entry, so that :func:`entry` reads the same."""
+    told = entry_pb2.Entry(
+        id=entry.id,
+        spiffe_id=_id_message(entry.spiffe_id),
+        parent_id=_id_message(entry.parent_id),
+        selectors=[selector_pb2.Selector(type=one.type, value=one.value) for one in entry.selectors],
+        created_at=int(entry.created_at.timestamp()),
+        x509_svid_ttl=entry.x509_svid_ttl,
+        jwt_svid_ttl=entry.jwt_svid_ttl,
+        federates_with=map(str, entry.federates_with),
+        admin=entry.admin,
+        downstream=entry.downstream,
+        expires_at=int(entry.expires_at.timestamp()) if entry.expires_at is not None else 0,
+        dns_names=entry.dns_names,
+        revision_number=entry.revision,
+        store_svid=entry.store_svid,
+        hint=entry.hint,
+    )
+    return entries_pb2.RegisteredEntry(
+        entry=told,
+        allowed_audiences=entry.allowed_audiences,
+        may_start_tasks=entry.may_start_tasks,
+        description=entry.description,
+        owner=entry.owner,
+    )
+
+
+def bundle_message(told: ToldBundle) -> bundle_pb2.Bundle:
+    """Write one bundle, so that :func:`bundle` reads the same."""
+    known = told.bundle
+    return bundle_pb2.Bundle(
+        trust_domain=str(known.trust_domain),
+        x509_authorities=[
+            bundle_pb2.X509Certificate(asn1=one.public_bytes(Encoding.DER), tainted=one in told.tainted)
+            for one in known.x509_authorities
+        ],
+        jwt_authorities=[
+            bundle_pb2.JWTKey(
+                public_key=key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo),
+                key_id=kid,
+                tainted=kid in told.tainted_kids,
+            )
+            for kid, key in known.jwt_authorities.items()
+        ],
+        sequence_number=known.sequence or 0,
+        refresh_hint=known.refresh_hint or 0,
+    )
+
+
+def _id_message(spiffe_id: SpiffeId) -> spiffeid_pb2.SPIFFEID:
+    return spiffeid_pb2.SPIFFEID(trust_domain=str(spiffe_id.trust_domain), path=spiffe_id.path)
 
 
 def _public_key(der: bytes) -> PublicKey:

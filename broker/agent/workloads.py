@@ -60,6 +60,14 @@ class Caller:
     executable: str = ""  # its name as the kernel shows it: for people, proves nothing
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class AdminCaller:
+    """Who is behind a connection to the admin socket; ``workload`` None where its process could not be looked at."""
+
+    uid: int
+    workload: Caller | None = None
+
+
 class Workloads:
     """Attests callers. Made with the attestors in use.
 

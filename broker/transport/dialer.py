@@ -41,10 +41,13 @@ _CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.min_reconnect_backoff_ms", 15_000),  # in truth how long one attempt may take: longer than CONNECT_DEADLINE
-    ("grpc.max_reconnect_backoff_ms", 10_000),
+    ("grpc.max_reconnect_backoff_ms", 5_000),  # callers wait between attempts themselves; here only a storm is kept off
     ("grpc.keepalive_time_ms", 30_000),  # finds a server that went without a word, while calls are open
     ("grpc.keepalive_timeout_ms", 10_000),
 )
+
+_UNKNOWN_AUTHORITY = frozenset({7, 18, 19, 20, 21})
+"""OpenSSL's X509_V_ERR_ codes of a chain that ends in no authority of ours: bad signature, self-signed, no issuer."""
 
 UnsafeServerCheck = Callable[[tuple[bytes, ...]], None]
 
@@ -102,6 +105,7 @@ class SpiffeDialer:
         self._emptied = asyncio.Event()
         self._lifetimes = Lifetimes(clock)
         self._last_error: str | None = None
+        self._is_stranger = False
         self._channel: grpc.aio.Channel | None = None
         self._acceptor: Acceptor | None = None
         self._directory: Path | None = None
@@ -115,6 +119,11 @@ class SpiffeDialer:
     def lost(self) -> int:
         """How many connections to the server have ended, whoever ended them: what was under way on them is lost."""
         return self._lost
+
+    @property
+    def is_stranger(self) -> bool:
+        """Whether the last server that showed a certificate was of an authority that is not in the bundle."""
+        return self._is_stranger
 
     def reconnect(self) -> None:
         """Drop the current TLS connections: the next call makes one with the identity and bundles of then."""
@@ -189,9 +198,11 @@ class SpiffeDialer:
             self._open[splice] = None
         error = None if setup.cancelled() else setup.exception()
         if error is None and not setup.cancelled():
-            self._last_error = None
+            self._last_error, self._is_stranger = None, False
             return
         self._last_error = _words(error) if error else "closed"
+        if isinstance(error, ssl.SSLCertVerificationError):
+            self._is_stranger = error.verify_code in _UNKNOWN_AUTHORITY
         splice.abort()
         if splice.front.transport is None:
             accepted.close()

@@ -75,13 +75,17 @@ class ReflectionApi:
 
 
 def _with_imports(file: FileDescriptor) -> Iterator[FileDescriptor]:
-    seen, waiting = set[str](), [file]
-    while waiting:
-        one = waiting.pop(0)
-        if one.name not in seen:
-            seen.add(one.name)
-            yield one
-            waiting += one.dependencies
+    """Give a file and all that it imports, each behind everything that imports it."""
+    found: dict[str, FileDescriptor] = {}
+
+    def visit(one: FileDescriptor) -> None:
+        if one.name not in found:
+            for imported in one.dependencies:
+                visit(imported)
+            found[one.name] = one
+
+    visit(file)
+    yield from reversed(found.values())
 
 
 def _symbols(file: FileDescriptor, services: tuple[str, ...]) -> Iterator[str]:

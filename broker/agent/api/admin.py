@@ -10,10 +10,10 @@ from broker._proto.service import Context
 from broker.agent.denials import Denials
 from broker.agent.explain import Explainer, Explanation, ProcessShown
 from broker.agent.sessions import Identity, Sessions, WorkloadSession
+from broker.agent.workloads import AdminCaller
 from broker.errors import Invalid, NotFound
 from broker.spiffe import Selector
 from broker.telemetry.log import get_logger
-from broker.transport.peercred import KernelPeer
 
 MAX_SELECTORS: Final = 1024  # in one question
 MAX_PID: Final = 2**31 - 1  # pid_t
@@ -22,7 +22,7 @@ _log = get_logger("agent.admin")
 
 
 class AdminApi:
-    """The methods of ``broker.agent.v1.Admin``; a caller is the peer whom the admin socket has admitted."""
+    """The methods of ``broker.agent.v1.Admin``; a caller is an operator whom the admin socket has admitted."""
 
     def __init__(self, explainer: Explainer, denials: Denials, sessions: Sessions) -> None:
         self._explainer = explainer
@@ -30,7 +30,7 @@ class AdminApi:
         self._sessions = sessions
 
     async def ExplainIdentity(  # noqa: N802 - the RPC's name
-        self, request: admin_pb2.ExplainIdentityRequest, context: Context, caller: KernelPeer
+        self, request: admin_pb2.ExplainIdentityRequest, context: Context, caller: AdminCaller
     ) -> admin_pb2.Explanation:
         """Say why a process, a set of selectors or an entry gets what it gets."""
         if bool(request.pid) == bool(request.selectors) and (request.pid or not request.entry_id):
@@ -45,7 +45,7 @@ class AdminApi:
         return _explanation(self._explainer.entry(request.entry_id))
 
     async def ExplainDenial(  # noqa: N802
-        self, request: admin_pb2.ExplainDenialRequest, context: Context, caller: KernelPeer
+        self, request: admin_pb2.ExplainDenialRequest, context: Context, caller: AdminCaller
     ) -> admin_pb2.Denial:
         """Say why a caller was refused, by the id that it was told."""
         found = self._denials.find(request.id)
@@ -58,7 +58,7 @@ class AdminApi:
         )
 
     async def FindSessions(  # noqa: N802
-        self, request: admin_pb2.FindSessionsRequest, context: Context, caller: KernelPeer
+        self, request: admin_pb2.FindSessionsRequest, context: Context, caller: AdminCaller
     ) -> admin_pb2.FindSessionsResponse:
         """Give the live sessions of a process; raises NotFound where there is none."""
         pid = _pid(request.pid)

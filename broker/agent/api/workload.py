@@ -4,7 +4,7 @@ Every message of a stream is the full set, so that what is absent is withdrawn. 
 with PERMISSION_DENIED. WIT-SVIDs are not served: their methods answer UNIMPLEMENTED.
 """
 
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
 
@@ -13,6 +13,7 @@ import grpc
 from broker._proto.google.protobuf import struct_pb2
 from broker._proto.service import Context
 from broker._proto.spiffe import workload_pb2
+from broker.agent.api.audiences import checked_audiences
 from broker.agent.api.pace import Pace
 from broker.agent.cache import EstateCache
 from broker.agent.entitlement import Entitlement
@@ -27,8 +28,6 @@ from broker.spiffe import Bundle, SpiffeId, TrustDomain, verify_jwt_svid
 
 M = TypeVar("M")
 
-MAX_AUDIENCES: Final = 64  # in one request; the standard recommends one
-MAX_AUDIENCE: Final = 1024  # bytes of one
 MAX_SIGNINGS: Final = 3  # for one call, where its entry is changed each time
 NO_WIT: Final = "WIT-SVIDs are not served"
 FOREIGN_CLAIMS: Final = frozenset({"sub", "aud", "exp"})  # of another trust domain's token nothing else is repeated
@@ -93,7 +92,7 @@ class WorkloadApi:
         self, request: workload_pb2.JWTSVIDRequest, context: Context, caller: Caller
     ) -> workload_pb2.JWTSVIDResponse:
         """Give JWT-SVIDs for these audiences: of one identity, or of all (section 6.2.1)."""
-        audiences = _audiences(request.audience)
+        audiences = checked_audiences(request.audience)
         wanted = _requested_id(request.spiffe_id)
         session, entries = await self._entitlement.of(caller)
         if wanted is not None:
@@ -230,7 +229,7 @@ class WorkloadApi:
     def _entitlement_or_none(self, session: WorkloadSession) -> tuple[Entry, ...]:
         try:
             return self._entitlement.required(session)
-        except NoIdentity:
+        except (NoIdentity, Unavailable):
             return ()
 
 
@@ -249,21 +248,6 @@ class _Sent:
             and self.bundles == other.bundles
             and self.crls == other.crls
         )
-
-
-def _audiences(requested: Sequence[str]) -> tuple[str, ...]:
-    if len(requested) > MAX_AUDIENCES:  # repetitions count: a million of them are a message of 4 MiB
-        raise _too_many_audiences()
-    audiences = tuple(sorted(set(requested)))
-    if not audiences or audiences[0] == "":
-        raise Invalid("audience must be specified", code="audience_missing")
-    if any(len(one.encode()) > MAX_AUDIENCE for one in audiences):
-        raise _too_many_audiences()
-    return audiences
-
-
-def _too_many_audiences() -> Invalid:
-    return Invalid(f"at most {MAX_AUDIENCES} audiences of {MAX_AUDIENCE} bytes", code="audience_too_many")
 
 
 def _requested_id(text: str) -> SpiffeId | None:

@@ -99,8 +99,8 @@ async def test_insecure_bootstrap_takes_the_first_server_and_keeps_to_it(directo
     impostor.port = port
     async with impostor, serving(impostor, directory, insecure_bootstrap=True, synced=False) as agent:
         await until(lambda: agent.agent._dialer.last_error is not None)
-        assert not agent.agent.is_ready
-        assert impostor.watches == []
+        assert agent.agent.node.bundle.x509_authorities == (server.ca.root,)
+        assert (impostor.watches, impostor.attestations) == ([], [])
 
 
 async def test_renewal_at_half_life_with_a_new_key(directory) -> None:
@@ -178,7 +178,7 @@ async def test_a_restart_without_the_server_stays_up_and_recovers(directory) -> 
                 await agent.x509()
             assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
             async with server:
-                await until(lambda: agent.agent.is_ready)
+                await until(lambda: agent.agent.sync.is_online)
                 assert (await agent.x509()).svids
         await server.__aenter__()
 

@@ -336,3 +336,15 @@ async def test_a_list_that_is_none_is_not_believed_and_nothing_is_lost() -> None
             await until(lambda watches=watches: len(agent.server.watches) > watches and agent.agent.sync.is_online)
             assert agent.server.watches[-1].cursor == 0  # it begins anew
         assert (await agent.x509()).svids == first.svids
+
+
+@pytest.mark.bears("O02")
+async def test_a_spare_that_was_shared_is_nobodys_own_afterwards() -> None:
+    async with estate() as agent:
+        await agent.x509()
+        await until(lambda: "e1" in agent.agent.svids._spares)
+        await agent.server.listener.stop()
+        shared = await of_another_process(agent)
+        agent.agent.sync.is_online = True  # heard, and no spare has been signed yet
+        assert agent.agent.svids._take_spare(agent.agent.cache.entry("e1")) is None
+        assert agent.agent.svids._spares["e1"].chain_der == shared.svids[0].x509_svid

@@ -19,12 +19,12 @@ from broker._proto.service import Stub
 from broker._proto.spiffe import workload_pb2
 from broker.agent import app
 from broker.agent.denials import MAX_DENIALS, MAX_OF_ONE_USER
-from broker.agent.listener import ADMIN, admit_operator
+from broker.agent.listener import ADMIN, require_operator
+from broker.agent.workloads import AdminCaller
 from broker.attestation.catalogue import Catalogue, Offer, installed
 from broker.attestation.contract import AttestorFailed, SelectorDoc, Strength
 from broker.errors import NoIdentity, NotAttested, Refused
 from broker.spiffe import Selector
-from broker.transport.peercred import KernelPeer
 from broker.transport.rpc_errors import from_rpc_error
 from tests.fakes.fake_server import entry_message
 from tests.fakes.running_agent import HEADER, ME, estate, until
@@ -102,9 +102,9 @@ async def test_the_socket_is_for_the_agents_user_alone() -> None:
 @pytest.mark.bears("A20")
 def test_only_root_and_the_agents_user_are_admitted() -> None:
     for uid in (0, os.geteuid()):
-        assert admit_operator(KernelPeer(1, uid, 0, -1)).uid == uid
+        require_operator(AdminCaller(uid))
     with pytest.raises(Refused) as refused:
-        admit_operator(KernelPeer(1, os.geteuid() + 1, 0, -1))
+        require_operator(AdminCaller(os.geteuid() + 1))
     assert refused.value.reason == "access_denied"
 
 

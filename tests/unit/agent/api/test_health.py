@@ -7,7 +7,7 @@ import pytest
 
 from broker._proto.grpc.health.v1 import health_pb2
 from broker._proto.service import Stub
-from broker.agent.listener import HEALTH, WORKLOAD
+from broker.agent.listener import HEALTH, SDS, WORKLOAD
 from tests.fakes.running_agent import estate, until
 
 SERVING, NOT_SERVING, UNKNOWN = (
@@ -25,7 +25,9 @@ async def test_it_answers_without_a_header_and_without_an_identity() -> None:
             await stub.Check(health_pb2.HealthCheckRequest(service="other"))
         assert unknown.value.code() == grpc.StatusCode.NOT_FOUND
         listed = await stub.List(health_pb2.HealthListRequest())
-        assert set(listed.statuses) == {"", WORKLOAD.name, "broker.agent.v1.Tasks", "broker.agent.v1.Feed"}
+        assert set(listed.statuses) == {"", WORKLOAD.name, "broker.agent.v1.Tasks", "broker.agent.v1.Feed", SDS.name}
+        for part in ("agent-identity", "server-connection"):
+            assert (await stub.Check(health_pb2.HealthCheckRequest(service=part))).status == SERVING
 
 
 async def test_it_follows_readiness() -> None:
