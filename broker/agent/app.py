@@ -65,6 +65,7 @@ from broker.attestation.strength import Strengths
 from broker.clock import Clock, SystemClock
 from broker.errors import BrokerError, Misconfigured
 from broker.spiffe import Bundle, SpiffeId
+from broker.tasks.causes import SessionEnd
 from broker.telemetry.log import get_logger
 from broker.transport.dialer import SpiffeDialer
 from broker.transport.hardening import harden
@@ -264,6 +265,7 @@ class Agent:
             is_online=lambda: self.sync.is_online,
             share_when_offline=settings.share_when_offline,
             on_new_leaf=self.reports.leaf,
+            on_revoked=lambda identity: self.reports.ended([identity], SessionEnd.SVID_REVOKED),
             on_spares=self.keeping.note,
         )
         self.offline.svids = self.keeping.svids = svids

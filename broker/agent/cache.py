@@ -5,7 +5,7 @@ changes is one ring: however slow a stream is, nothing piles up behind it. Knows
 """
 
 import asyncio
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -13,7 +13,8 @@ from datetime import datetime
 from broker.agent.wire import ToldBundle
 from broker.registry import Decision, Entry, EntryIndex, Vouched, oldest_of_each_hint
 from broker.registry.matching import everything_is_vouched_for
-from broker.spiffe import Bundle, BundleSet, Selector, TrustDomain
+from broker.spiffe import Bundle, BundleSet, Selector, TrustDomain, X509Svid
+from broker.spiffe.revocation import read_crls
 
 
 @dataclass(slots=True, eq=False)
@@ -52,6 +53,7 @@ class EstateCache:
         self._index = EntryIndex(vouched=vouched)
         self._bundles = BundleSet()
         self._told: dict[TrustDomain, ToldBundle] = {}
+        self.crls: tuple[bytes, ...] = ()  # of the own trust domain's X.509 authorities, in DER
         self._bells: set[Bell] = set()
         self._written: dict[tuple[str, TrustDomain], bytes] = {}
 
@@ -128,15 +130,21 @@ class EstateCache:
         )
         return Decision(selectors, served, considered)
 
-    def replace(self, entries: Iterable[Entry], bundles: Iterable[ToldBundle]) -> None:
-        """Put a snapshot in the place of everything."""
+    def is_revoked(self, svid: X509Svid) -> bool:
+        """Say whether an own SVID is on a revocation list."""
+        own = self.own_bundle
+        return own is not None and own.revoked.names_any((*svid.chain, svid.authority))
+
+    def replace(self, entries: Iterable[Entry], bundles: Iterable[ToldBundle], crls: Sequence[bytes] = ()) -> None:
+        """Put a snapshot in the place of everything; raises InvalidBundle for a revocation list that is none."""
+        told = {one.bundle.trust_domain: one for one in bundles}
+        known = self._verified_by(told, crls)
         # An entry that is the same stays the same object: what is held by it need not be compared field by field.
         before = self._index
         self._index = EntryIndex(
             (_the_known_one(before.get(entry.id), entry) for entry in entries), vouched=self._vouched
         )
-        self._told = {told.bundle.trust_domain: told for told in bundles}
-        self._bundles = BundleSet(told.bundle for told in self._told.values())
+        self._told, self.crls, self._bundles = told, tuple(crls), known
         self.is_synced, self.is_partial = True, False
         self._changed(None)
 
@@ -162,22 +170,27 @@ class EstateCache:
         deleted: Iterable[str] = (),
         bundles: Iterable[ToldBundle] = (),
         deleted_bundles: Iterable[TrustDomain] = (),
+        crls: Sequence[bytes] | None = None,
     ) -> None:
-        """Apply a delta. The own trust domain's bundle cannot be deleted."""
+        """Apply a delta; ``crls`` None: as before. The own trust domain's bundle cannot be deleted.
+
+        Raises InvalidBundle for a revocation list that is none; then nothing of the bundles is changed.
+        """
         touched: list[Entry] = []
         for entry in upserted:
             touched.append(entry)
             if (replaced := self._index.add(entry)) is not None:
                 touched.append(replaced)
         touched += filter(None, map(self._index.remove, deleted))
-        before = dict(self._told)
+        now_told, now_crls = dict(self._told), self.crls if crls is None else tuple(crls)
         for told in bundles:
-            self._told[told.bundle.trust_domain] = told
+            now_told[told.bundle.trust_domain] = told
         for name in deleted_bundles:
             if name != self.trust_domain:
-                self._told.pop(name, None)
-        if self._told != before:
-            self._bundles = BundleSet(told.bundle for told in self._told.values())
+                now_told.pop(name, None)
+        if (now_told, now_crls) != (self._told, self.crls):
+            self._bundles = self._verified_by(now_told, now_crls)
+            self._told, self.crls = now_told, now_crls
             self._changed(None)
         elif touched:
             self._changed(touched)
@@ -185,7 +198,7 @@ class EstateCache:
     def start_with(self, bundle: Bundle) -> None:
         """Know the own bundle before the first snapshot."""
         self._told[self.trust_domain] = ToldBundle(bundle, frozenset(), frozenset())
-        self._bundles = BundleSet(told.bundle for told in self._told.values())
+        self._bundles = self._verified_by(self._told, self.crls)
         self._changed(None)
 
     def withdraw(self) -> None:
@@ -207,6 +220,14 @@ class EstateCache:
             yield bell
         finally:
             self._bells.discard(bell)
+
+    def _verified_by(self, told: Mapping[TrustDomain, ToldBundle], crls: Sequence[bytes]) -> BundleSet:
+        """Give the bundles, the own one with what its authorities took back."""
+        bundles = BundleSet(one.bundle for one in told.values())
+        own = bundles.get(self.trust_domain)
+        if own is None or not crls:
+            return bundles
+        return bundles.with_bundle(own.with_revoked(read_crls(crls, own.x509_authorities)))
 
     def _changed(self, entries: list[Entry] | None) -> None:
         self.version += 1

@@ -29,9 +29,14 @@ class X509Holding:
         return tuple(split_der(self.chain_der))
 
     def is_valid(self, cache: EstateCache, now: datetime) -> bool:
-        """Say whether it may still be handed out: not expired, and its authority is still trusted."""
+        """Say whether it may still be handed out: not expired, not revoked, and its authority is still trusted."""
         own = cache.own_bundle
-        return now < self.svid.expires_at and own is not None and self.svid.authority in own.x509_authorities
+        return (
+            now < self.svid.expires_at
+            and own is not None
+            and self.svid.authority in own.x509_authorities
+            and not cache.is_revoked(self.svid)
+        )
 
     def is_fresh(self, entry: Entry, cache: EstateCache, now: datetime) -> bool:
         """Say whether nothing asks for a new one: valid, of this revision, before its half-life, authority untainted."""

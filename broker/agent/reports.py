@@ -32,6 +32,7 @@ _CAUSES: Final = {
     SessionEnd.ATTESTATION_REFUSED: sessions_pb2.SESSION_END_ATTESTATION_REFUSED,
     SessionEnd.ATTESTATION_LAPSED: sessions_pb2.SESSION_END_ATTESTATION_LAPSED,
     SessionEnd.AGENT_STOPPED: sessions_pb2.SESSION_END_AGENT_STOPPED,
+    SessionEnd.SVID_REVOKED: sessions_pb2.SESSION_END_SVID_REVOKED,
 }
 
 _log = get_logger("agent.reports")
@@ -48,6 +49,7 @@ def session_message(identity: Identity) -> sessions_pb2.WorkloadSession:
         entry_id=identity.entry.id,
         x5t=held.svid.x5t,
         not_after=int(held.svid.not_after.timestamp()),
+        serial_number=f"{held.svid.serial:x}",
     )
 
 

@@ -1,8 +1,9 @@
 """Keeps the SVIDs of every session: its own keys, rotation at half-life, and one signed spare per entry lately used.
 
 The spare makes the first answer instant: it is handed to one new session, then replaced. While the server is away a new
-session may share it, which is marked, reported to nobody, and replaced when the server is back. An expired SVID, or one
-whose authority is no longer trusted, is never handed out.
+session may share it, which is marked, reported to nobody, and replaced when the server is back. An SVID that has expired or
+was revoked, or whose authority is no longer trusted, is never handed out. A process whose SVID was revoked goes on with a new
+key as another session: what hangs on the old one has ended.
 """
 
 import asyncio
@@ -49,6 +50,7 @@ class SvidKeeper:
         is_online: Callable[[], bool],
         share_when_offline: bool,
         on_new_leaf: Callable[[Identity], None],
+        on_revoked: Callable[[Identity], None] = lambda _: None,
         on_spares: Callable[[], None] = lambda: None,
     ) -> None:
         """``on_new_leaf`` is called with an identity that holds a new leaf, ``on_spares`` when other spares are held."""
@@ -58,6 +60,7 @@ class SvidKeeper:
         self._is_online = is_online
         self._share_when_offline = share_when_offline
         self._on_new_leaf = on_new_leaf
+        self._on_revoked = on_revoked
         self._on_spares = on_spares
         self._spares: dict[str, X509Holding] = {}
         self._used_at: dict[str, datetime] = {}
@@ -76,6 +79,8 @@ class SvidKeeper:
 
         An entry for which none can be had is left out; raises the first failure when that leaves nothing.
         """
+        for entry in entries:
+            self._let_go_of_revoked(session, entry)
         identities = [session.identity(entry) for entry in entries]
         lacking = [one for one in identities if not self._is_settled(one)]
         failures: list[BrokerError] = []
@@ -111,6 +116,15 @@ class SvidKeeper:
                     moments.append((held.rotate_at - now).total_seconds())
         return max(min(moments), 0.05) if moments else None
 
+    def _let_go_of_revoked(self, session: WorkloadSession, entry: Entry) -> None:
+        identity = session.identities.get(entry.id)
+        if identity is None or identity.x509 is None or not self._cache.is_revoked(identity.x509.svid):
+            return
+        _log.info("svid_revoked", entry=entry.id, session=identity.id, serial=f"{identity.x509.svid.serial:x}")
+        del session.identities[entry.id]
+        if not identity.x509.shared:
+            self._on_revoked(identity)
+
     def _is_settled(self, identity: Identity) -> bool:
         """Whether the identity needs no signing now."""
         held = identity.x509
@@ -126,9 +140,7 @@ class SvidKeeper:
 
     def _once(self, session: WorkloadSession, identity: Identity) -> "asyncio.Future[None]":
         """Look after one identity, one task however many streams ask; a stream that goes away stops nothing."""
-        return asyncio.shield(
-            self._single(session, ("x509", identity.entry.id), lambda: self._renew(session, identity))
-        )
+        return asyncio.shield(self._single(session, ("x509", identity.id), lambda: self._renew(session, identity)))
 
     async def _renew(self, session: WorkloadSession, identity: Identity) -> None:
         entry, old = identity.entry, identity.x509

@@ -7,6 +7,7 @@ attempt ask for a snapshot. A stream that says nothing for too long is taken for
 import asyncio
 import contextlib
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Final
 
 import grpc.aio
@@ -63,6 +64,8 @@ class Sync:
         self._store = ""
         self._entries: list[Entry] = []
         self._bundles: list[wire.ToldBundle] = []
+        self._crls: list[bytes] = []
+        self._told: wire.ToldBundle | None = None
         self._pages = 0
         self._hurried = asyncio.Event()
         self.is_online = False
@@ -90,7 +93,7 @@ class Sync:
 
     async def _follow(self, backoff: Backoff) -> None:
         call = self._upstream.watch.Watch(watch_pb2.WatchRequest(cursor=self._cursor, store=self._store))
-        self._entries, self._bundles, self._pages = [], [], 0
+        self._entries, self._bundles, self._crls, self._pages = [], [], [], 0
         try:
             while True:
                 async with asyncio.timeout(self._silence):
@@ -131,15 +134,16 @@ class Sync:
             raise GapError("the snapshot does not end")
         self._entries += self._readable(page.entries)
         self._bundles += [self._bundle(one) for one in page.bundles]
+        self._crls += page.crls.crls
         if page.more:
             return
         own = [told for told in self._bundles if told.bundle.trust_domain == self._cache.trust_domain]
         if len(own) != 1 or not own[0].bundle.x509_authorities:
             raise GapError("the snapshot lacks the bundle of its trust domain", code="watch_no_bundle")
-        self._cache.replace(self._entries, self._bundles)
-        self._entries, self._bundles, self._pages = [], [], 0
+        self._cache.replace(self._entries, self._bundles, self._crls)
+        self._entries, self._bundles, self._crls, self._pages = [], [], [], 0
         self._advance(response)
-        self._on_bundle(own[0])
+        self._tell_own(own[0])
         _log.info("estate_synced", entries=len(self._cache), cursor=self._cursor, store=self._store)
 
     def _take_delta(self, response: watch_pb2.WatchResponse) -> None:
@@ -155,11 +159,19 @@ class Sync:
             deleted=[*delta.deleted_ids, *unread],
             bundles=bundles,
             deleted_bundles=[TrustDomain(name) for name in delta.deleted_bundles],
+            crls=delta.crls.crls if delta.HasField("crls") else None,
         )
         self._advance(response)
-        for told in bundles:
-            if told.bundle.trust_domain == self._cache.trust_domain:
-                self._on_bundle(told)
+        known = self._told if delta.HasField("crls") else None
+        own = next((told for told in bundles if told.bundle.trust_domain == self._cache.trust_domain), known)
+        if own is not None:
+            self._tell_own(own)
+
+    def _tell_own(self, told: wire.ToldBundle) -> None:
+        # With what it took back: the server is judged by it, too.
+        self._told = told
+        own = self._cache.own_bundle
+        self._on_bundle(told if own is None else replace(told, bundle=own))
 
     def _readable(self, messages: Iterable[entries_pb2.RegisteredEntry]) -> list[Entry]:
         entries: list[Entry] = []

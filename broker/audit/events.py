@@ -55,6 +55,8 @@ class Event(StrEnum):
     ENTRY_DELETED = "entry_deleted"
     SVID_ISSUED = "svid_issued"
     SVID_REFUSED = "svid_refused"
+    SVID_REVOKED = "svid_revoked"
+    CRL_PUBLISHED = "crl_published"
     SESSION_STARTED = "session_started"
     SESSION_ENDED = "session_ended"
     WORKLOAD_REFUSED = "workload_refused"
@@ -133,6 +135,7 @@ _ENTRY: Final = frozenset(
     }
 )
 _SVID: Final = frozenset({"kind", "serial", "x5t", "audience", "not_before", "expires_at", "authority", "minted"})
+_CRL: Final = frozenset({"number", "revoked", "indirect", "expires_at"})
 _SESSION: Final = frozenset({"x5t", "not_after", "tasks_ended"})
 _TASK: Final = frozenset(
     {
@@ -173,7 +176,8 @@ _FAMILIES: Final = {
     ),
     _JOIN_TOKEN: (Event.JOIN_TOKEN_CREATED, Event.JOIN_TOKEN_USED),
     _ENTRY: (Event.ENTRY_CREATED, Event.ENTRY_UPDATED, Event.ENTRY_DELETED),
-    _SVID: (Event.SVID_ISSUED, Event.SVID_REFUSED),
+    _SVID: (Event.SVID_ISSUED, Event.SVID_REFUSED, Event.SVID_REVOKED),
+    _CRL: (Event.CRL_PUBLISHED,),
     _SESSION: (Event.SESSION_STARTED, Event.SESSION_ENDED),
     _TASK: (Event.TASK_STARTED, Event.TASK_REFUSED, Event.TASK_SUSPENDED, Event.TASK_RESUMED, Event.TASK_ENDED),
     _TOKEN: (Event.TOKEN_ISSUED, Event.TOKEN_REFUSED, Event.TOKEN_REVOKED, Event.TOKEN_INTROSPECTED),

@@ -26,7 +26,7 @@ NOUNS: Final[Mapping[str, tuple[str, str]]] = {
     "join-token": ("broker.cli.join_token", "One-time tokens by which a node joins."),
     "run": ("broker.cli.run", "Launch a program under a name that the agent can attest."),
     "server": ("broker.cli.server", "The server."),
-    "svid": ("broker.cli.svid", "This process's identity documents."),
+    "svid": ("broker.cli.svid", "This process's identity documents; and revoking those of others."),
     "task": ("broker.cli.task", "Tasks: start, see and end them."),
     "token": ("broker.cli.token", "Task tokens: look into them, verify them."),
     "version": ("broker.cli.version", "The version."),

@@ -1,4 +1,4 @@
-"""``broker svid``: what the node agent gives to this very process. Asks over the workload socket, holds nothing."""
+"""``broker svid``: what the node agent gives to this very process, and ``revoke`` for operators. Holds nothing."""
 
 import hashlib
 import os
@@ -11,6 +11,7 @@ import click
 from broker.cli.inputs import read_token
 from broker.cli.options import SPIFFE_ID, noun, option, settings
 from broker.cli.output import Column, Shape, moment
+from broker.cli.svid_revoke import revoke
 
 X509 = Shape(
     "x509_svid",
@@ -39,7 +40,8 @@ VALID = Shape(
     name="spiffe_id",
 )
 
-COMMAND = noun("svid", "This process's identity documents.")
+COMMAND = noun("svid", "This process's identity documents; and revoking those of others.")
+COMMAND.add_command(revoke)
 
 
 @COMMAND.command("x509")

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from broker.client.federation import Relationships
     from broker.client.health import Health
     from broker.client.nodes import Nodes
+    from broker.client.revocations import Revocations
     from broker.client.svids import Svids
     from broker.client.tasks import Tasks
 
@@ -27,6 +28,7 @@ __all__ = [
     "Health",
     "Nodes",
     "Relationships",
+    "Revocations",
     "Svids",
     "Tasks",
     "dial_socket",
@@ -40,6 +42,7 @@ _MODULES = {
     "Health": "health",
     "Nodes": "nodes",
     "Relationships": "federation",
+    "Revocations": "revocations",
     "Svids": "svids",
     "Tasks": "tasks",
     "dial_socket": "dial",

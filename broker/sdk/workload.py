@@ -25,6 +25,7 @@ from broker.sdk.endpoint import CALL_SECONDS, SECURITY_HEADER, socket_target
 from broker.sdk.task import TaskBlock
 from broker.spiffe import Bundle, BundleSet, SpiffeId, TrustDomain, certificates
 from broker.spiffe.jose import b64url_encode
+from broker.spiffe.revocation import read_crls
 from broker.spiffe.x509svid import parse_x509_svid_id, split_der
 from broker.transport.rpc_errors import from_rpc_error
 from broker.transport.tls import TlsIdentity
@@ -271,7 +272,7 @@ class Workload:
         return taken
 
     def _take_bundles(self, message: workload_pb2.X509BundlesResponse) -> Any:
-        bundles = BundleSet.of(*(_bundle(name, der) for name, der in message.bundles.items()))
+        bundles = BundleSet.of(*(_bundle(name, der, message.crl) for name, der in message.bundles.items()))
         if not bundles:  # WA-16: one's own is always there
             raise InvalidBundle("the agent sent no bundle", code="empty_answer")
 
@@ -311,5 +312,7 @@ def _identity(svid: workload_pb2.X509SVID) -> Identity:
     return Identity(identity, TlsIdentity(chain, key), svid.hint, b64url_encode(hashlib.sha256(chain[0]).digest()))
 
 
-def _bundle(name: str, der: bytes) -> Bundle:
-    return Bundle.from_workload_api(TrustDomain(name), x509_der=der)
+def _bundle(name: str, der: bytes, crls: Sequence[bytes]) -> Bundle:
+    bundle = Bundle.from_workload_api(TrustDomain(name), x509_der=der)
+    # A list belongs to the bundle whose authority signed it; the others pass it over.
+    return bundle.with_revoked(read_crls(crls, bundle.x509_authorities))

@@ -261,7 +261,7 @@ def _keep_in_step(listener: TlsListener, authorities: Authorities, identity: Ide
 def _recheck(listener: TlsListener) -> None:
     closed = listener.recheck()
     if closed:
-        log.info("connections_closed", count=closed, reason="authority_gone")
+        log.info("connections_closed", count=closed, reason="svid_not_valid")
 
 
 @asynccontextmanager

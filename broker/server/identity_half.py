@@ -10,9 +10,20 @@ from broker._proto.service import ServiceBinding
 from broker.attestation.catalogue import Catalogue
 from broker.attestation.contract import Home, NodeServerAttestor, SettledAttestor
 from broker.clock import Clock
-from broker.server.api.grpc import agent, bundle, entries, entry, local_authority, svid, trustdomain, watch
+from broker.server.api.grpc import (
+    agent,
+    bundle,
+    entries,
+    entry,
+    local_authority,
+    revocations,
+    svid,
+    trustdomain,
+    watch,
+)
 from broker.server.api.grpc import authorities as authorities_api
 from broker.server.api.rate_limits import Limits
+from broker.server.authority.crl_publisher import CrlPublisher
 from broker.server.federation_settings import bootstrap, configured_relationships
 from broker.server.identity.admission import Admission
 from broker.server.identity.bundles import Bundles
@@ -26,11 +37,13 @@ from broker.server.identity.nodes import Nodes
 from broker.server.identity.polling import Polling
 from broker.server.identity.pruning import NodePruning, PruningRules
 from broker.server.identity.relationships import Relationships
+from broker.server.identity.revocation import Revocation
 from broker.server.identity.signing import Signing, SigningRules
 from broker.server.identity.watch import Watch
 from broker.server.key_room import KeyRoom
 from broker.server.settings import ServerSettings
 from broker.server.store.ports import Store
+from broker.server.tasks.lifecycle import end_revoked
 from broker.telemetry.metrics import Metrics
 
 Service = tuple[ServiceBinding, object]
@@ -57,6 +70,8 @@ class IdentityHalf:
     room: KeyRoom
     limits: Limits
     pruning: NodePruning
+    publisher: CrlPublisher
+    revocation: Revocation
 
     def services(self) -> Iterable[Service]:
         """Give each service with what serves it."""
@@ -78,12 +93,13 @@ class IdentityHalf:
             (local_authority.BINDING, local_authority.LocalAuthority(self.room.forced)),
             (authorities_api.BINDING, authorities_api.Authorities(self.room.forced, self.room.replica)),
             (trustdomain.BINDING, trustdomain.TrustDomains(self.relationships, self.polling)),
+            (revocations.BINDING, revocations.Revocations(self.revocation)),
             (watch.BINDING, watch.Watch(self.watch, self.nodes, self.store.id)),
         )
 
     def loops(self) -> Iterable[Coroutine[Any, Any, None]]:
         """Give what has to run for as long as the server does."""
-        return self.nodes.run(), self.entries.run(), self.pruning.run(), self.polling.run()
+        return self.nodes.run(), self.entries.run(), self.pruning.run(), self.polling.run(), self.publisher.run()
 
 
 async def identity_half(
@@ -105,6 +121,18 @@ async def identity_half(
     await bootstrap(settings, store, clock)
     bundles = Bundles(store, authorities, room.rotation, federated, clock, trust_domain=settings.trust_domain)
     client = EndpointClient(clock, settings.federation.web_ca_path)
+    publisher = CrlPublisher(store, room.keys, authorities, clock)
+    revocation = Revocation(
+        store,
+        clock,
+        trust_domain=settings.trust_domain,
+        directory=directory,
+        authorities=authorities,
+        publisher=publisher,
+        end_session=end_revoked,
+    )
+    await revocation.load()
+    await publisher.start()
     home = Home(settings.trust_domain, lambda: authorities.bundle)
     return IdentityHalf(
         store=store,
@@ -135,7 +163,7 @@ async def identity_half(
         federated=federated,
         relationships=Relationships(store, federated, clock, settings.trust_domain),
         polling=Polling(store, federated, clock, client.fetch, chance=random.SystemRandom().uniform),
-        watch=Watch(store, directory, authorities, bundles, federated),
+        watch=Watch(store, directory, authorities, bundles, federated, crls=publisher),
         downstream=Downstream(
             store,
             authorities,
@@ -148,6 +176,8 @@ async def identity_half(
         room=room,
         limits=Limits.of(clock, attestation=settings.ratelimit.attestation, signing=settings.ratelimit.signing),
         pruning=NodePruning(nodes, clock, _pruning_rules(settings)),
+        publisher=publisher,
+        revocation=revocation,
     )
 
 

@@ -31,6 +31,7 @@ class KeyRoom:
     forced: Forced
     upstream: Upstream
     replica: str
+    keys: KeyManager
 
     def loops(self) -> Iterable[Coroutine[Any, Any, None]]:
         """Give what has to run for as long as the server does."""
@@ -52,7 +53,7 @@ async def key_room(
     rotation.follow(store)
     await rotation.start()
     forced = Forced(journal, rotation, is_below=upstream.is_above)
-    return KeyRoom(authorities, rotation, forced, upstream, replica)
+    return KeyRoom(authorities, rotation, forced, upstream, replica, keys)
 
 
 async def _upstream(settings: ServerSettings, clock: Clock, stack: AsyncExitStack) -> Upstream:

@@ -22,6 +22,7 @@ from broker.spiffe import certificates, jose, strictjson
 from broker.spiffe.chains import TrustAnchors
 from broker.spiffe.ids import TrustDomain
 from broker.spiffe.jose import PublicKey
+from broker.spiffe.revocation import NOTHING, Revocations
 from broker.spiffe.strictjson import JsonValue
 
 X509_USE: Final = "x509-svid"
@@ -41,6 +42,8 @@ class Bundle:
     jwt_authorities: Mapping[str, PublicKey] = field(default_factory=dict, repr=False, hash=False)
     sequence: int | None = None
     refresh_hint: int | None = None
+    revoked: Revocations = field(default=NOTHING, repr=False)
+    """What the X.509 authorities took back before its time; not part of the bundle's document."""
     anchors: TrustAnchors = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -116,6 +119,10 @@ class Bundle:
     def with_refresh_hint(self, seconds: int | None) -> Self:
         """Give the same bundle with this refresh hint in seconds (§4.1.2)."""
         return replace(self, refresh_hint=seconds)
+
+    def with_revoked(self, revoked: Revocations) -> Self:
+        """Give the same bundle with these X.509 certificates taken back."""
+        return replace(self, revoked=revoked)
 
     def _jwt_jwks(self) -> list[dict[str, str]]:
         return [{"kid": kid, **jose.jwk_from_public_key(key)} for kid, key in sorted(self.jwt_authorities.items())]

@@ -52,13 +52,21 @@ class X509Svid:
         return self.chain[0]
 
     @property
+    def issuer(self) -> x509.Certificate:
+        """The certificate that signed the leaf."""
+        return (*self.chain, self.authority)[1]
+
+    @property
     def expires_at(self) -> datetime:
         """The end of the first certificate of the path to expire: nothing may rely on the SVID after it."""
         return min(certificate.not_valid_after_utc for certificate in (*self.chain, self.authority))
 
 
 def verify_x509_svid(chain_der: Sequence[bytes], bundles: BundleSet, *, now: datetime) -> X509Svid:
-    """Verify a chain, leaf first and the rest in any order, at an aware time; raises InvalidSvid (X509-SVID §5)."""
+    """Verify a chain, leaf first and the rest in any order, at an aware time; raises InvalidSvid (X509-SVID §5).
+
+    What the bundle says is revoked, leaf or intermediate, is refused (``svid_revoked``).
+    """
     if now.tzinfo is None:
         raise ValueError("now must be an aware datetime")
     if not 1 <= len(chain_der) <= MAX_CHAIN:
@@ -75,6 +83,8 @@ def verify_x509_svid(chain_der: Sequence[bytes], bundles: BundleSet, *, now: dat
         )
     intermediates = [certificates.read_authority(certificates.load(der)) for der in chain_der[1:]]
     path = find_path(leaf, intermediates, bundle.anchors, now=now)
+    if bundle.revoked.names_any(path):
+        raise InvalidSvid("the SVID was revoked", code="svid_revoked", hint="fetch a new one from the node agent")
     return X509Svid(
         id=spiffe_id,
         not_before=leaf.not_before,

@@ -28,6 +28,8 @@ class Cause(StrEnum):
     """The registration entry of the agent is gone, or no longer lets it start tasks."""
     AGENT_BANNED = "agent_banned"
     """The node agent that vouched for the workload was banned."""
+    SVID_REVOKED = "svid_revoked"
+    """The X.509-SVID of the agent was revoked."""
     AUTHORITY_TAINTED = "authority_tainted"
     """The authority that signed the agent's SVID or the token is no longer trusted."""
     POLICY_DENIED = "policy_denied"
@@ -54,6 +56,8 @@ class SessionEnd(StrEnum):
     ATTESTATION_LAPSED = "attestation_lapsed"
     """An attestor gave no answer for too long."""
     AGENT_STOPPED = "agent_stopped"
+    SVID_REVOKED = "svid_revoked"
+    """Its X.509-SVID was revoked; a process that is still entitled goes on as another session."""
     OTHER = "other"
     """The node agent is newer, and gave a cause that is not known here."""
 
@@ -65,5 +69,7 @@ class SessionEnd(StrEnum):
                 return Cause.PROCESS_EXITED
             case SessionEnd.ENTRY_GONE:
                 return Cause.ENTRY_DELETED
+            case SessionEnd.SVID_REVOKED:
+                return Cause.SVID_REVOKED
             case _:
                 return Cause.SESSION_ENDED

@@ -18,6 +18,8 @@ ID: Final = re.compile(r"[A-Za-z0-9_-]{1,128}")
 NAME: Final = re.compile(r"[\x21-\x7e](?:[\x20-\x7e]{0,253}[\x21-\x7e])?")
 DIGEST: Final = re.compile(r"sha-256:[A-Za-z0-9_-]{42}[AEIMQUYcgkosw048]")
 # 32 bytes in 43 characters leave two spare bits, which are zero: one hash has one text.
+SERIAL_NUMBER: Final = re.compile("[0-9a-f]{0,40}")
+"""A certificate's serial number in lower hex, up to twenty octets; empty: not told."""
 THUMBPRINT: Final = re.compile(r"[A-Za-z0-9_-]{42}[AEIMQUYcgkosw048]")
 _ISSUER: Final = re.compile(r"https://[\x21-\x7e]{1,2040}")
 _PURPOSE: Final = re.compile("[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]{1,1024}")

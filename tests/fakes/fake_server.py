@@ -73,6 +73,15 @@ class FakeCa:
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key()), False)
         )
 
+    def crl(self, *serials: int, name: x509.Name | None = None) -> bytes:
+        """A revocation list; ``name``: it says that it is another authority's."""
+        now = self.clock.now()
+        builder = x509.CertificateRevocationListBuilder(name or self.name, now, now + timedelta(hours=1))
+        for serial in serials:
+            entry = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(now).build()
+            builder = builder.add_revoked_certificate(entry)
+        return builder.sign(self.key, hashes.SHA256()).public_bytes(Encoding.DER)
+
     def leaf(self, spiffe_id, public_key, ttl=timedelta(hours=1), dns=()) -> bytes:
         builder = self._builder(x509.Name([]), self.name, public_key, self.clock.now(), ttl, [str(spiffe_id)], dns)
         builder = builder.add_extension(x509.BasicConstraints(False, None), True)
@@ -227,6 +236,9 @@ class FakeServer:
 
     def push_bundles(self, *bundles: bundle_pb2.Bundle) -> None:
         self._push(watch_pb2.WatchDelta(bundles=bundles))
+
+    def push_crls(self, *crls: bytes) -> None:
+        self._push(watch_pb2.WatchDelta(crls=watch_pb2.CrlSet(crls=crls)))
 
     def _push(self, delta: watch_pb2.WatchDelta) -> None:
         self.seq += 1

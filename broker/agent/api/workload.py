@@ -6,7 +6,7 @@ with PERMISSION_DENIED. WIT-SVIDs are not served: their methods answer UNIMPLEME
 
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import grpc
 
@@ -25,6 +25,8 @@ from broker.clock import Clock
 from broker.errors import BrokerError, Invalid, InvalidSpiffeId, NoIdentity, NotFound, Refused, Unavailable
 from broker.registry import Entry
 from broker.spiffe import Bundle, SpiffeId, TrustDomain, verify_jwt_svid
+
+M = TypeVar("M")
 
 MAX_SIGNINGS: Final = 3  # for one call, where its entry is changed each time
 NO_WIT: Final = "WIT-SVIDs are not served"
@@ -58,7 +60,7 @@ class WorkloadApi:
                     entries = now
                     continue
                 bundles = self._x509_bundles(entries)
-                sending = _Sent(tuple(one.x509 for one in identities), bundles)
+                sending = _Sent(tuple(one.x509 for one in identities), bundles, self._cache.crls)
                 if sent is None or not sending.is_same(sent):
                     yield self._x509_response(identities, bundles)
                     sent = sending
@@ -71,15 +73,20 @@ class WorkloadApi:
         self, request: workload_pb2.X509BundlesRequest, context: Context, caller: Caller
     ) -> AsyncIterator[workload_pb2.X509BundlesResponse]:
         """Stream the X.509 bundles that the caller may use (section 5.2.2)."""
-        async for bundles in self._bundles(caller, self._x509_bundles):
-            yield workload_pb2.X509BundlesResponse(bundles=bundles)
+        async for message in self._messages(
+            caller,
+            lambda entries: workload_pb2.X509BundlesResponse(crl=self._cache.crls, bundles=self._x509_bundles(entries)),
+        ):
+            yield message
 
     async def FetchJWTBundles(  # noqa: N802
         self, request: workload_pb2.JWTBundlesRequest, context: Context, caller: Caller
     ) -> AsyncIterator[workload_pb2.JWTBundlesResponse]:
         """Stream the JWT bundles that the caller may use, as JWK Sets (section 6.2.2)."""
-        async for bundles in self._bundles(caller, self._jwt_bundles):
-            yield workload_pb2.JWTBundlesResponse(bundles=bundles)
+        async for message in self._messages(
+            caller, lambda entries: workload_pb2.JWTBundlesResponse(bundles=self._jwt_bundles(entries))
+        ):
+            yield message
 
     async def FetchJWTSVID(  # noqa: N802
         self, request: workload_pb2.JWTSVIDRequest, context: Context, caller: Caller
@@ -171,18 +178,16 @@ class WorkloadApi:
             # The server no longer knows the entry: its withdrawal is on the way here.
             raise NoIdentity(NO_IDENTITY) from error
 
-    async def _bundles(
-        self, caller: Caller, render: "Callable[[Iterable[Entry]], dict[str, bytes]]"
-    ) -> AsyncIterator[dict[str, bytes]]:
+    async def _messages(self, caller: Caller, render: "Callable[[Iterable[Entry]], M]") -> AsyncIterator[M]:
         session = await self._entitlement.session(caller)
         with session.listening(self._cache) as bell:
             entries = await self._entitlement.first(session, bell)
-            sent: dict[str, bytes] | None = None
+            sent: M | None = None
             while True:
-                bundles = render(entries)
-                if bundles != sent:
-                    yield bundles
-                    sent = bundles
+                message = render(entries)
+                if message != sent:
+                    yield message
+                    sent = message
                 await bell.wait(self._svids.due_in(session, entries))
                 await self._pace.turn()
                 self._entitlement.check(session)
@@ -193,7 +198,7 @@ class WorkloadApi:
     ) -> workload_pb2.X509SVIDResponse:
         own = str(self._cache.trust_domain.id)
         response = workload_pb2.X509SVIDResponse(
-            federated_bundles={name: der for name, der in bundles.items() if name != own}
+            crl=self._cache.crls, federated_bundles={name: der for name, der in bundles.items() if name != own}
         )
         for identity in identities:
             held = identity.x509
@@ -234,12 +239,14 @@ class _Sent:
 
     holdings: tuple[X509Holding | None, ...]
     bundles: dict[str, bytes]
+    crls: tuple[bytes, ...]
 
     def is_same(self, other: "_Sent") -> bool:
         return (
             len(self.holdings) == len(other.holdings)
             and all(mine is theirs for mine, theirs in zip(self.holdings, other.holdings, strict=True))
             and self.bundles == other.bundles
+            and self.crls == other.crls
         )
 
 

@@ -102,6 +102,7 @@ METHODS: Final[Mapping[str, frozenset[Role]]] = {
         "broker.server.v1.Entries", _OPERATORS,
         "BatchCreateEntry", "BatchUpdateEntry", "GetEntry", "ListEntries", "CountEntries",
     ),
+    **_lines("broker.server.v1.Revocations", _OPERATORS, "RevokeSvids"),
     **_lines("broker.server.v1.Watch", _AGENTS, "Watch"),
     **_lines("broker.server.v1.Sessions", _AGENTS, "ReportSessions"),
     **_lines("broker.server.v1.Tasks", _AGENTS, "StartTask", "IssueToken", "CompleteTask"),

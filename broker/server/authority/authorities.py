@@ -28,6 +28,7 @@ from broker.server.store.rows import (
 from broker.spiffe import Bundle, BundleSet, TrustDomain
 from broker.spiffe.certificates import split_der
 from broker.spiffe.jose import PublicKey
+from broker.spiffe.revocation import NOTHING, Revocations
 
 REFRESH_HINT: Final = 300
 """Seconds between two looks of a federated trust domain at our bundle; our own agents are told at once."""
@@ -53,6 +54,7 @@ class Authorities:
         self._x509: X509Authority | None = None
         self._jwt: JwtAuthority | None = None
         self._task: Signer | None = None
+        self._revoked = NOTHING
         self._listeners: list[Callable[[], None]] = []
 
     @property
@@ -125,15 +127,26 @@ class Authorities:
             {row.id: jwt_key(row) for row in jwt_keys},
             sequence=published.sequence,
             refresh_hint=REFRESH_HINT,
+            revoked=self._revoked,
         )
         self._bundles = BundleSet.of(self._bundle)
         self._task_keys = MappingProxyType(public_keys(rows, AuthorityKind.TASK))
-        for listener in tuple(self._listeners):
-            listener()
+        self._tell()
+
+    def set_revoked(self, serials: Mapping[str, frozenset[int]]) -> None:
+        """Take in which serial numbers were revoked, by X.509 authority id, and tell the listeners."""
+        self._revoked = Revocations(serials)
+        self._bundle = self._bundle.with_revoked(self._revoked)
+        self._bundles = self._bundles.with_bundle(self._bundle)
+        self._tell()
 
     def subscribe(self, listener: Callable[[], None]) -> None:
         """Call on the event loop after every change of authorities; it must not block."""
         self._listeners.append(listener)
+
+    def _tell(self) -> None:
+        for listener in tuple(self._listeners):
+            listener()
 
     def _choose_signers(self, rows: Collection[AuthorityRow]) -> None:
         active = {row.kind: row for row in rows if row.state is AuthorityState.ACTIVE and self._is_held(row)}

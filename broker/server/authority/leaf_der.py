@@ -24,7 +24,7 @@ _UTC_TIME, _GENERALIZED_TIME = 0x17, 0x18
 _URI, _DNS, _IP = 0x86, 0x82, 0x87  # GeneralName (RFC 5280 §4.2.1.6)
 _V3: Final = bytes.fromhex("a003020102")
 _TRUE: Final = bytes.fromhex("0101ff")
-_ECDSA_SHA256: Final = bytes.fromhex("300a06082a8648ce3d040302")
+ECDSA_SHA256: Final = bytes.fromhex("300a06082a8648ce3d040302")
 """AlgorithmIdentifier of ecdsa-with-SHA256 (RFC 5758 §3.2)."""
 _P256_SPKI: Final = bytes.fromhex("3059301306072a8648ce3d020106082a8648ce3d030107034200")
 """What a SubjectPublicKeyInfo on P-256 starts with; the point follows."""
@@ -43,7 +43,7 @@ def tlv(tag: int, *parts: bytes) -> bytes:
 
 def certificate(tbs: bytes, signature: bytes) -> bytes:
     """Join what was signed with its ECDSA signature, itself in DER."""
-    return tlv(_SEQUENCE, tbs, _ECDSA_SHA256, tlv(_BIT_STRING, b"\x00", signature))
+    return tlv(_SEQUENCE, tbs, ECDSA_SHA256, tlv(_BIT_STRING, b"\x00", signature))
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +57,8 @@ class LeafForm:
     @classmethod
     def of(cls, issuer: Issuer) -> "LeafForm":
         """Encode an issuer's part, by the library."""
-        fixed = b"".join(map(_extension, profile.LEAF_EXTENSIONS))
-        return cls(issuer.name.public_bytes(), fixed, _extension(issuer.key_identifier))
+        fixed = b"".join(map(encoded_extension, profile.LEAF_EXTENSIONS))
+        return cls(issuer.name.public_bytes(), fixed, encoded_extension(issuer.key_identifier))
 
     def to_be_signed(self, leaf: Leaf, key: PublicKey) -> bytes:
         """Encode a leaf's TBSCertificate (RFC 5280 §4.1.2)."""
@@ -76,16 +76,17 @@ class LeafForm:
             _SEQUENCE,
             _V3,
             tlv(_INTEGER, leaf.serial.to_bytes(leaf.serial.bit_length() // 8 + 1)),
-            _ECDSA_SHA256,
+            ECDSA_SHA256,
             self.issuer_name,
-            tlv(_SEQUENCE, _time(leaf.validity.not_before), _time(leaf.validity.not_after)),
+            tlv(_SEQUENCE, encoded_time(leaf.validity.not_before), encoded_time(leaf.validity.not_after)),
             subject.public_bytes() if is_named else b"\x30\x00",
             spki,
             tlv(0xA3, extensions),
         )
 
 
-def _extension(extension: x509.Extension[x509.ExtensionType]) -> bytes:
+def encoded_extension(extension: x509.Extension[x509.ExtensionType]) -> bytes:
+    """Write one extension below id-ce (RFC 5280 §4.1)."""
     oid = _oid(extension.oid)
     value = tlv(_OCTET_STRING, extension.value.public_bytes())
     return tlv(_SEQUENCE, oid, _TRUE if extension.critical else b"", value)
@@ -117,7 +118,8 @@ def _san(leaf: Leaf, *, critical: bool) -> bytes:
 
 
 @lru_cache(maxsize=64)  # the leaves of one batch begin and end together
-def _time(moment: datetime) -> bytes:
+def encoded_time(moment: datetime) -> bytes:
+    """Write a time in whole seconds."""
     # RFC 5280 §4.1.2.5: two digits of the year up to 2049, then four.
     year = moment.year % 100 if moment.year < 2050 else moment.year
     tag, width = (_UTC_TIME, 2) if moment.year < 2050 else (_GENERALIZED_TIME, 4)

@@ -25,6 +25,7 @@ from broker.server.authority.profile import Leaf, PublicKey
 from broker.server.authority.x509 import X509Authority
 from broker.server.identity.directory import Directory
 from broker.server.store.ports import Store, Writer
+from broker.server.store.revocation_rows import IssuedSvid
 from broker.spiffe import SpiffeId, TrustDomain
 
 T = TypeVar("T")
@@ -95,6 +96,12 @@ class _Decided:
         chain = self.authority.issue(self.leaf, self.key)
         return SignedX509(self.leaf.spiffe_id, chain, self.leaf.validity.not_after, self.hint)
 
+    def issued(self, agent: str) -> IssuedSvid:
+        """What is kept of it, so that it can be revoked."""
+        leaf = self.leaf
+        end = leaf.validity.not_after
+        return IssuedSvid(self.authority.id, f"{leaf.serial:x}", leaf.spiffe_id, self.entry_id, agent, end)
+
 
 class Signing:
     """The use cases of SVIDs."""
@@ -139,7 +146,8 @@ class Signing:
         records = [_x509_record(one, str(agent), now) for one in decided]
         # The signatures are made while the records are on their way to the disk, and kept back until they are there.
         signed, _ = await asyncio.gather(
-            self._work(lambda: [one.sign() for one in decided], len(decided)), self._store.write(_recorder(records))
+            self._work(lambda: [one.sign() for one in decided], len(decided)),
+            self._store.write(_recorder(records, [one.issued(str(agent)) for one in decided])),
         )
         self._count("x509", len(signed))
         ready = iter(signed)
@@ -170,7 +178,7 @@ class Signing:
         validity = authority.validity(now, ttl or self._rules.x509_ttl)
         leaf = Leaf(spiffe_id, _serial(), validity, tuple(dns_names))
         decided = _Decided(authority, leaf, requested_key(csr_der), "", "")
-        await self._store.write(_recorder([_x509_record(decided, actor, now)]))
+        await self._store.write(_recorder([_x509_record(decided, actor, now)], [decided.issued("")]))
         self._count("x509", 1)
         return decided.sign()
 
@@ -228,10 +236,13 @@ class Signing:
         return await asyncio.get_running_loop().run_in_executor(self._workers, work)
 
 
-def _recorder(records: Sequence[Record]) -> Callable[[Writer], None]:
+def _recorder(records: Sequence[Record], issued: Sequence[IssuedSvid] = ()) -> Callable[[Writer], None]:
     def act(writer: Writer) -> None:
+        seq = 0
         for record in records:
-            writer.record(record)
+            seq = writer.record(record)
+        if issued:
+            writer.add_issued(seq, issued)
 
     return act
 

@@ -11,6 +11,7 @@ from typing import Final
 
 from broker.registry.entry import Entry
 from broker.server.authority.authorities import Authorities
+from broker.server.authority.crl_publisher import CrlPublisher
 from broker.server.identity.bundles import Bundles, PublishedBundle
 from broker.server.identity.changes import ENTRY_KIND, NODE_KIND
 from broker.server.identity.directory import Directory, Remembered
@@ -36,6 +37,7 @@ class Snapshot:
     entries: Sequence[Entry]
     bundles: Sequence[PublishedBundle]
     more: bool
+    crls: Sequence[bytes] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,7 @@ class Delta:
     bundles: Sequence[PublishedBundle]
     deleted_bundles: Sequence[TrustDomain] = ()
     more: bool = False
+    crls: Sequence[bytes] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,15 +110,25 @@ class Watch:
     """The streams of all agents."""
 
     def __init__(
-        self, store: Store, directory: Directory, authorities: Authorities, bundles: Bundles, federated: Federated
+        self,
+        store: Store,
+        directory: Directory,
+        authorities: Authorities,
+        bundles: Bundles,
+        federated: Federated,
+        *,
+        crls: CrlPublisher | None = None,
     ) -> None:
         self._store = store
         self._directory = directory
         self._bundles = bundles
         self._federated = federated
         self._subscriptions: set[_Subscription] = set()
+        self._crls = crls
         authorities.subscribe(self._on_authorities)
         federated.subscribe(self._on_federated)
+        if crls is not None:
+            crls.subscribe(self._on_authorities)
 
     @property
     def streams(self) -> int:
@@ -183,10 +196,13 @@ class Watch:
         # A bundle may be large: each of the others has a page of its own, so that none outgrows a message.
         pages = [*([] for _ in bundles[1:]), *pages]
         told = [*bundles, *(() for _ in pages[len(bundles) :])]
-        return [
+        snapshots = [
             Snapshot(seq, page, with_it, number != len(pages) - 1)
             for number, (page, with_it) in enumerate(zip(pages, told, strict=True))
         ]
+        # The lists may be large: in a page of their own, the first one, so that none outgrows a message.
+        lists = self._lists()
+        return snapshots if lists is None else [Snapshot(seq, (), (), True, lists), *snapshots]
 
     def _wanted_bundles(self, subscription: _Subscription) -> list[PublishedBundle]:
         """Give the bundles that are new for a stream, and note them as told; nothing but what its entries federate with."""
@@ -225,7 +241,12 @@ class Watch:
         if deltas:
             # The cursor moves with the last page only: a stream that breaks in between is resumed from before all of them.
             deltas[-1] = replace(deltas[-1], seq=self._directory.seq)
-        return deltas
+        # After the bundle, under which they are read.
+        lists = self._lists() if own else None
+        return deltas if lists is None else [*deltas, Delta(self._directory.seq, (), (), (), crls=lists)]
+
+    def _lists(self) -> Sequence[bytes] | None:
+        return None if self._crls is None else self._crls.crls
 
     async def _missed(self, agent_id: SpiffeId, cursor: int) -> list[str] | None:
         if self._federated.withdrew_after(cursor):

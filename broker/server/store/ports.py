@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Final, Protocol, TypeVar
 
 from broker.server.store.federation_ports import FederationReads, FederationWrites
+from broker.server.store.revocation_ports import RevocationReads, RevocationWrites
 from broker.server.store.rows import Change
 from broker.server.store.table_ports import (
     AuthorityReads,
@@ -62,6 +63,7 @@ class Reader(
     TaskReads,
     TokenReads,
     FrameReads,
+    RevocationReads,
     Protocol,
 ):
     """All that a read may ask, from one snapshot."""
@@ -78,6 +80,7 @@ class Writer(
     TokenWrites,
     FrameWrites,
     IdempotencyWrites,
+    RevocationWrites,
     Housekeeping,
     Protocol,
 ):
@@ -152,6 +155,8 @@ __all__ = [
     "NodeReads",
     "NodeWrites",
     "Reader",
+    "RevocationReads",
+    "RevocationWrites",
     "SessionReads",
     "SessionWrites",
     "Store",

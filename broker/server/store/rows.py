@@ -127,6 +127,8 @@ class SessionRow:
     not_after: datetime
     started_at: datetime
     ended_at: datetime | None = None
+    serial: str = ""
+    """Of that leaf, in lower hex; empty where the node agent did not tell it."""
 
 
 @dataclass(frozen=True, slots=True)

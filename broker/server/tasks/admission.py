@@ -105,6 +105,8 @@ def admit(writer: Writer, claimed: Claim, now: datetime) -> Admitted:
     actor = claimed.actor
     if actor.not_after <= now:
         raise Refused("the workload's certificate has expired", code="svid_expired")
+    if actor.serial and writer.is_revoked(actor.serial):
+        raise Refused("the workload's SVID was revoked", code="svid_revoked", hint="fetch a new one and ask again")
     if actor.door is Door.AGENT:
         assert actor.agent is not None
         _require_node(writer, actor.agent)
@@ -156,7 +158,9 @@ def _note_session(writer: Writer, actor: Actor, entry: Entry, now: datetime) -> 
     if known is not None and known.ended_at is not None:
         raise _session_ended()
     if known is None or known.x5t != actor.x5t or known.agent != actor.agent or known.entry_id != entry.id:
-        row = SessionRow(actor.session, actor.agent, actor.spiffe_id, entry.id, actor.x5t, actor.not_after, now)
+        row = SessionRow(
+            actor.session, actor.agent, actor.spiffe_id, entry.id, actor.x5t, actor.not_after, now, None, actor.serial
+        )
         try:
             writer.put_session(row)
         except Conflict as error:

@@ -13,7 +13,7 @@ from typing import Final
 from broker.clock import Clock
 from broker.server import failpoints
 from broker.server.store.ports import Store, Writer, making_nothing_due
-from broker.server.store.rows import NewFrame, TokenRow
+from broker.server.store.rows import NewFrame, SessionRow, TokenRow
 from broker.server.tasks import records
 from broker.server.tasks.admission import identify
 from broker.server.tasks.answers import Answers, digest_of
@@ -168,8 +168,11 @@ def end_session(
     agent: SpiffeId,
     now: datetime,
     cause: SessionEnd = SessionEnd.PROCESS_EXITED,
+    by: str = "",
 ) -> bool:
     """End a workload session and every task attached to it; False when it is unknown, another agent's, or over.
+
+    ``by`` says who, where it is not the node agent.
 
     An unsupervised task has no session and outlives its process; the tokens that the process held die with the session's frame.
     """
@@ -190,9 +193,16 @@ def end_session(
     for task in tasks:
         current = writer.task(task.id)
         if current is not None and not current.state.is_terminal:
-            end(writer, current, State.REVOKED, cause.of_tasks, by=str(agent), now=now)
-    writer.record(records.session_ended(known, cause, len(tasks), now))
+            end(writer, current, State.REVOKED, cause.of_tasks, by=by or str(agent), now=now)
+    writer.record(records.session_ended(known, cause, len(tasks), now, by))
     return True
+
+
+def end_revoked(writer: Writer, session: SessionRow, by: str, now: datetime) -> int:
+    """End the session of an SVID that was revoked, with its tasks and tokens; give how many tasks were attached to it."""
+    tasks = len(writer.tasks_of_session(session.id))
+    over = end_session(writer, session.id, agent=session.agent, now=now, cause=SessionEnd.SVID_REVOKED, by=by)
+    return tasks if over else 0
 
 
 class Lifecycle:

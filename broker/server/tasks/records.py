@@ -106,8 +106,8 @@ def session_started(row: SessionRow) -> Record:
     return Record(Event.SESSION_STARTED, row.started_at, str(row.agent), row.id, fields)
 
 
-def session_ended(row: SessionRow, cause: SessionEnd, tasks_ended: int, at: datetime) -> Record:
-    """Record that a workload session is over, why in its node agent's words, and how many tasks went with it."""
+def session_ended(row: SessionRow, cause: SessionEnd, tasks_ended: int, at: datetime, by: str = "") -> Record:
+    """Record that a workload session is over, why, how many tasks went with it, and by whom if not by its node agent."""
     fields: dict[str, FieldValue] = {
         "node": str(row.agent),
         "spiffe_id": str(row.spiffe_id),
@@ -115,7 +115,7 @@ def session_ended(row: SessionRow, cause: SessionEnd, tasks_ended: int, at: date
         "cause": cause.value,
         "tasks_ended": tasks_ended,
     }
-    return Record(Event.SESSION_ENDED, at, str(row.agent), row.id, fields)
+    return Record(Event.SESSION_ENDED, at, by or str(row.agent), row.id, fields)
 
 
 def workload_refused(node: SpiffeId, code: str, uid: int, count: int, at: datetime) -> Record:

@@ -41,7 +41,7 @@ class Door(StrEnum):
 class Actor:
     """The authenticated workload. ``session`` and ``entry_id`` are None where only the certificate is known.
 
-    ``x5t`` and ``not_after`` are of the leaf that it holds now; ``agent`` is the node agent that vouches, None at the HTTPS
+    ``x5t``, ``not_after`` and ``serial`` (lower hex; empty where an older agent did not tell) are of the leaf that it holds now; ``agent`` is the node agent that vouches, None at the HTTPS
     door.
     """
 
@@ -52,6 +52,7 @@ class Actor:
     session: str | None = None
     entry_id: str | None = None
     agent: SpiffeId | None = None
+    serial: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from broker.server.tasks.admission import Vouching
 from broker.server.tasks.lifecycle import end_session
 from broker.spiffe import SpiffeId
 from broker.tasks.causes import SessionEnd
-from broker.tasks.texts import THUMBPRINT, check_id
+from broker.tasks.texts import SERIAL_NUMBER, THUMBPRINT, check_id
 
 MAX_REPORTED: Final = 10_000
 """Sessions in one report: more than a node has processes with an identity."""
@@ -43,12 +43,15 @@ class ReportedSession:
     entry_id: str
     x5t: str
     not_after: datetime
+    serial: str = ""
 
     def __post_init__(self) -> None:
         """Check each field."""
         check_id(self.id, "workload session id")
         if THUMBPRINT.fullmatch(self.x5t) is None:
             raise Invalid("the thumbprint is not a SHA-256 hash in base64url", code="invalid_thumbprint")
+        if SERIAL_NUMBER.fullmatch(self.serial) is None:
+            raise Invalid("the serial number is not one in lower hex", code="invalid_serial")
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +135,18 @@ class Sessions:
         for session in current:
             known = writer.session(session.id)
             row = SessionRow(
-                session.id, agent, session.spiffe_id, session.entry_id, session.x5t, session.not_after, now
+                session.id,
+                agent,
+                session.spiffe_id,
+                session.entry_id,
+                session.x5t,
+                session.not_after,
+                now,
+                serial=session.serial,
             )
+            if row.serial and writer.is_revoked(row.serial):
+                left_out[row.id] = Refused("the session's SVID was revoked", code="svid_revoked")
+                continue
             try:
                 writer.put_session(row)
             except Conflict as error:

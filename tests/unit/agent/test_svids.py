@@ -308,6 +308,36 @@ async def test_an_old_spare_is_replaced_by_tidying() -> None:
         await until(lambda: agent.agent.svids._spares["e1"] is not spare)
 
 
+@pytest.mark.bears("2.5", "2.6")
+async def test_a_revoked_svid_is_replaced_at_once_by_another_session() -> None:
+    async with estate() as agent, agent.workload() as stub:
+        call, first = await stream(stub)
+        await until(lambda: "e1" in agent.agent.svids._spares and agent.agent.reports.is_settled)
+        spare = agent.agent.svids._spares["e1"]
+        (session,) = agent.agent.sessions
+        known_as = session.identities["e1"].id
+        # The spare is on the list, too: it must not be the replacement.
+        agent.server.push_crls(agent.server.ca.crl(serial(first.svids[0]), spare.svid.serial))
+        second = await asyncio.wait_for(call.read(), 5)
+        assert serial(second.svids[0]) not in {serial(first.svids[0]), spare.svid.serial}
+        assert len(second.crl) == 1
+        assert session.identities["e1"].id != known_as
+        await until(lambda: known_as in agent.server.ended)
+        assert agent.server.causes[agent.server.ended.index(known_as)] == "SESSION_END_SVID_REVOKED"
+
+
+async def test_a_list_that_is_none_is_not_believed_and_nothing_is_lost() -> None:
+    async with estate() as agent:
+        first = await agent.x509()
+        forged = FakeCa().crl(serial(first.svids[0]), name=agent.server.ca.name)
+        for der in (b"garbage", forged):
+            watches = len(agent.server.watches)
+            agent.server.push_crls(der)
+            await until(lambda watches=watches: len(agent.server.watches) > watches and agent.agent.sync.is_online)
+            assert agent.server.watches[-1].cursor == 0  # it begins anew
+        assert (await agent.x509()).svids == first.svids
+
+
 @pytest.mark.bears("O02")
 async def test_a_spare_that_was_shared_is_nobodys_own_afterwards() -> None:
     async with estate() as agent:

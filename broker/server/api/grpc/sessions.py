@@ -23,6 +23,7 @@ _CAUSES: Final = {
     sessions_pb2.SESSION_END_ATTESTATION_REFUSED: SessionEnd.ATTESTATION_REFUSED,
     sessions_pb2.SESSION_END_ATTESTATION_LAPSED: SessionEnd.ATTESTATION_LAPSED,
     sessions_pb2.SESSION_END_AGENT_STOPPED: SessionEnd.AGENT_STOPPED,
+    sessions_pb2.SESSION_END_SVID_REVOKED: SessionEnd.SVID_REVOKED,
 }
 
 log = get_logger("sessions")
@@ -56,4 +57,6 @@ def _reported(message: sessions_pb2.WorkloadSession) -> ReportedSession:
     not_after = moment_of(message.not_after)
     if not_after is None:
         raise Invalid("a session's leaf has an end", code="invalid_time")
-    return ReportedSession(message.id, SpiffeId(message.spiffe_id), message.entry_id, message.x5t, not_after)
+    return ReportedSession(
+        message.id, SpiffeId(message.spiffe_id), message.entry_id, message.x5t, not_after, message.serial_number
+    )

@@ -23,7 +23,7 @@ from broker.server.tasks.requests import Actor, Door, IssueRequest, StartRequest
 from broker.spiffe import SpiffeId
 from broker.spiffe.jose import MAX_DATE
 from broker.tasks import Authority, Resource, State, Supervision, Task, effective_state
-from broker.tasks.texts import ID, THUMBPRINT
+from broker.tasks.texts import ID, SERIAL_NUMBER, THUMBPRINT
 
 BINDING: Final = ServiceBinding.of(tasks_pb2.DESCRIPTOR, "Tasks")
 MAX_PAGE: Final = 500
@@ -181,6 +181,8 @@ def _vouched(workload: sessions_pb2.WorkloadSession, caller: Caller) -> Actor:
     agent = agent_of(caller)
     if ID.fullmatch(workload.id) is None or THUMBPRINT.fullmatch(workload.x5t) is None or not workload.entry_id:
         raise Invalid("the workload's session, entry or certificate is missing or malformed", code="workload_missing")
+    if SERIAL_NUMBER.fullmatch(workload.serial_number) is None:
+        raise Invalid("the certificate's serial number is malformed", code="invalid_serial")
     if not 0 < workload.not_after <= MAX_DATE:
         raise Invalid("the end of the workload's certificate is missing", code="workload_missing")
     return Actor(
@@ -191,6 +193,7 @@ def _vouched(workload: sessions_pb2.WorkloadSession, caller: Caller) -> Actor:
         session=workload.id,
         entry_id=workload.entry_id,
         agent=agent.id,
+        serial=workload.serial_number,
     )
 
 

@@ -46,6 +46,7 @@ class Watch:
                         entries=map(registered_entry_message, update.entries),
                         bundles=map(bundle_message, update.bundles),
                         more=update.more,
+                        crls=watch_pb2.CrlSet(crls=update.crls) if update.crls is not None else None,
                     )
                 )
             case Delta():
@@ -55,6 +56,7 @@ class Watch:
                         deleted_ids=update.deleted_ids,
                         bundles=map(bundle_message, update.bundles),
                         deleted_bundles=[name.name for name in update.deleted_bundles],
+                        crls=watch_pb2.CrlSet(crls=update.crls) if update.crls is not None else None,
                     )
                 )
             case Heartbeat():

@@ -39,7 +39,7 @@ def svid_of(request: Request, services: HttpServices) -> X509Svid:
 def actor_of(request: Request, services: HttpServices) -> Actor:
     """Give the workload that calls; raises Refused(code="invalid_client"), Invalid."""
     svid = svid_of(request, services)
-    return Actor(spiffe_id=svid.id, x5t=svid.x5t, not_after=svid.not_after, door=Door.HTTPS)
+    return Actor(spiffe_id=svid.id, x5t=svid.x5t, not_after=svid.not_after, door=Door.HTTPS, serial=f"{svid.serial:x}")
 
 
 def idempotency_key(request: Request) -> str:

@@ -9,6 +9,7 @@ from broker.server.store.tables.frames import FrameReading, FrameWriting
 from broker.server.store.tables.housekeeping import Sweeping
 from broker.server.store.tables.idempotency import IdempotencyWriting
 from broker.server.store.tables.nodes import NodeReading, NodeWriting
+from broker.server.store.tables.revocations import RevocationReading, RevocationWriting
 from broker.server.store.tables.sessions import SessionReading, SessionWriting
 from broker.server.store.tables.tasks import TaskReading, TaskWriting
 from broker.server.store.tables.tokens import TokenReading, TokenWriting
@@ -25,6 +26,7 @@ class SqlReader(
     TaskReading,
     TokenReading,
     FrameReading,
+    RevocationReading,
 ):
     """Everything that can be read, through one connection."""
 
@@ -39,6 +41,7 @@ class SqlWriter(
     TaskWriting,
     TokenWriting,
     IdempotencyWriting,
+    RevocationWriting,
     Sweeping,
 ):
     """Everything that can be read and written, through the writer's connection."""

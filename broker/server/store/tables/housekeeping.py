@@ -17,6 +17,18 @@ _EXPIRED: Final = (
 # Frames say in seconds, as on the wire, until when they matter.
 _FRAMES: Final = "DELETE FROM frames WHERE seq IN (SELECT seq FROM frames WHERE forget_at <= ? LIMIT ?)"
 _SESSIONS: Final = "DELETE FROM sessions WHERE id IN (SELECT id FROM sessions WHERE not_after <= ? LIMIT ?)"
+_ISSUED: Final = "DELETE FROM issued_svids WHERE seq IN (SELECT seq FROM issued_svids WHERE not_after <= ? LIMIT ?)"
+# A revoked certificate stays on its list until one was signed after its end (RFC 5280 §3.3).
+_REVOKED: Final = (
+    (
+        "DELETE FROM revoked_svids WHERE (authority, serial) IN"
+        " (SELECT authority, serial FROM revoked_svids WHERE not_after <= ? LIMIT ?)"
+    ),
+    (
+        "DELETE FROM crls WHERE (authority, indirect) IN"
+        " (SELECT authority, indirect FROM crls WHERE next_update <= ? LIMIT ?)"
+    ),
+)
 # The newest change always stays: the next number is counted from it.
 _CHANGES: Final = (
     "DELETE FROM changes WHERE seq IN"
@@ -45,6 +57,8 @@ class Sweeping(SqlTables):
         gone = sum(self._sql.run(text, (over, limit)) for text in _EXPIRED)
         gone += self._sql.run(_FRAMES, (int(now.timestamp()), limit))
         gone += self._sql.run(_SESSIONS, (long_over, limit))
+        gone += self._sql.run(_ISSUED, (over, limit))
+        gone += sum(self._sql.run(text, (long_over, limit)) for text in _REVOKED)
         gone += self._sql.run(_CHANGES, (CHANGES_KEPT, limit))
         for (root,) in self._sql.rows(_DEAD_TREES, (long_over, long_over, over, limit)):
             gone += sum(self._sql.run(text, (root,)) for text in _TREE)

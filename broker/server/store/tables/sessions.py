@@ -11,7 +11,7 @@ from broker.server.store.sql import Row, Sql, SqlTables, micros, micros_or_none,
 from broker.server.store.tables.known import KEPT_ROWS, Remembered
 from broker.spiffe import SpiffeId
 
-_COLUMNS: Final = "id, agent, spiffe_id, entry_id, x5t, not_after, started_at, ended_at"
+_COLUMNS: Final = "id, agent, spiffe_id, entry_id, x5t, not_after, started_at, ended_at, serial"
 _ONE: Final = f"SELECT {_COLUMNS} FROM sessions WHERE id = ?"
 _BY_X5T: Final = (
     f"SELECT {_COLUMNS} FROM sessions WHERE x5t = ?"
@@ -20,8 +20,8 @@ _BY_X5T: Final = (
 _OF_AGENT: Final = f"SELECT {_COLUMNS} FROM sessions WHERE agent = ? AND ended_at IS NULL ORDER BY started_at, id"
 _OF_ENTRY: Final = f"SELECT {_COLUMNS} FROM sessions WHERE entry_id = ? AND ended_at IS NULL ORDER BY started_at, id"
 _PUT: Final = (
-    f"INSERT INTO sessions ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
-    " ON CONFLICT (id) DO UPDATE SET x5t = excluded.x5t, not_after = excluded.not_after"
+    f"INSERT INTO sessions ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+    " ON CONFLICT (id) DO UPDATE SET x5t = excluded.x5t, not_after = excluded.not_after, serial = excluded.serial"
     " WHERE sessions.ended_at IS NULL AND sessions.agent = excluded.agent"
     " AND sessions.spiffe_id = excluded.spiffe_id AND sessions.entry_id = excluded.entry_id"
 )
@@ -69,6 +69,7 @@ class SessionWriting(SessionReading):
             micros(row.not_after),
             micros(row.started_at),
             micros_or_none(row.ended_at),
+            row.serial,
         )
         if self._sql.run(_PUT, values):
             return
@@ -92,4 +93,5 @@ def _read(row: Row) -> SessionRow:
         not_after=moment(row[5]),
         started_at=moment(row[6]),
         ended_at=moment_or_none(row[7]),
+        serial=row[8],
     )

@@ -16,6 +16,7 @@ from broker.attestation.contract import AttestedNode, Evidence
 from broker.keys import MemoryKeys
 from broker.registry.entry import Entry
 from broker.server.authority.authorities import Authorities
+from broker.server.authority.crl_publisher import CrlPublisher
 from broker.server.authority.journal import Journal
 from broker.server.authority.rotation import Rotation, RotationRules
 from broker.server.authority.upstream import SelfSigned
@@ -27,10 +28,12 @@ from broker.server.identity.federated import Federated
 from broker.server.identity.join_tokens import JoinTokens
 from broker.server.identity.nodes import Nodes, put_node
 from broker.server.identity.relationships import Relationships
+from broker.server.identity.revocation import Revocation
 from broker.server.identity.signing import Signing, SigningRules
 from broker.server.identity.watch import Watch
 from broker.server.store.rows import AuthorityKind, Node
 from broker.server.store.sqlite import SqliteStore
+from broker.server.tasks.lifecycle import end_revoked
 from broker.spiffe import Selector, SpiffeId, X509Svid, verify_x509_svid
 from tests.unit.server.authority.world import DOMAIN, StandingClock
 
@@ -75,6 +78,9 @@ class World:
     federated: Federated
     relationships: Relationships
     watch: Watch
+    publisher: CrlPublisher
+    revocation: Revocation
+    keys: MemoryKeys
     attestor: ScriptedAttestor
 
     async def add(self, path: str, parent: SpiffeId = AGENT, **fields: Any) -> Entry:
@@ -140,6 +146,16 @@ async def world(
         await federated.load(store)
         bundles = Bundles(store, authorities, rotation, federated, clock, trust_domain=DOMAIN)
         nodes = Nodes(store, known, clock)
+        publisher = CrlPublisher(store, keys, authorities, clock)
+        revocation = Revocation(
+            store,
+            clock,
+            trust_domain=DOMAIN,
+            directory=known,
+            authorities=authorities,
+            publisher=publisher,
+            end_session=end_revoked,
+        )
         attestor = ScriptedAttestor()
         with ThreadPoolExecutor(1) as workers:
             yield World(
@@ -178,5 +194,8 @@ async def world(
                 federated=federated,
                 relationships=Relationships(store, federated, clock, DOMAIN),
                 watch=Watch(store, known, authorities, bundles, federated),
+                publisher=publisher,
+                revocation=revocation,
+                keys=keys,
                 attestor=attestor,
             )

@@ -3,25 +3,27 @@ from broker._proto.pool import load as _load
 
 DESCRIPTOR = _load(
     b'\n\x1fbroker/server/v1/sessions.proto\x12\x10broker.server'
-    b'.v1"\x88\x01\n\x0fWorkloadSession\x12\x0e\n\x02id\x18\x01 \x01(\tR\x02id\x12\x1b\n\tspiff'
+    b'.v1"\xad\x01\n\x0fWorkloadSession\x12\x0e\n\x02id\x18\x01 \x01(\tR\x02id\x12\x1b\n\tspiff'
     b'e_id\x18\x02 \x01(\tR\x08spiffeId\x12\x19\n\x08entry_id\x18\x03 \x01(\tR\x07entryId\x12'
-    b'\x10\n\x03x5t\x18\x04 \x01(\tR\x03x5t\x12\x1b\n\tnot_after\x18\x05 \x01(\x03R\x08notAfter"\xcc'
-    b'\x02\n\x15ReportSessionsRequest\x12;\n\x07current\x18\x01 \x03(\x0b2!.brok'
-    b'er.server.v1.WorkloadSessionR\x07current\x12\x14\n\x05ended\x18\x02'
-    b' \x03(\tR\x05ended\x12K\n\x06causes\x18\x03 \x03(\x0b23.broker.server.v1.R'
-    b'eportSessionsRequest.CausesEntryR\x06causes\x12:\n\x07refu'
-    b'sed\x18\x04 \x03(\x0b2 .broker.server.v1.RefusedCallersR\x07ref'
-    b'used\x1aW\n\x0bCausesEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x122\n\x05value\x18\x02'
-    b' \x01(\x0e2\x1c.broker.server.v1.SessionEndR\x05value:\x028\x01"L\n'
-    b'\x0eRefusedCallers\x12\x12\n\x04code\x18\x01 \x01(\tR\x04code\x12\x10\n\x03uid\x18\x02 \x01(\x03'
-    b'R\x03uid\x12\x14\n\x05count\x18\x03 \x01(\x04R\x05count"\x18\n\x16ReportSessionsRes'
-    b'ponse*\xf4\x01\n\nSessionEnd\x12\x1e\n\x1aSESSION_END_PROCESS_EXIT'
-    b'ED\x10\x00\x12\x1f\n\x1bSESSION_END_PROCESS_CHANGED\x10\x01\x12!\n\x1dSESSION'
-    b'_END_SELECTORS_CHANGED\x10\x02\x12\x1a\n\x16SESSION_END_ENTRY_GO'
-    b'NE\x10\x03\x12#\n\x1fSESSION_END_ATTESTATION_REFUSED\x10\x04\x12"\n\x1eSES'
-    b'SION_END_ATTESTATION_LAPSED\x10\x05\x12\x1d\n\x19SESSION_END_AGE'
-    b"NT_STOPPED\x10\x062o\n\x08Sessions\x12c\n\x0eReportSessions\x12'.bro"
-    b'ker.server.v1.ReportSessionsRequest\x1a(.broker.ser'
-    b'ver.v1.ReportSessionsResponseb\x06proto3',
+    b'\x10\n\x03x5t\x18\x04 \x01(\tR\x03x5t\x12\x1b\n\tnot_after\x18\x05 \x01(\x03R\x08notAfter\x12#'
+    b'\n\rserial_number\x18\x06 \x01(\tR\x0cserialNumber"\xcc\x02\n\x15ReportSe'
+    b'ssionsRequest\x12;\n\x07current\x18\x01 \x03(\x0b2!.broker.server.v'
+    b'1.WorkloadSessionR\x07current\x12\x14\n\x05ended\x18\x02 \x03(\tR\x05ended'
+    b'\x12K\n\x06causes\x18\x03 \x03(\x0b23.broker.server.v1.ReportSessio'
+    b'nsRequest.CausesEntryR\x06causes\x12:\n\x07refused\x18\x04 \x03(\x0b2 '
+    b'.broker.server.v1.RefusedCallersR\x07refused\x1aW\n\x0bCau'
+    b'sesEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x122\n\x05value\x18\x02 \x01(\x0e2\x1c.brok'
+    b'er.server.v1.SessionEndR\x05value:\x028\x01"L\n\x0eRefusedCal'
+    b'lers\x12\x12\n\x04code\x18\x01 \x01(\tR\x04code\x12\x10\n\x03uid\x18\x02 \x01(\x03R\x03uid\x12\x14\n\x05co'
+    b'unt\x18\x03 \x01(\x04R\x05count"\x18\n\x16ReportSessionsResponse*\x92\x02\n\nS'
+    b'essionEnd\x12\x1e\n\x1aSESSION_END_PROCESS_EXITED\x10\x00\x12\x1f\n\x1bSES'
+    b'SION_END_PROCESS_CHANGED\x10\x01\x12!\n\x1dSESSION_END_SELECT'
+    b'ORS_CHANGED\x10\x02\x12\x1a\n\x16SESSION_END_ENTRY_GONE\x10\x03\x12#\n\x1fSES'
+    b'SION_END_ATTESTATION_REFUSED\x10\x04\x12"\n\x1eSESSION_END_AT'
+    b'TESTATION_LAPSED\x10\x05\x12\x1d\n\x19SESSION_END_AGENT_STOPPED\x10'
+    b'\x06\x12\x1c\n\x18SESSION_END_SVID_REVOKED\x10\x072o\n\x08Sessions\x12c\n\x0eR'
+    b"eportSessions\x12'.broker.server.v1.ReportSessionsR"
+    b'equest\x1a(.broker.server.v1.ReportSessionsResponse'
+    b'b\x06proto3',
     globals(),
 )

@@ -18,6 +18,7 @@ class SessionEnd(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SESSION_END_ATTESTATION_REFUSED: _ClassVar[SessionEnd]
     SESSION_END_ATTESTATION_LAPSED: _ClassVar[SessionEnd]
     SESSION_END_AGENT_STOPPED: _ClassVar[SessionEnd]
+    SESSION_END_SVID_REVOKED: _ClassVar[SessionEnd]
 SESSION_END_PROCESS_EXITED: SessionEnd
 SESSION_END_PROCESS_CHANGED: SessionEnd
 SESSION_END_SELECTORS_CHANGED: SessionEnd
@@ -25,20 +26,23 @@ SESSION_END_ENTRY_GONE: SessionEnd
 SESSION_END_ATTESTATION_REFUSED: SessionEnd
 SESSION_END_ATTESTATION_LAPSED: SessionEnd
 SESSION_END_AGENT_STOPPED: SessionEnd
+SESSION_END_SVID_REVOKED: SessionEnd
 
 class WorkloadSession(_message.Message):
-    __slots__ = ("id", "spiffe_id", "entry_id", "x5t", "not_after")
+    __slots__ = ("id", "spiffe_id", "entry_id", "x5t", "not_after", "serial_number")
     ID_FIELD_NUMBER: _ClassVar[int]
     SPIFFE_ID_FIELD_NUMBER: _ClassVar[int]
     ENTRY_ID_FIELD_NUMBER: _ClassVar[int]
     X5T_FIELD_NUMBER: _ClassVar[int]
     NOT_AFTER_FIELD_NUMBER: _ClassVar[int]
+    SERIAL_NUMBER_FIELD_NUMBER: _ClassVar[int]
     id: str
     spiffe_id: str
     entry_id: str
     x5t: str
     not_after: int
-    def __init__(self, id: _Optional[str] = ..., spiffe_id: _Optional[str] = ..., entry_id: _Optional[str] = ..., x5t: _Optional[str] = ..., not_after: _Optional[int] = ...) -> None: ...
+    serial_number: str
+    def __init__(self, id: _Optional[str] = ..., spiffe_id: _Optional[str] = ..., entry_id: _Optional[str] = ..., x5t: _Optional[str] = ..., not_after: _Optional[int] = ..., serial_number: _Optional[str] = ...) -> None: ...
 
 class ReportSessionsRequest(_message.Message):
     __slots__ = ("current", "ended", "causes", "refused")

@@ -12,16 +12,18 @@ DESCRIPTOR = _load(
     b'ot\x18\x03 \x01(\x0b2\x1f.broker.server.v1.WatchSnapshotH\x00R\x08sna'
     b'pshot\x124\n\x05delta\x18\x04 \x01(\x0b2\x1c.broker.server.v1.WatchDel'
     b'taH\x00R\x05delta\x12@\n\theartbeat\x18\x05 \x01(\x0b2 .broker.server.v'
-    b'1.WatchHeartbeatH\x00R\theartbeatB\x06\n\x04kind"\x93\x01\n\rWatchS'
+    b'1.WatchHeartbeatH\x00R\theartbeatB\x06\n\x04kind"\xc1\x01\n\rWatchS'
     b'napshot\x12;\n\x07entries\x18\x01 \x03(\x0b2!.broker.server.v1.Regi'
     b'steredEntryR\x07entries\x121\n\x07bundles\x18\x02 \x03(\x0b2\x17.spire.ap'
-    b'i.types.BundleR\x07bundles\x12\x12\n\x04more\x18\x03 \x01(\x08R\x04more"\xc8\x01\n\n'
-    b'WatchDelta\x12=\n\x08upserted\x18\x01 \x03(\x0b2!.broker.server.v1.'
-    b'RegisteredEntryR\x08upserted\x12\x1f\n\x0bdeleted_ids\x18\x02 \x03(\tR\n'
-    b'deletedIds\x121\n\x07bundles\x18\x03 \x03(\x0b2\x17.spire.api.types.Bu'
-    b"ndleR\x07bundles\x12'\n\x0fdeleted_bundles\x18\x04 \x03(\tR\x0edeletedB"
-    b'undles"\x10\n\x0eWatchHeartbeat2S\n\x05Watch\x12J\n\x05Watch\x12\x1e.bro'
-    b'ker.server.v1.WatchRequest\x1a\x1f.broker.server.v1.Wa'
-    b'tchResponse0\x01b\x06proto3',
+    b'i.types.BundleR\x07bundles\x12\x12\n\x04more\x18\x03 \x01(\x08R\x04more\x12,\n\x04c'
+    b'rls\x18\x04 \x01(\x0b2\x18.broker.server.v1.CrlSetR\x04crls"\xf6\x01\n\nWa'
+    b'tchDelta\x12=\n\x08upserted\x18\x01 \x03(\x0b2!.broker.server.v1.Re'
+    b'gisteredEntryR\x08upserted\x12\x1f\n\x0bdeleted_ids\x18\x02 \x03(\tR\nde'
+    b'letedIds\x121\n\x07bundles\x18\x03 \x03(\x0b2\x17.spire.api.types.Bund'
+    b"leR\x07bundles\x12'\n\x0fdeleted_bundles\x18\x04 \x03(\tR\x0edeletedBun"
+    b'dles\x12,\n\x04crls\x18\x05 \x01(\x0b2\x18.broker.server.v1.CrlSetR\x04cr'
+    b'ls"\x1c\n\x06CrlSet\x12\x12\n\x04crls\x18\x01 \x03(\x0cR\x04crls"\x10\n\x0eWatchHeartbe'
+    b'at2S\n\x05Watch\x12J\n\x05Watch\x12\x1e.broker.server.v1.WatchReq'
+    b'uest\x1a\x1f.broker.server.v1.WatchResponse0\x01b\x06proto3',
     globals(),
 )

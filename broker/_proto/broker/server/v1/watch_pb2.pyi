@@ -33,26 +33,36 @@ class WatchResponse(_message.Message):
     def __init__(self, seq: _Optional[int] = ..., store: _Optional[str] = ..., snapshot: _Optional[_Union[WatchSnapshot, _Mapping[str, _Anything]]] = ..., delta: _Optional[_Union[WatchDelta, _Mapping[str, _Anything]]] = ..., heartbeat: _Optional[_Union[WatchHeartbeat, _Mapping[str, _Anything]]] = ...) -> None: ...
 
 class WatchSnapshot(_message.Message):
-    __slots__ = ("entries", "bundles", "more")
+    __slots__ = ("entries", "bundles", "more", "crls")
     ENTRIES_FIELD_NUMBER: _ClassVar[int]
     BUNDLES_FIELD_NUMBER: _ClassVar[int]
     MORE_FIELD_NUMBER: _ClassVar[int]
+    CRLS_FIELD_NUMBER: _ClassVar[int]
     entries: _containers.RepeatedCompositeFieldContainer[_entries_pb2.RegisteredEntry]
     bundles: _containers.RepeatedCompositeFieldContainer[_bundle_pb2.Bundle]
     more: bool
-    def __init__(self, entries: _Optional[_Iterable[_Union[_entries_pb2.RegisteredEntry, _Mapping[str, _Anything]]]] = ..., bundles: _Optional[_Iterable[_Union[_bundle_pb2.Bundle, _Mapping[str, _Anything]]]] = ..., more: _Optional[bool] = ...) -> None: ...
+    crls: CrlSet
+    def __init__(self, entries: _Optional[_Iterable[_Union[_entries_pb2.RegisteredEntry, _Mapping[str, _Anything]]]] = ..., bundles: _Optional[_Iterable[_Union[_bundle_pb2.Bundle, _Mapping[str, _Anything]]]] = ..., more: _Optional[bool] = ..., crls: _Optional[_Union[CrlSet, _Mapping[str, _Anything]]] = ...) -> None: ...
 
 class WatchDelta(_message.Message):
-    __slots__ = ("upserted", "deleted_ids", "bundles", "deleted_bundles")
+    __slots__ = ("upserted", "deleted_ids", "bundles", "deleted_bundles", "crls")
     UPSERTED_FIELD_NUMBER: _ClassVar[int]
     DELETED_IDS_FIELD_NUMBER: _ClassVar[int]
     BUNDLES_FIELD_NUMBER: _ClassVar[int]
     DELETED_BUNDLES_FIELD_NUMBER: _ClassVar[int]
+    CRLS_FIELD_NUMBER: _ClassVar[int]
     upserted: _containers.RepeatedCompositeFieldContainer[_entries_pb2.RegisteredEntry]
     deleted_ids: _containers.RepeatedScalarFieldContainer[str]
     bundles: _containers.RepeatedCompositeFieldContainer[_bundle_pb2.Bundle]
     deleted_bundles: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, upserted: _Optional[_Iterable[_Union[_entries_pb2.RegisteredEntry, _Mapping[str, _Anything]]]] = ..., deleted_ids: _Optional[_Iterable[str]] = ..., bundles: _Optional[_Iterable[_Union[_bundle_pb2.Bundle, _Mapping[str, _Anything]]]] = ..., deleted_bundles: _Optional[_Iterable[str]] = ...) -> None: ...
+    crls: CrlSet
+    def __init__(self, upserted: _Optional[_Iterable[_Union[_entries_pb2.RegisteredEntry, _Mapping[str, _Anything]]]] = ..., deleted_ids: _Optional[_Iterable[str]] = ..., bundles: _Optional[_Iterable[_Union[_bundle_pb2.Bundle, _Mapping[str, _Anything]]]] = ..., deleted_bundles: _Optional[_Iterable[str]] = ..., crls: _Optional[_Union[CrlSet, _Mapping[str, _Anything]]] = ...) -> None: ...
+
+class CrlSet(_message.Message):
+    __slots__ = ("crls",)
+    CRLS_FIELD_NUMBER: _ClassVar[int]
+    crls: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, crls: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class WatchHeartbeat(_message.Message):
     __slots__ = ()
