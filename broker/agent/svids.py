@@ -1,9 +1,10 @@
 """Keeps the SVIDs of every session: its own keys, rotation at half-life, and one signed spare per entry lately used.
 
 The spare makes the first answer instant: it is handed to one new session, then replaced. While the server is away a new
-session may share it, which is marked, reported to nobody, and replaced when the server is back. An SVID that has expired or
-was revoked, or whose authority is no longer trusted, is never handed out. A process whose SVID was revoked goes on with a new
-key as another session: what hangs on the old one has ended.
+session may share it, which is marked, reported to nobody, and replaced when the server is back. An entry may say that it wants
+no spare, or a new JWT-SVID for each call (SPIRE's additional attributes). An SVID that has expired or was revoked, or whose
+authority is no longer trusted, is never handed out. A process whose SVID was revoked goes on with a new key as another
+session: what hangs on the old one has ended.
 """
 
 import asyncio
@@ -190,7 +191,7 @@ class SvidKeeper:
         return spare
 
     def _shareable(self, entry: Entry) -> X509Holding | None:
-        spare = self._spares.get(entry.id)
+        spare = None if entry.disable_x509_svid_prefetch else self._spares.get(entry.id)
         if spare is None or not self._share_when_offline or spare.entry.spiffe_id != entry.spiffe_id:
             return None
         return spare if spare.is_valid(self._cache, self._clock.now()) else None
@@ -207,7 +208,11 @@ class SvidKeeper:
 
     def _refill(self, entry: Entry) -> None:
         spare = self._spares.get(entry.id)
-        if entry.id in self._refilling or (spare is None and len(self._spares) >= MAX_SPARES):
+        if (
+            entry.disable_x509_svid_prefetch
+            or entry.id in self._refilling
+            or (spare is None and len(self._spares) >= MAX_SPARES)
+        ):
             return
         if spare is not None and not spare.shared and spare.is_fresh(entry, self._cache, self._clock.now()):
             return
@@ -235,7 +240,7 @@ class SvidKeeper:
         now = self._clock.now()
         for entry_id, used_at in list(self._used_at.items()):
             entry = self._cache.entry(entry_id)
-            if entry is None or now - used_at > SPARE_UNUSED:
+            if entry is None or entry.disable_x509_svid_prefetch or now - used_at > SPARE_UNUSED:
                 del self._used_at[entry_id]
                 self._spares.pop(entry_id, None)
             elif self._is_online():
@@ -279,6 +284,8 @@ class SvidKeeper:
 
     def cached_jwt(self, session: WorkloadSession, entry: Entry, audiences: tuple[str, ...]) -> JwtHolding | None:
         """Give the session's own token for these sorted audiences while it is before its half-life: no waiting."""
+        if entry.jwt_svid_include_jti:
+            return None  # its readers take each token once
         held = session.jwts.get((entry.id, audiences))
         if held is None or not held.is_fresh(entry, self._cache, self._clock.now()):
             return None
@@ -287,6 +294,8 @@ class SvidKeeper:
 
     async def jwt(self, session: WorkloadSession, entry: Entry, audiences: tuple[str, ...]) -> JwtHolding:
         """Give the session's token for these sorted audiences, signing one where needed; raises what the server said."""
+        if entry.jwt_svid_include_jti:
+            return await self._signing.jwt(entry, audiences)
         if (fresh := self.cached_jwt(session, entry, audiences)) is not None:
             return fresh
         held = session.jwts.get((entry.id, audiences))

@@ -52,6 +52,8 @@ def entry(message: entries_pb2.RegisteredEntry, trust_domain: TrustDomain) -> En
         may_start_tasks=message.may_start_tasks,
         description=message.description,
         owner=message.owner,
+        disable_x509_svid_prefetch=told.additional_attributes.disable_x509_svid_prefetch,
+        jwt_svid_include_jti=told.additional_attributes.jwt_svid_include_jti,
     ).validated(trust_domain)
 
 
@@ -96,6 +98,9 @@ def entry_message(entry: Entry) -> entries_pb2.RegisteredEntry:
         store_svid=entry.store_svid,
         hint=entry.hint,
     )
+    if entry.disable_x509_svid_prefetch or entry.jwt_svid_include_jti:
+        told.additional_attributes.disable_x509_svid_prefetch = entry.disable_x509_svid_prefetch
+        told.additional_attributes.jwt_svid_include_jti = entry.jwt_svid_include_jti
     return entries_pb2.RegisteredEntry(
         entry=told,
         allowed_audiences=entry.allowed_audiences,

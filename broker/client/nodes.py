@@ -29,14 +29,35 @@ class Nodes:
         token: jointoken_pb2.JoinToken = await self._agent.call("CreateJoinToken", request)
         return token
 
-    async def list(self) -> Sequence[types_agent_pb2.Agent]:
-        """Give all attested nodes, page by page."""
+    async def list(self, wanted: agent_pb2.ListAgentsRequest.Filter | None = None) -> Sequence[types_agent_pb2.Agent]:
+        """Give the attested nodes, all or those that fit, page by page."""
         found: list[types_agent_pb2.Agent] = []
         token = ""
         while True:
-            request = agent_pb2.ListAgentsRequest(page_size=PAGE_SIZE, page_token=token)
+            request = agent_pb2.ListAgentsRequest(filter=wanted, page_size=PAGE_SIZE, page_token=token)
             page: agent_pb2.ListAgentsResponse = await self._agent.call("ListAgents", request)
             found.extend(page.agents)
             token = page.next_page_token
             if not token:
                 return found
+
+    async def count(self, wanted: agent_pb2.CountAgentsRequest.Filter | None = None) -> int:
+        """Count the attested nodes, all or those that fit."""
+        answer: agent_pb2.CountAgentsResponse = await self._agent.call(
+            "CountAgents", agent_pb2.CountAgentsRequest(filter=wanted)
+        )
+        return answer.count
+
+    async def get(self, agent_id: SpiffeId) -> types_agent_pb2.Agent:
+        """Give one node; raises NotFound."""
+        request = agent_pb2.GetAgentRequest(id=spiffe_id_message(agent_id))
+        agent: types_agent_pb2.Agent = await self._agent.call("GetAgent", request)
+        return agent
+
+    async def ban(self, agent_id: SpiffeId) -> None:
+        """Refuse a node's agent from now on, also when it attests again; raises NotFound."""
+        await self._agent.call("BanAgent", agent_pb2.BanAgentRequest(id=spiffe_id_message(agent_id)))
+
+    async def evict(self, agent_id: SpiffeId) -> None:
+        """Forget a node: its agent serves nobody until it attests again; raises NotFound."""
+        await self._agent.call("DeleteAgent", agent_pb2.DeleteAgentRequest(id=spiffe_id_message(agent_id)))

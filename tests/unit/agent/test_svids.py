@@ -273,6 +273,45 @@ async def test_jwt_svids_are_cached_per_session_and_audience_set_until_half_life
         agent.server.sign_gate.set()
 
 
+def with_attributes(**attributes: bool):
+    entry = entry_message("e1", "/wl/me", [ME])
+    for name, value in attributes.items():
+        setattr(entry.entry.additional_attributes, name, value)
+    return entry
+
+
+async def test_an_entry_that_wants_a_new_token_each_time_gets_one_and_no_old_one() -> None:
+    async with estate(entries=[with_attributes(jwt_svid_include_jti=True)]) as agent:
+        together = await asyncio.gather(*(agent.jwt("a") for _ in range(4)))
+        assert len({one.svids[0].svid for one in together}) == 4
+        assert (await agent.jwt("a")).svids[0].svid != (await agent.jwt("a")).svids[0].svid
+        assert agent.server.jwts_signed == 6
+        await agent.server.listener.stop()
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await agent.jwt("a")
+        assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
+
+
+async def test_an_entry_without_prefetch_has_no_spare() -> None:
+    entry = with_attributes(disable_x509_svid_prefetch=True)
+    async with estate(entries=[entry, entry_message("e2", "/wl/two", [ME])]) as agent:
+        assert len((await agent.x509()).svids) == 2
+        await until(lambda: "e2" in agent.agent.svids._spares)
+        assert set(agent.agent.svids._spares) == {"e2"}
+        assert (await of_another_process(agent)).svids[0].spiffe_id == "spiffe://example.org/wl/me"
+
+
+async def test_a_spare_goes_when_its_entry_wants_none_any_more() -> None:
+    async with estate() as agent:
+        await agent.x509()
+        await until(lambda: "e1" in agent.agent.svids._spares)
+        agent.server.put(with_attributes(disable_x509_svid_prefetch=True))
+        await until(lambda: agent.agent.cache.entry("e1").disable_x509_svid_prefetch)
+        agent.agent.svids.tidy()
+        assert agent.agent.svids._spares == {}
+        assert agent.agent.svids.kept() == ()
+
+
 @pytest.mark.bears("O06")
 async def test_a_server_that_hangs_does_not_hold_an_open_stream_from_ending(monkeypatch) -> None:
     async with estate() as agent, agent.workload() as stub:

@@ -15,6 +15,8 @@ def test_an_entry_keeps_every_field() -> None:
     )  # fmt: skip
     message.entry.expires_at = 1_900_000_000
     message.entry.dns_names.append("a.example")
+    message.entry.additional_attributes.disable_x509_svid_prefetch = True
+    message.entry.additional_attributes.jwt_svid_include_jti = True
     entry = wire.entry(message, TD)
     assert (str(entry.spiffe_id), entry.hint, entry.revision, entry.x509_svid_ttl) == (
         "spiffe://example.org/a",
@@ -26,6 +28,9 @@ def test_an_entry_keeps_every_field() -> None:
     assert (entry.may_start_tasks, entry.description, entry.owner, entry.allowed_audiences) == (True, "d", "o", {"x"})
     assert entry.expires_at.timestamp() == 1_900_000_000
     assert entry.dns_names == ("a.example",)
+    assert entry.disable_x509_svid_prefetch
+    assert entry.jwt_svid_include_jti
+    assert wire.entry(wire.entry_message(entry), TD) == entry
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import grpc.aio
 import pytest
 
 from broker._proto.broker.server.v1 import entries_pb2, tasks_pb2
+from broker._proto.google.protobuf import empty_pb2
 from broker._proto.grpc.health.v1 import health_pb2
 from broker._proto.service import ServiceBinding, handler
 from broker._proto.spire.api.server.agent.v1 import agent_pb2
@@ -59,6 +60,10 @@ class FakeEntries:
 class FakeNodes:
     """Gives what it is asked for."""
 
+    def __init__(self) -> None:
+        self.banned: set[str] = set()
+        self.gone: set[str] = set()
+
     async def CreateJoinToken(self, request, context):
         return jointoken_pb2.JoinToken(
             value=f"{request.agent_id.trust_domain}{request.agent_id.path}", expires_at=request.ttl
@@ -67,7 +72,25 @@ class FakeNodes:
     async def ListAgents(self, request, context):
         page = int(request.page_token or "0")
         agents = [types_agent_pb2.Agent(attestation_type=f"page-{page}")]
-        return agent_pb2.ListAgentsResponse(agents=agents, next_page_token="" if page == 2 else str(page + 1))
+        assert request.filter.by_attestation_type in {"", "tpm"}
+        last = 0 if request.filter.by_attestation_type else 2
+        return agent_pb2.ListAgentsResponse(agents=agents, next_page_token="" if page == last else str(page + 1))
+
+    async def CountAgents(self, request, context):
+        return agent_pb2.CountAgentsResponse(count=1 if request.filter.by_banned.value else 3)
+
+    async def GetAgent(self, request, context):
+        if request.id.path in self.gone:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "agent not found")
+        return types_agent_pb2.Agent(id=request.id, banned=request.id.path in self.banned)
+
+    async def BanAgent(self, request, context):
+        self.banned.add(request.id.path)
+        return empty_pb2.Empty()
+
+    async def DeleteAgent(self, request, context):
+        self.gone.add(request.id.path)
+        return empty_pb2.Empty()
 
 
 class FakeTasks:
@@ -138,6 +161,18 @@ async def test_nodes(served: tuple[grpc.aio.Channel, FakeHealth]) -> None:
     assert (token.value, token.expires_at) == ("a.test/node", 600)
     assert (await nodes.create_join_token(ttl=1)).value == ""
     assert [one.attestation_type for one in await nodes.list()] == ["page-0", "page-1", "page-2"]
+    only = agent_pb2.ListAgentsRequest.Filter(by_attestation_type="tpm")
+    assert len(await nodes.list(only)) == 1
+    banned = agent_pb2.CountAgentsRequest.Filter()
+    banned.by_banned.value = True
+    assert (await nodes.count(), await nodes.count(banned)) == (3, 1)
+    one = SpiffeId("spiffe://a.test/spire/agent/x")
+    assert not (await nodes.get(one)).banned
+    await nodes.ban(one)
+    assert (await nodes.get(one)).banned
+    await nodes.evict(one)
+    with pytest.raises(NotFound, match="agent not found"):
+        await nodes.get(one)
 
 
 async def test_tasks(served: tuple[grpc.aio.Channel, FakeHealth]) -> None:
