@@ -14,7 +14,7 @@ from broker.cli.options import Noun, Settings
 from broker.cli.output import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, Format, report, report_usage
 
 NOUNS: Final[Mapping[str, tuple[str, str]]] = {
-    "agent": ("broker.cli.agent", "The node agent."),
+    "agent": ("broker.cli.agent", "The node agent: one here, and all that the server knows."),
     "authority": ("broker.cli.authority", "The keys that sign: seen, and rotated by hand."),
     "bundle": ("broker.cli.bundle", "Trust bundles: the own, and those of other trust domains."),
     "config": ("broker.cli.config", "The settings of server and agent."),
@@ -26,7 +26,7 @@ NOUNS: Final[Mapping[str, tuple[str, str]]] = {
     "join-token": ("broker.cli.join_token", "One-time tokens by which a node joins."),
     "run": ("broker.cli.run", "Launch a program under a name that the agent can attest."),
     "server": ("broker.cli.server", "The server."),
-    "svid": ("broker.cli.svid", "This process's identity documents; and revoking those of others."),
+    "svid": ("broker.cli.svid", "This process's identity documents; minting and revoking others."),
     "task": ("broker.cli.task", "Tasks: start, see and end them."),
     "token": ("broker.cli.token", "Task tokens: look into them, verify them."),
     "version": ("broker.cli.version", "The version."),

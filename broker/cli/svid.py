@@ -1,17 +1,22 @@
-"""``broker svid``: what the node agent gives to this very process, and ``revoke`` for operators. Holds nothing."""
+"""``broker svid``: what the node agent gives to this very process; ``mint`` and ``revoke`` for operators. Holds nothing."""
 
-import hashlib
+import json
 import os
-import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
+from broker.cli import svid_mint
+from broker.cli.credential_files import CredentialDirectory, NewFile
+from broker.cli.credential_formats import FORMATS, Fetched, google_failure
 from broker.cli.inputs import read_token
-from broker.cli.options import SPIFFE_ID, noun, option, settings
-from broker.cli.output import Column, Shape, moment
+from broker.cli.options import SPIFFE_ID, Settings, noun, option, settings
+from broker.cli.output import EXIT_OK, Column, Shape, exit_code_of
 from broker.cli.svid_revoke import revoke
+from broker.cli.svid_texts import expiry_of, jwt_row, key_pem, pem, x509_row
+from broker.cli.svid_watch import watch
 
 X509 = Shape(
     "x509_svid",
@@ -40,8 +45,10 @@ VALID = Shape(
     name="spiffe_id",
 )
 
-COMMAND = noun("svid", "This process's identity documents; and revoking those of others.")
+COMMAND = noun("svid", "This process's identity documents; minting and revoking others.")
 COMMAND.add_command(revoke)
+COMMAND.add_command(svid_mint.add(X509, JWT))
+COMMAND.add_command(watch)
 
 
 @COMMAND.command("x509")
@@ -53,6 +60,7 @@ def x509(write: Path | None) -> None:
     from broker._proto.service import ServiceBinding  # noqa: PLC0415 - imports gRPC
     from broker._proto.spiffe import workload_pb2  # noqa: PLC0415
     from broker.cli.connections import first_of, with_agent  # noqa: PLC0415
+    from broker.spiffe.x509svid import split_der  # noqa: PLC0415
 
     here = settings()
     binding = ServiceBinding.of(workload_pb2.DESCRIPTOR, "SpiffeWorkloadAPI")
@@ -61,10 +69,11 @@ def x509(write: Path | None) -> None:
         return await first_of(channel, binding, "FetchX509SVID", workload_pb2.X509SVIDRequest(), timeout=here.timeout)
 
     answer = with_agent(here, act)
-    rows = [_x509_row(svid) for svid in answer.svids]
+    rows = [x509_row(svid.spiffe_id, split_der(svid.x509_svid), pem(svid.bundle), svid.hint) for svid in answer.svids]
     if write is not None and not here.dry_run:
-        for number, svid in enumerate(answer.svids):
-            rows[number]["files"] = _write(write, number, svid)
+        with CredentialDirectory.opened(write) as directory:
+            for number, svid in enumerate(answer.svids):
+                rows[number]["files"] = _write(directory, number, svid, rows[number])
     here.shown.many(X509, rows)
     here.shown.next(
         "broker svid jwt --audience A" if write else "broker svid x509 --write DIR saves them with their keys"
@@ -74,16 +83,46 @@ def x509(write: Path | None) -> None:
 @COMMAND.command("jwt")
 @option("--audience", spire=["audience"], multiple=True, required=True, help="Whom the token is for. Repeatable.")
 @option("--spiffe-id", spire=["spiffeID"], type=SPIFFE_ID, help="Which of this process's identities.")
-@option("--format", "format_", type=click.Choice(["raw", "json"]), default="raw", help="Default: the token alone.")
-def jwt(audience: tuple[str, ...], spiffe_id: str | None, format_: str) -> None:
+@option("--hint", spire=["hint"], help="The identity with this hint.")
+@option(
+    "--format", "format_", type=click.Choice(["raw", "json", *FORMATS]), default="raw",
+    help="The token alone, or the answer that another program's credential helpers give. Default: raw.",
+)  # fmt: skip
+def jwt(audience: tuple[str, ...], spiffe_id: str | None, hint: str | None, format_: str) -> int:
     """Fetch a JWT-SVID."""
+    from broker.cli.output import Format  # noqa: PLC0415
+    from broker.errors import BrokerError  # noqa: PLC0415
+
+    here = settings()
+    if format_ in FORMATS:
+        here.shown.quiet = True  # what else is printed would be read as part of the answer
+        try:
+            svid = _fetch_jwt(here, audience, spiffe_id, hint)[0]
+            fetched = Fetched(svid.spiffe_id, svid.svid, expiry_of(svid.svid))
+            here.shown.raw(json.dumps(FORMATS[format_](fetched, os.environ)))
+        except BrokerError as error:
+            if format_ != "google-executable":
+                raise
+            here.shown.raw(google_failure(error))
+            return exit_code_of(error)
+        return EXIT_OK
+    svids = _fetch_jwt(here, audience, spiffe_id, hint)
+    if here.shown.format is None and format_ == "raw":
+        here.shown.raw(svids[0].svid)
+        return EXIT_OK
+    if here.shown.format is None:
+        here.shown.format = Format.JSON
+    here.shown.many(JWT, [jwt_row(svid.spiffe_id, svid.svid, svid.hint) for svid in svids])
+    return EXIT_OK
+
+
+def _fetch_jwt(here: Settings, audience: Sequence[str], spiffe_id: str | None, hint: str | None) -> Sequence[Any]:
+    """Give at least one; raises NoIdentity where there is none with this hint."""
     from broker._proto.service import ServiceBinding  # noqa: PLC0415 - imports gRPC
     from broker._proto.spiffe import workload_pb2  # noqa: PLC0415
     from broker.cli.connections import ask_agent, with_agent  # noqa: PLC0415
-    from broker.cli.output import Format  # noqa: PLC0415
-    from broker.errors import Unavailable  # noqa: PLC0415
+    from broker.errors import NoIdentity, Unavailable  # noqa: PLC0415
 
-    here = settings()
     binding = ServiceBinding.of(workload_pb2.DESCRIPTOR, "SpiffeWorkloadAPI")
     request = workload_pb2.JWTSVIDRequest(audience=list(audience), spiffe_id=spiffe_id or "")
 
@@ -93,12 +132,10 @@ def jwt(audience: tuple[str, ...], spiffe_id: str | None, format_: str) -> None:
     answer = with_agent(here, act)
     if not answer.svids:
         raise Unavailable("the agent answered with no JWT-SVID", code="empty_answer", hint="try again")
-    if here.shown.format is None and format_ == "raw":
-        here.shown.raw(answer.svids[0].svid)
-        return
-    if here.shown.format is None:
-        here.shown.format = Format.JSON
-    here.shown.many(JWT, [_jwt_row(svid) for svid in answer.svids])
+    found = [svid for svid in answer.svids if hint is None or svid.hint == hint]
+    if not found:
+        raise NoIdentity(f"no identity with the hint {hint!r}", hint="broker entry list shows the hints")
+    return found
 
 
 @COMMAND.command("validate")
@@ -135,79 +172,13 @@ def _claims(struct: Any) -> Any:
     return {k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in claims.items()}
 
 
-def _x509_row(svid: Any) -> dict[str, Any]:
-    from cryptography import x509 as certificates  # noqa: PLC0415 - slow to import
+def _write(directory: CredentialDirectory, number: int, svid: Any, row: Mapping[str, Any]) -> Sequence[str]:
+    from cryptography.hazmat.primitives.serialization import load_der_private_key  # noqa: PLC0415 - slow to import
 
-    from broker.spiffe.jose import b64url_encode  # noqa: PLC0415
-    from broker.spiffe.x509svid import split_der  # noqa: PLC0415
-
-    chain = split_der(svid.x509_svid)
-    leaf = certificates.load_der_x509_certificate(chain[0])
-    try:
-        names = leaf.extensions.get_extension_for_class(certificates.SubjectAlternativeName).value
-        dns_names = names.get_values_for_type(certificates.DNSName)
-    except certificates.ExtensionNotFound:
-        dns_names = []
-    return {
-        "spiffe_id": svid.spiffe_id,
-        "not_before": leaf.not_valid_before_utc,
-        "not_after": leaf.not_valid_after_utc,
-        "serial_number": f"{leaf.serial_number:x}",
-        "x5t_s256": b64url_encode(hashlib.sha256(chain[0]).digest()),
-        "dns_names": dns_names,
-        "hint": svid.hint,
-        "certificates": _pem(svid.x509_svid),
-        "bundle": _pem(svid.bundle),
-        "files": [],
-    }
-
-
-def _jwt_row(svid: Any) -> dict[str, Any]:
-    from broker.spiffe.jose import numeric_date, parse_compact  # noqa: PLC0415 - imports cryptography
-
-    expires = numeric_date(parse_compact(svid.svid).payload, "exp", required=True)
-    return {"spiffe_id": svid.spiffe_id, "expires_at": moment(expires), "hint": svid.hint, "svid": svid.svid}
-
-
-def _pem(der: bytes) -> str:
-    from cryptography import x509 as certificates  # noqa: PLC0415 - slow to import
-    from cryptography.hazmat.primitives.serialization import Encoding  # noqa: PLC0415
-
-    from broker.spiffe.x509svid import split_der  # noqa: PLC0415
-
-    loaded = [certificates.load_der_x509_certificate(one) for one in split_der(der)]
-    return "".join(one.public_bytes(Encoding.PEM).decode() for one in loaded)
-
-
-def _write(directory: Path, number: int, svid: Any) -> list[str]:
-    from cryptography.hazmat.primitives.serialization import (  # noqa: PLC0415 - slow to import
-        Encoding,
-        NoEncryption,
-        PrivateFormat,
-        load_der_private_key,
-    )
-
-    key = load_der_private_key(svid.x509_svid_key, None)
-    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     # SPIRE's names, so that what reads its files reads ours.
     files = {
-        f"svid.{number}.key": pem,
-        f"svid.{number}.pem": _pem(svid.x509_svid).encode(),
-        f"bundle.{number}.pem": _pem(svid.bundle).encode(),
+        f"svid.{number}.key": key_pem(load_der_private_key(svid.x509_svid_key, None)),
+        f"svid.{number}.pem": row["certificates"].encode(),
+        f"bundle.{number}.pem": row["bundle"].encode(),
     }
-    for name, data in files.items():
-        _replace(directory / name, data)
-    return [str(directory / name) for name in files]
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Put a whole file in place, 0600 from its first byte: a reader sees the old one or the new one."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    return directory.write([NewFile(name, content, 0o600) for name, content in files.items()])

@@ -258,7 +258,7 @@ class Workload:
             self._changed.notify_all()
 
     def _take_svids(self, message: workload_pb2.X509SVIDResponse) -> Any:
-        identities = tuple(_identity(svid) for svid in message.svids)
+        identities = tuple(read_identity(svid) for svid in message.svids)
         if not identities:
             raise InvalidSvid("the agent sent no X.509-SVID", code="empty_answer")
         if self.chosen is not None:
@@ -292,7 +292,8 @@ def _stream_failure(method: str, error: grpc.aio.AioRpcError) -> BrokerError:
     return from_rpc_error(error)
 
 
-def _identity(svid: workload_pb2.X509SVID) -> Identity:
+def read_identity(svid: workload_pb2.X509SVID) -> Identity:
+    """Read one X.509-SVID with its key, which must belong together; raises InvalidSvid or InvalidSpiffeId."""
     if not (svid.spiffe_id and svid.x509_svid and svid.x509_svid_key and svid.bundle):
         raise InvalidSvid("the agent sent an X.509-SVID without a part that every one has", code="incomplete_answer")
     chain = tuple(split_der(svid.x509_svid))
