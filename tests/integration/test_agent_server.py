@@ -91,6 +91,7 @@ class Estate:
             parent_id=spiffeid_pb2.SPIFFEID(trust_domain=str(TD), path=agent.agent.node.id.path),
             selectors=[selector_pb2.Selector(type=kind, value=value)],
             x509_svid_ttl=more.pop("ttl", 0),
+            additional_attributes=more.pop("attributes", None),
         )
         return (await self.entries.create(entries_pb2.RegisteredEntry(entry=entry, **more))).entry.id
 
@@ -143,6 +144,36 @@ async def test_strangers_and_entries_of_other_agents(estate) -> None:
             grpc.StatusCode.PERMISSION_DENIED,
             "no identity issued",
         )
+
+
+async def test_a_caller_whose_entry_is_in_flight_waits_for_it_and_no_longer_than_that(estate) -> None:
+    """DESIGN §5: nobody enters a client's back-off because the entry came a moment after the process."""
+    async with estate.server(), estate.agent(first_identity_wait="30s") as agent:
+        waiting = [asyncio.create_task(call) for call in (agent.x509(), agent.jwt("a"))]
+        await until(lambda: len(agent.agent.sessions) == 1)
+        assert not any(one.done() for one in waiting)
+        await estate.register(agent)
+        for one in waiting:
+            answer = await asyncio.wait_for(one, 20)
+            assert answer.svids[0].spiffe_id == "spiffe://example.org/wl/me"
+    async with estate.server(), estate.agent("b", first_identity_wait="1s") as agent:
+        began = time.monotonic()
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await agent.jwt("a")
+        assert refused.value.code() == grpc.StatusCode.PERMISSION_DENIED
+        assert time.monotonic() - began > 0.9
+
+
+async def test_an_entry_s_additional_attributes_reach_the_agent(estate) -> None:
+    async with estate.server(), estate.agent() as agent:
+        attributes = entry_pb2.Entry.AdditionalAttributes(disable_x509_svid_prefetch=True, jwt_svid_include_jti=True)
+        entry_id = await estate.register(agent, attributes=attributes)
+        assert (await agent.jwt("a")).svids[0].svid != (await agent.jwt("a")).svids[0].svid
+        assert (await agent.x509()).svids
+        other = await estate.register(agent, "/wl/other")
+        assert len((await agent.x509()).svids) == 2
+        await until(lambda: other in agent.agent.svids._spares)
+        assert entry_id not in agent.agent.svids._spares
 
 
 async def test_sessions_live_and_end_with_their_process(estate) -> None:
