@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 import pytest
 from cryptography.hazmat.primitives.serialization import load_der_private_key
-from cryptography.x509 import load_der_x509_certificate
+from cryptography.x509 import load_der_x509_certificate, load_der_x509_crl
 from google.protobuf.json_format import MessageToDict
 
 from broker._proto.spiffe import workload_pb2
@@ -177,7 +177,10 @@ def test_keys_of_one_kind_verify_nothing_of_the_other(house: House) -> None:
 def test_an_answer_has_an_identity(house: House) -> None:
     answer = house.x509()
     assert answer.svids
-    assert not answer.crl
+    roots = [load_der_x509_certificate(root) for root in house.roots]
+    for crl in map(load_der_x509_crl, answer.crl):
+        assert any(crl.is_signature_valid(root.public_key()) for root in roots)
+        assert not list(crl)
     assert not answer.federated_bundles
     for one in answer.svids:
         leaf = load_der_x509_certificate(split_der(one.x509_svid)[0])

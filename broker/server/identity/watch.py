@@ -23,6 +23,8 @@ HEARTBEAT: Final = 5.0
 """Seconds of silence after which a stream says that it lives, with its cursor."""
 PAGE: Final = 500
 """Entries of one message: it stays below gRPC's 4 MiB with room for long ones."""
+SMALL_LISTS: Final = 256 * 1024
+"""Bytes of revocation lists that travel with the bundle; longer ones have a message of their own, so that none outgrows it."""
 MAX_PENDING: Final = 5_000
 """Touched entries that a stream holds for a slow agent; with more, a snapshot is no dearer."""
 MAX_CATCH_UP: Final = 1_000
@@ -200,9 +202,12 @@ class Watch:
             Snapshot(seq, page, with_it, number != len(pages) - 1)
             for number, (page, with_it) in enumerate(zip(pages, told, strict=True))
         ]
-        # The lists may be large: in a page of their own, the first one, so that none outgrows a message.
         lists = self._lists()
-        return snapshots if lists is None else [Snapshot(seq, (), (), True, lists), *snapshots]
+        if lists is not None and _are_small(lists):
+            snapshots[0] = replace(snapshots[0], crls=lists)
+        elif lists is not None:
+            snapshots.insert(0, Snapshot(seq, (), (), True, lists))
+        return snapshots
 
     def _wanted_bundles(self, subscription: _Subscription) -> list[PublishedBundle]:
         """Give the bundles that are new for a stream, and note them as told; nothing but what its entries federate with."""
@@ -238,12 +243,16 @@ class Watch:
             rest = [upserted[start : start + PAGE] for start in range(0, len(upserted), PAGE)] or [[]]
             deltas.append(Delta(before, rest[0], deleted, own, withdrawn))
             deltas += [Delta(before, page, (), ()) for page in rest[1:]]
+        lists = self._lists() if own else None
+        if lists is not None and _are_small(lists):
+            # In the message of the bundle under which they are read.
+            deltas = [replace(one, crls=lists) if one.bundles == own else one for one in deltas]
         if deltas:
             # The cursor moves with the last page only: a stream that breaks in between is resumed from before all of them.
             deltas[-1] = replace(deltas[-1], seq=self._directory.seq)
-        # After the bundle, under which they are read.
-        lists = self._lists() if own else None
-        return deltas if lists is None else [*deltas, Delta(self._directory.seq, (), (), (), crls=lists)]
+        if lists is not None and not _are_small(lists):
+            deltas.append(Delta(self._directory.seq, (), (), (), crls=lists))
+        return deltas
 
     def _lists(self) -> Sequence[bytes] | None:
         return None if self._crls is None else self._crls.crls
@@ -266,6 +275,10 @@ class Watch:
 
     def _parents(self, agent_id: SpiffeId) -> set[SpiffeId]:
         return {agent_id, *(entry.spiffe_id for entry in self._directory.authorized(agent_id))}
+
+
+def _are_small(lists: Sequence[bytes]) -> bool:
+    return sum(map(len, lists)) <= SMALL_LISTS
 
 
 def _relevant(changes: Iterable[Remembered], scope: frozenset[str], parents: set[SpiffeId]) -> list[str]:
