@@ -19,7 +19,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 SHAPE = Shape("credential_files", "credential_files", (Column("files", "files"),), name="directory")
 _HELP = """Keep this process's SVIDs in files, for programs that read files: as spiffe-helper does.
 
-Each file is replaced as a whole, the key first readable by its reader alone. CMD is started when all files are there, gets
+Each file is replaced as a whole, and no link is followed. CMD is started when all files are there, gets
 --renew-signal when they change, and its end is the end of this command, with its exit code. Without a node agent, or while it
 has no identity for this process, the files stay as they are and it tries again."""
 
