@@ -1,5 +1,6 @@
 """The programs as an operator starts them: one server and its node agents, each a process, and the command beside them."""
 
+import io
 import json
 import os
 import shutil
@@ -10,10 +11,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+from broker.cli.main import main
 from tests.fakes.node_fleet import NODE
 from tests.fakes.node_pki import Certified, root
 
@@ -104,16 +107,16 @@ class Programs:
     # ---- the command
 
     def broker(self, *arguments: str, stdin: str = "", **more: str) -> subprocess.CompletedProcess[str]:
-        """Run one command line; ``more`` is put into its environment."""
-        return subprocess.run(
-            [*_COMMAND, *arguments],
-            capture_output=True,
-            text=True,
-            input=stdin,
-            check=False,
-            timeout=90,
-            env={**self.environment, **more},
-        )
+        """Run one command line, in this process: starting Python takes longer than what it does. ``more`` is environment."""
+        out, err = io.StringIO(), io.StringIO()
+        with (
+            mock.patch.dict(os.environ, {**self.environment, **more}, clear=True),
+            mock.patch.object(sys, "stdin", io.StringIO(stdin)),
+            redirect_stdout(out),
+            redirect_stderr(err),
+        ):
+            code = main(list(arguments))
+        return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
     def run(self, *arguments: str, code: int = 0, **more: str) -> subprocess.CompletedProcess[str]:
         """Run one command line; it must end with this exit code."""
