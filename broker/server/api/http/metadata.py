@@ -6,7 +6,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from broker.server.api.http.services import HttpServices
-from broker.server.api.http.token import GRANT_TYPE
+from broker.server.api.http.token_formats import GRANT_TYPE
 from broker.server.tasks.config import MAX_TOKEN_TTL
 from broker.tasks.authority import TYPES
 from broker.tasks.verify import ALGORITHM

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from broker.clock import Clock
 from broker.server.store.ports import Store
+from broker.server.tasks.assertions import Assertions
 from broker.server.tasks.exchange import Exchange, TaskKeys
 from broker.server.tasks.feed import Feed
 from broker.server.tasks.lifecycle import Lifecycle
@@ -22,6 +23,7 @@ class HttpServices:
     store: Store
     clock: Clock
     exchange: Exchange
+    assertions: Assertions
     lifecycle: Lifecycle
     tokens: TaskTokens
     feed: Feed

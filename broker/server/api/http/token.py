@@ -1,7 +1,8 @@
 """``POST /token``: the exchange over HTTPS (RFC 8693), by the X.509-SVID of the connection (RFC 8705 §2).
 
 Reads the form into a request and writes the answer; what is granted is the exchange's. Two parameters are ours: ``task``
-asks for another token of a running task, ``purpose`` says what a new one is for.
+asks for another token of a running task, ``purpose`` says what a new one is for. A token of another format than the task
+token is asked for by ``requested_token_type`` and read in ``token_formats``.
 """
 
 from dataclasses import dataclass
@@ -16,15 +17,18 @@ from broker.server.api.http.errors import NO_STORE
 from broker.server.api.http.form import Form, read_form
 from broker.server.api.http.peers import actor_of, idempotency_key
 from broker.server.api.http.services import HttpServices
+from broker.server.api.http.token_formats import (
+    ACCESS_TOKEN,
+    GRANT_TYPE,
+    JWT,
+    SUBJECT_KINDS,
+    assertion_answer,
+    read_assertion,
+    require_only,
+)
 from broker.server.tasks.requests import Actor, IssuedToken, IssueRequest, StartRequest, check_scope
-from broker.server.tasks.subjects import SubjectKind
 from broker.spiffe import verify_jwt_svid
 from broker.tasks import Authority, Resource
-
-GRANT_TYPE: Final = "urn:ietf:params:oauth:grant-type:token-exchange"
-TOKEN_TYPES: Final = "urn:ietf:params:oauth:token-type:"  # noqa: S105 - a namespace of the standard
-ACCESS_TOKEN: Final = TOKEN_TYPES + "access_token"
-JWT: Final = TOKEN_TYPES + "jwt"
 
 _ALLOWED: Final = frozenset(
     {
@@ -41,10 +45,12 @@ _ALLOWED: Final = frozenset(
         "client_id",
         "task",
         "purpose",
+        "request_context",
+        "request_details",
     }
 )
+_OF_TASK_TOKENS: Final = _ALLOWED - {"request_context", "request_details"}
 _REPEATABLE: Final = frozenset({"resource", "audience"})
-_SUBJECT_KINDS: Final = {TOKEN_TYPES + kind.value: kind for kind in SubjectKind}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +67,14 @@ async def token(request: Request, services: HttpServices) -> Response:
     actor = actor_of(request, services)
     async with services.refusals.recorded(Event.TOKEN_REFUSED, actor, ""):
         form = await read_form(request, allowed=_ALLOWED, repeatable=_REPEATABLE)
-        asked = _read(form, actor, idempotency_key(request), services)
+        _check_grant_type(form)
+        _check_client(form, actor)
+        key = idempotency_key(request)
+        other = read_assertion(form, key, services.assertions.remotes)
+        asked = _read(form, actor, key, services) if other is None else None
+    if other is not None:
+        return assertion_answer(await services.assertions.issue(actor, other))
+    assert asked is not None
     if asked.start is None:
         issued = await services.exchange.issue(actor, asked.issue)
     else:
@@ -70,11 +83,9 @@ async def token(request: Request, services: HttpServices) -> Response:
 
 
 def _read(form: Form, actor: Actor, key: str, services: HttpServices) -> _Asked:
-    if form.require("grant_type") != GRANT_TYPE:
-        raise Invalid("the grant type is not token-exchange", code="unsupported_grant_type")
-    _check_client(form, actor)
+    require_only(form, _OF_TASK_TOKENS)
     subject_token = form.require("subject_token")
-    kind = _SUBJECT_KINDS.get(form.require("subject_token_type"))
+    kind = SUBJECT_KINDS.get(form.require("subject_token_type"))
     if kind is None:
         raise Invalid("the subject token's type is not accepted", code="subject_token_type")
     issued_type = form.get("requested_token_type") or ACCESS_TOKEN
@@ -102,6 +113,11 @@ def _read(form: Form, actor: Actor, key: str, services: HttpServices) -> _Asked:
         idempotency_key=key,
     )
     return _Asked(start, IssueRequest(resource, scope=scope), issued_type)
+
+
+def _check_grant_type(form: Form) -> None:
+    if form.require("grant_type") != GRANT_TYPE:
+        raise Invalid("the grant type is not token-exchange", code="unsupported_grant_type")
 
 
 def _check_client(form: Form, actor: Actor) -> None:

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from broker.keys import MemoryKeys
 from broker.server.api.http.app import create_app
 from broker.server.api.http.services import HttpServices
-from broker.server.api.http.token import ACCESS_TOKEN, GRANT_TYPE
+from broker.server.api.http.token_formats import ACCESS_TOKEN, GRANT_TYPE
 from broker.spiffe import Bundle, BundleSet, SpiffeId, X509Svid, jose, verify_x509_svid
 from broker.transport.http import PEER_EXTENSION
 from broker.transport.tls import Anonymous, SvidPeer, TlsPeer
@@ -37,9 +37,12 @@ class Peers:
 class HttpDoorway:
     """A client of the app, and the certificates of its callers."""
 
-    def __init__(self, estate: Estate, client: httpx2.AsyncClient, peers: Peers, jwt: MemoryKeys) -> None:
+    def __init__(
+        self, estate: Estate, client: httpx2.AsyncClient, peers: Peers, jwt: MemoryKeys, services: HttpServices
+    ) -> None:
         self.estate = estate
         self.client = client
+        self.services = services
         self.authority = Authority("example.org")
         self._peers = peers
         self._jwt = jwt
@@ -99,6 +102,7 @@ async def open_door(estate: Estate) -> AsyncIterator[HttpDoorway]:
         store=estate.store,
         clock=estate.clock,
         exchange=estate.exchange,
+        assertions=estate.assertions,
         lifecycle=estate.lifecycle,
         tokens=estate.tokens,
         feed=estate.feed,
@@ -108,7 +112,7 @@ async def open_door(estate: Estate) -> AsyncIterator[HttpDoorway]:
     )
     peers = Peers(create_app(services))
     async with httpx2.AsyncClient(transport=httpx2.ASGITransport(peers), base_url=ISSUER) as client:
-        door = HttpDoorway(estate, client, peers, jwt)
+        door = HttpDoorway(estate, client, peers, jwt, services)
         door.come_as(AGENT)
         yield door
 
