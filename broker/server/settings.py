@@ -163,6 +163,19 @@ class AudienceSettings(Table):
     )
 
 
+class DetailTypeSettings(Table):
+    """One registered type of authorization details (RFC 9396)."""
+
+    type: str = Field(description="api or agent_tool")
+    actions: tuple[str, ...] = Field(
+        default=(), description="what may be asked for, names or families such as ticket.*; unset: anything"
+    )
+    members: tuple[str, ...] | None = Field(
+        default=None,
+        description="members that a detail may have besides type, locations and actions; unset: all that are known",
+    )
+
+
 class TransactionSettings(Table):
     """Transaction tokens inside the trust domain (header Txn-Token)."""
 
@@ -299,6 +312,9 @@ class ServerSettings(ProgramSettings):
     tasks: TaskSettings = Field(default=TaskSettings(), description="tasks and their tokens")
     audiences: tuple[AudienceSettings, ...] = Field(
         default=(), description="services that tokens may be for; none: no token"
+    )
+    authorization_details: tuple[DetailTypeSettings, ...] = Field(
+        default=(), description="which types of authorization details may be asked for; none given: all that are known"
     )
     transactions: TransactionSettings = Field(
         default=TransactionSettings(), description="transaction tokens inside the trust domain"

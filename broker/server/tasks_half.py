@@ -15,13 +15,20 @@ from broker.server.api.grpc import tasks as tasks_api
 from broker.server.api.http.services import HttpServices
 from broker.server.authority.authorities import Authorities
 from broker.server.identity.directory import Directory
-from broker.server.settings import AudienceSettings, OutwardSettings, ServerSettings, SubjectSettings
+from broker.server.settings import (
+    AudienceSettings,
+    DetailTypeSettings,
+    OutwardSettings,
+    ServerSettings,
+    SubjectSettings,
+)
 from broker.server.stillness import Stillness
 from broker.server.store.ports import Store
 from broker.server.tasks.admission import Starters
 from broker.server.tasks.assertions import Assertions
 from broker.server.tasks.config import Audience, Audiences, SubjectIssuer, TaskDefaults
 from broker.server.tasks.decision import Policy
+from broker.server.tasks.detail_types import DetailType, DetailTypes
 from broker.server.tasks.exchange import Exchange
 from broker.server.tasks.feed import Feed
 from broker.server.tasks.ids import Ids
@@ -33,6 +40,7 @@ from broker.server.tasks.subjects import Subjects
 from broker.server.tasks.tokens import TaskTokens
 from broker.spiffe import TrustDomain
 from broker.tasks import Resource, Supervision
+from broker.tasks.authority import OPTIONAL_MEMBERS
 from broker.tasks.grants import GrantFormat
 from broker.telemetry.log import get_logger
 from broker.telemetry.metrics import Metrics
@@ -117,7 +125,8 @@ async def tasks_half(
     feed = Feed(store, authorities, clock, issuer=settings.issuer, observe=metrics.revocation_delay.observe)
     await feed.start()
     lifecycle = Lifecycle(store, clock, count=lambda cause: metrics.ends.labels(cause).inc())
-    ids, policy = Ids(secrets.token_bytes), Policy(audiences, _defaults(settings))
+    ids, detail_types = Ids(secrets.token_bytes), DetailTypes.of(map(_detail_type, settings.authorization_details))
+    policy = Policy(audiences, _defaults(settings), detail_types)
 
     def count(outcome: str, reason: str) -> None:
         metrics.exchanges.labels(outcome, reason).inc()
@@ -165,6 +174,8 @@ async def tasks_half(
         keys=authorities,
         refusals=refusals,
         bundles=lambda: authorities.bundles,
+        audiences=audiences,
+        detail_types=detail_types,
     )
     return TasksHalf(
         store=store,
@@ -191,6 +202,11 @@ def _audience(settings: AudienceSettings) -> Audience:
         transactions=settings.transactions,
         transaction_requesters=frozenset(settings.transaction_requesters),
     )
+
+
+def _detail_type(settings: DetailTypeSettings) -> DetailType:
+    members = OPTIONAL_MEMBERS if settings.members is None else frozenset(settings.members)
+    return DetailType(settings.type, settings.actions, members)
 
 
 def _transactions(settings: ServerSettings) -> TransactionRules:

@@ -3,6 +3,8 @@
 No header is looked at: a certificate that a proxy would forward is not evidence here.
 """
 
+from typing import Final
+
 from starlette.requests import Request
 
 from broker.errors import Invalid, Refused
@@ -13,6 +15,8 @@ from broker.transport.http import PEER_EXTENSION
 from broker.transport.tls import SvidPeer
 
 IDEMPOTENCY_KEY = "idempotency-key"
+CLIENT_AUTHENTICATION: Final = ("spiffe_x509", "tls_client_auth")
+"""The draft's name for an X.509-SVID over mutual TLS, and the registered one for mutual TLS (RFC 8705 §2.1)."""
 
 
 def svid_of(request: Request, services: HttpServices) -> X509Svid:

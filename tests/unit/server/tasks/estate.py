@@ -124,6 +124,7 @@ class Estate:
     feed: Feed
     refusals: Refusals
     tokens: TaskTokens
+    audiences: Audiences
     counted: list[tuple[str, str]]
 
     def actor(self, **fields: Any) -> Actor:
@@ -279,7 +280,7 @@ async def running(
         try:
             yield Estate(
                 store, clock, oidc, keys, known, starters, subjects, exchange, assertions, Lifecycle(store, clock),
-                Sessions(store, clock, known), feed, refusals, tokens, counted,
+                Sessions(store, clock, known), feed, refusals, tokens, audiences, counted,
             )  # fmt: skip
         finally:
             feed.stop()
