@@ -17,6 +17,7 @@ from typing import Any, Self
 from broker.clock import Clock, SystemClock
 from broker.errors import InvalidToken, Refused, Unavailable
 from broker.sdk.feed import FeedState, Risk
+from broker.sdk.steady import SteadyClock
 from broker.sdk.subscription import FeedSubscription
 from broker.sdk.workload import Workload
 from broker.spiffe import SpiffeId, X509Svid, verify_x509_svid
@@ -96,14 +97,15 @@ class TokenVerifier:
         self._issuer = issuer
         self._audience = audience
         self._risk = risk
-        self._clock = clock
+        # NOTE(security): a wall clock that is set back revives nothing (V09).
+        self._clock = SteadyClock(clock)
         self._owns_workload = False
         self._tokens: OrderedDict[bytes, _Known] = OrderedDict()
         self._peers: OrderedDict[bytes, _Peer] = OrderedDict()
         self._svids: OrderedDict[str, tuple[X509Svid, PeerEvidence]] = OrderedDict()
         self._keys: Mapping[str, PublicKey] = {}
         self.feed = FeedState()
-        self._subscription = FeedSubscription(workload.channel, self.feed, clock, self._keys_changed)
+        self._subscription = FeedSubscription(workload.channel, self.feed, self._clock, self._keys_changed)
 
     @classmethod
     async def discover(

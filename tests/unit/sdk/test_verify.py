@@ -1,6 +1,7 @@
 """The verifier: what it accepts, what it refuses, and that remembering never outlives an end."""
 
 import json
+from datetime import timedelta
 
 import pytest
 
@@ -169,6 +170,48 @@ def test_a_remembered_token_expires_and_never_comes_back(world: World) -> None:
         world.hear(heartbeat())
     assert refused(world, token).reason == "token_expired"
     assert refused(world, token).reason == "token_expired"
+
+
+@pytest.mark.bears("V09", "SV15")
+@pytest.mark.parametrize("back", [60, 3600, 86400])
+def test_a_clock_that_is_set_back_revives_nothing(world: World, back: int) -> None:
+    token, ended = world.token(), world.token(jti="jti_2")
+    world.verifier.verify_now(ended, world.identity.chain_der)
+    world.hear(frame(2, kind="token", jti="jti_2"))
+    world.verifier.verify_now(token, world.identity.chain_der)
+    for _ in range(5):
+        world.clock.step(60)
+        world.hear(heartbeat())
+    assert refused(world, token).reason == "token_expired"
+    world.clock.wall -= timedelta(seconds=back + 300)
+    world.hear(heartbeat())
+    for each in (token, ended):
+        assert refused(world, each).reason in {"token_expired", "token_revoked"}
+    assert refused(world, token).reason == "token_expired"
+
+
+@pytest.mark.bears("V09")
+def test_a_leap_forward_and_back_forgets_no_end() -> None:
+    world = World()
+    world.hear(snapshot(world.key))
+    token = world.token()
+    soon = int(world.clock.now().timestamp()) + 300
+    ended = feed_pb2.Frame(seq=2, kind="task", task="tsk_1", forget_at=soon)
+    world.hear(feed_pb2.FeedMessage(seq=2, store="s1", frame=ended))
+    assert refused(world, token).reason == "task_ended"
+    world.clock.wall += timedelta(hours=1)
+    steady = world.verifier._clock
+    for number in range(3, 300):
+        now = int(steady.now().timestamp())
+        world.verifier.feed.apply(heartbeat(number), monotonic=world.clock.monotonic(), now=now)
+    world.clock.wall -= timedelta(hours=1)
+    assert refused(world, token).reason == "token_expired"
+
+
+@pytest.mark.bears("V09")
+def test_a_clock_that_is_set_forward_goes_on_from_there(world: World) -> None:
+    world.clock.wall += timedelta(hours=1)
+    world.verifier.verify_now(world.token(), world.identity.chain_der)
 
 
 @pytest.mark.bears("JW21")
