@@ -24,6 +24,7 @@ from broker._proto.service import ServiceBinding, Stub
 from broker.audit.events import Record
 from broker.client import Entries, Nodes, dial_socket
 from broker.sdk.workload import Workload
+from broker.server.api.grpc import authorities
 from broker.server.api.http.token_formats import ACCESS_TOKEN, GRANT_TYPE
 from broker.server.app import Server, server
 from broker.server.settings import (
@@ -55,9 +56,10 @@ TASKS = ServiceBinding.of(tasks_pb2.DESCRIPTOR, "Tasks")
 class Estate(Machines):
     """The same machines, with a task half that has something to decide."""
 
-    def __init__(self, directory: Path, oidc: OidcIssuer) -> None:
+    def __init__(self, directory: Path, oidc: OidcIssuer, *audiences: str) -> None:
         super().__init__(directory)
         self.oidc = oidc
+        self.audiences = audiences
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             # The issuer's address holds the port, so that it must be known before.
@@ -86,6 +88,7 @@ class Estate(Machines):
                     resource=TICKETS, introspectors=(SERVICE,), transactions=True, transaction_requesters=(SERVICE,)
                 ),
                 AudienceSettings(resource=WIKI),
+                *(AudienceSettings(resource=each) for each in self.audiences),
             ),
             transactions=TransactionSettings(replacers=(NEIGHBOUR,)),
             outward=(OutwardSettings(issuer=REMOTE, resources=(WIKI,), formats=("id-jag", "jwt")),),
@@ -93,6 +96,7 @@ class Estate(Machines):
         async with server(settings) as running:
             channel = dial_socket(settings.socket_path)
             self.entries, self.nodes = Entries(channel), Nodes(channel)
+            self.operator = Stub(channel, authorities.BINDING)
             try:
                 yield running
             finally:
@@ -113,6 +117,11 @@ class Rig:
     @property
     def issuer(self) -> str:
         return self.estate.issuer
+
+    @property
+    def operator(self) -> Stub:
+        """The authorities, on the server's admin socket."""
+        return self.estate.operator
 
     def user_token(self, sub: str = "alice", **claims: Any) -> str:
         return self.estate.oidc.token(sub, **claims)
@@ -175,13 +184,13 @@ def short_directory() -> Path:
 
 
 @asynccontextmanager
-async def rig() -> AsyncIterator[Rig]:
-    """Start everything; all of it is gone afterwards."""
+async def rig(*audiences: str) -> AsyncIterator[Rig]:
+    """Start everything, with further audiences; all of it is gone afterwards."""
     directory = short_directory()
     try:
         async with AsyncExitStack() as stack:
             oidc = stack.enter_context(OidcIssuer.start(directory))
-            estate = Estate(directory, oidc)
+            estate = Estate(directory, oidc, *audiences)
             await stack.enter_async_context(estate.server())
             agent = await stack.enter_async_context(estate.agent())
             entries = {

@@ -10,8 +10,11 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 
+from broker._proto.broker.server.v1 import authorities_pb2 as pb
 from broker.clock import SystemClock
-from broker.errors import InvalidToken
+from broker.errors import BrokerError, InvalidToken
+from broker.sdk.verify import TokenVerifier
+from broker.sdk.workload import Workload
 from broker.server.api.http.token_formats import ACCESS_TOKEN, GRANT_TYPE, ID_JAG, JWT, TXN_TOKEN
 from broker.spiffe import jose
 from broker.tasks import verify_task_token
@@ -30,6 +33,7 @@ from tests.attacks.tasks.outward_rig import (
     rig,
     started,
 )
+from tests.fakes.running_agent import until
 from tests.integration.test_agent_server import TD
 
 pytestmark = pytest.mark.timeout(180)
@@ -442,3 +446,66 @@ async def test_the_grant_type_is_the_exchange_and_no_other(house: Rig) -> None:
         response = await house.token(grant_type=other)
         assert (response.status_code, response.json()["error"]) == (400, "unsupported_grant_type")
     assert len(house.records("token_refused")) == 4
+
+
+@pytest.mark.bears("JW21", "RV07")
+async def test_a_rotated_key_has_grace_and_a_tainted_one_has_none(house: Rig) -> None:
+    """At the verifier, by the feed, and at once at introspection."""
+    chain, _, _ = house.files[TRIAGE]
+    async with Workload.connect(f"unix:{house.agent.socket}", spiffe_id=SERVICE) as me:
+        verifier = await TokenVerifier.discover(house.issuer, audience=TICKETS, workload=me, timeout=30)
+        async with verifier:
+            before = (await house.issued())["access_token"]
+            kid = jose.parse_compact(before).kid
+            assert verifier.verify_now(before, chain).user == "alice"
+            task = pb.AUTHORITY_KIND_TASK
+            prepared = await house.operator.PrepareAuthority(pb.PrepareAuthorityRequest(kind=task), timeout=20)
+            wanted = pb.ActivateAuthorityRequest(kind=task, id=prepared.authority.id)
+            await house.operator.ActivateAuthority(wanted, timeout=20)
+            after = (await house.issued())["access_token"]
+            assert jose.parse_compact(after).kid == prepared.authority.id
+            await until(lambda: accepts(verifier, after, chain))
+            assert accepts(verifier, before, chain), "grace: what it signed still counts"
+            assert await house.active(before)
+            assert set(await house.keys()) == {kid, prepared.authority.id}
+            await house.operator.TaintAuthority(pb.TaintAuthorityRequest(kind=task, id=kid), timeout=20)
+            assert not await house.active(before)
+            assert set(await house.keys()) == {prepared.authority.id}
+            await until(lambda: not accepts(verifier, before, chain))
+            assert accepts(verifier, after, chain)
+            txn = {"requested_token_type": TXN_TOKEN, "audience": "example.org", "resource": None, "authorization_details": None, "scope": "ticket.read"}  # fmt: skip
+            refused = await house.token(subject_token=before, **txn)
+            assert (refused.status_code, refused.json()["error"]) == (400, "invalid_request")
+            assert house.records("token_refused")[-1].fields["reason"] == "token_key_unknown"
+            assert [one.subject for one in house.records("authority_tainted")] == [kid]
+
+
+@pytest.mark.bears("V01", "RV02")
+async def test_a_verifier_hears_of_each_end_within_its_bound(house: Rig) -> None:
+    chain, _, _ = house.files[TRIAGE]
+    delays = []
+    async with Workload.connect(f"unix:{house.agent.socket}", spiffe_id=SERVICE) as me:
+        verifier = await TokenVerifier.discover(house.issuer, audience=TICKETS, workload=me, timeout=30)
+        async with verifier:
+            for _ in range(20):
+                issued = await house.issued()
+                assert accepts(verifier, issued["access_token"], chain)
+                await house.post("/revoke", [("token", issued["access_token"]), ("end", "task")])
+                answered = time.perf_counter()
+                await until(lambda: not accepts(verifier, issued["access_token"], chain))  # noqa: B023
+                delays.append(time.perf_counter() - answered)
+    assert max(delays) < BOUND, delays
+
+
+BOUND = 5.0
+"""Seconds: what reliability asks of a verifier; here it is a few milliseconds."""
+
+
+def accepts(verifier: TokenVerifier, token: str, chain: Any) -> bool:
+    try:
+        verifier.verify_now(token, chain)
+    except BrokerError as error:
+        if error.reason not in {"token_key_unknown", "task_ended", "token_revoked"}:
+            raise
+        return False
+    return True

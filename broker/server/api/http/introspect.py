@@ -14,13 +14,13 @@ from broker.server.api.http import shapes
 from broker.server.api.http.description import Answer, Operation, Parameter, Vocabulary, described
 from broker.server.api.http.errors import NO_STORE
 from broker.server.api.http.form import read_form
-from broker.server.api.http.peers import CLIENT_AUTHENTICATION, svid_of
+from broker.server.api.http.peers import CLIENT_AUTHENTICATION, check_client, svid_of
 from broker.server.api.http.services import HttpServices
 from broker.spiffe import SpiffeId, jose
 from broker.spiffe.strictjson import JsonValue
 from broker.tasks.verify import ALGORITHM
 
-ALLOWED: Final = frozenset({"token", "token_type_hint"})
+ALLOWED: Final = frozenset({"token", "token_type_hint", "client_id"})
 SIGNED: Final = "application/token-introspection+jwt"
 SIGNED_TYPE: Final = "token-introspection+jwt"
 
@@ -31,6 +31,7 @@ _OPERATION: Final = Operation(
     form=(
         Parameter("token", "the token", required=True),
         Parameter("token_type_hint", "what it may be; not needed"),
+        Parameter("client_id", "the SPIFFE ID of the connection; not needed"),
     ),
     answers={
         200: Answer(
@@ -46,6 +47,7 @@ async def introspect(request: Request, services: HttpServices) -> Response:
     """Tell whether a token is alive, and what it says."""
     caller = svid_of(request, services)
     form = await read_form(request, allowed=ALLOWED)
+    check_client(form, caller.id)
     live = await services.tokens.introspect(form.require("token"), caller.id)
     body: dict[str, JsonValue] = {"active": False}
     if live is not None:

@@ -14,14 +14,14 @@ from broker.errors import Invalid
 from broker.server.api.http.description import Answer, Operation, Parameter, Vocabulary, described
 from broker.server.api.http.errors import NO_STORE
 from broker.server.api.http.form import read_form
-from broker.server.api.http.peers import CLIENT_AUTHENTICATION, actor_of
+from broker.server.api.http.peers import CLIENT_AUTHENTICATION, actor_of, check_client
 from broker.server.api.http.services import HttpServices
 from broker.spiffe import jose
 from broker.spiffe.strictjson import JsonValue
 from broker.tasks.grants import HEADER_TYPES
 from broker.tasks.transactions import verify_transaction
 
-ALLOWED: Final = frozenset({"token", "token_type_hint", "end"})
+ALLOWED: Final = frozenset({"token", "token_type_hint", "client_id", "end"})
 ENDS: Final = ("token", "task")
 """What may end: the token alone, which is the default, or its task with everything below it."""
 
@@ -32,6 +32,7 @@ _OPERATION: Final = Operation(
     form=(
         Parameter("token", "the token", required=True),
         Parameter("token_type_hint", "what it may be; not needed"),
+        Parameter("client_id", "the SPIFFE ID of the connection; not needed"),
         Parameter("end", "what ends: the token, or its task too", {"enum": list(ENDS)}),
     ),
     answers={200: Answer("it is not in use any more, or never was the caller's")},
@@ -43,6 +44,7 @@ async def revoke(request: Request, services: HttpServices) -> Response:
     """End a token of the caller's own."""
     actor = actor_of(request, services)
     form = await read_form(request, allowed=ALLOWED)
+    check_client(form, actor.spiffe_id)
     token, ending = form.require("token"), form.get("end") or ENDS[0]
     if ending not in ENDS:
         raise Invalid("end is not token or task", code="invalid_end")

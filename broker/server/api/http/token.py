@@ -18,7 +18,7 @@ from broker.server.api.http import shapes
 from broker.server.api.http.description import Answer, Operation, Parameter, Schema, Vocabulary, described
 from broker.server.api.http.errors import NO_STORE
 from broker.server.api.http.form import Form, read_form
-from broker.server.api.http.peers import CLIENT_AUTHENTICATION, actor_of, idempotency_key
+from broker.server.api.http.peers import CLIENT_AUTHENTICATION, actor_of, check_client, idempotency_key
 from broker.server.api.http.services import HttpServices
 from broker.server.api.http.token_formats import (
     ACCESS_TOKEN,
@@ -105,7 +105,7 @@ async def token(request: Request, services: HttpServices) -> Response:
     async with services.refusals.recorded(Event.TOKEN_REFUSED, actor, ""):
         form = await read_form(request, allowed=_ALLOWED, repeatable=_REPEATABLE)
         _check_grant_type(form)
-        _check_client(form, actor)
+        check_client(form, actor.spiffe_id)
         key = idempotency_key(request)
         other = read_assertion(form, key, services.assertions.remotes)
         asked = _read(form, actor, key, services) if other is None else None
@@ -178,12 +178,6 @@ def offered(services: HttpServices) -> Mapping[str, JsonValue]:
 def _check_grant_type(form: Form) -> None:
     if form.require("grant_type") != GRANT_TYPE:
         raise Invalid("the grant type is not token-exchange", code="unsupported_grant_type")
-
-
-def _check_client(form: Form, actor: Actor) -> None:
-    client_id = form.get("client_id")
-    if client_id is not None and client_id != str(actor.spiffe_id):
-        raise Invalid("client_id is not the SPIFFE ID of the connection", code="client_mismatch")
 
 
 def _check_actor_token(form: Form, actor: Actor, services: HttpServices) -> None:
