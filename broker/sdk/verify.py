@@ -20,7 +20,7 @@ from broker.sdk.feed import FeedState, Risk
 from broker.sdk.steady import SteadyClock
 from broker.sdk.subscription import FeedSubscription
 from broker.sdk.workload import Workload
-from broker.spiffe import SpiffeId, X509Svid, verify_x509_svid
+from broker.spiffe import SpiffeId, TrustDomain, X509Svid, verify_x509_svid
 from broker.spiffe.jose import PublicKey
 from broker.tasks import (
     LEEWAY,
@@ -34,6 +34,7 @@ from broker.tasks import (
     verify_task_token,
 )
 from broker.tasks.keyset import read_keys
+from broker.tasks.transactions import VerifiedTransaction, verify_transaction
 from broker.transport.tls import SvidPeer, peer_chain
 
 TOKENS_REMEMBERED = 10_000
@@ -184,6 +185,19 @@ class TokenVerifier:
             # The binding is a matter of these two values alone: for the same two it is the same answer.
             known.caller, known.evidence = _caller(verified, evidence), evidence
         return known.caller
+
+    def verify_transaction(self, token: str, trust_domain: TrustDomain | str) -> VerifiedTransaction:
+        """Accept a transaction token from the header ``Txn-Token``, or raise as :meth:`verify` does.
+
+        It says what the call chain is about and is no proof of who calls: judge the caller by its connection, and hand the token on unchanged.
+        """
+        self.feed.require_fresh(self._clock.monotonic(), self._risk)
+        ours = trust_domain if isinstance(trust_domain, TrustDomain) else TrustDomain(trust_domain)
+        now = self._clock.now()
+        verified = verify_transaction(token, self._keys, issuer=self._issuer, trust_domain=ours, now=now)
+        claims = verified.claims
+        self.feed.require_alive(root=claims.root, epoch=claims.epoch, task=claims.task, session=None, jti=claims.jti)
+        return verified
 
     def _known(self, token: str) -> _Known:
         digest = hashlib.sha256(token.encode()).digest()

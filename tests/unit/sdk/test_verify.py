@@ -8,11 +8,14 @@ import pytest
 from broker._proto.broker.server.v1 import feed_pb2
 from broker.errors import BrokerError, InvalidSvid, InvalidToken, PolicyDenied, Refused, Unavailable
 from broker.sdk.feed import Risk
+from broker.spiffe import TrustDomain
 from broker.spiffe.jose import b64url_decode, b64url_encode
+from broker.tasks import Authority as Authority_
 from broker.tasks import BindingMatch
+from broker.tasks.transactions import TransactionClaims
 from broker.transport.tls import Anonymous, SvidPeer
 from tests.unit.sdk.world import World, frame, heartbeat, snapshot
-from tests.unit.tasks.world import AGENT, TokenKey
+from tests.unit.tasks.world import AGENT, ISSUER, TICKETS, TokenKey
 from tests.unit.transport.pki import Authority
 
 
@@ -258,3 +261,23 @@ def test_remembering_the_right_holder_lets_no_other_in(world: World) -> None:
             else:
                 assert refused(world, token, scope).reason == "binding_mismatch"
         assert refused(world, token, {"extensions": {"broker.peer": Anonymous()}}).reason == "binding_missing"
+
+
+def test_a_transaction_is_accepted_while_its_task_lives(world: World) -> None:
+    at = world.clock.now()
+    first = TransactionClaims(
+        iss=ISSUER, aud=TrustDomain("example.org"), iat=int(at.timestamp()), exp=int(at.timestamp()) + 30, jti="jti_9", txn="txn_9", sub="usr_1", scope="ticket.read", act=(AGENT,),
+        authorization_details=Authority_.parse([{"type": "api", "locations": [TICKETS.text], "actions": ["ticket.read"]}]), task="tsk_1", root="tsk_1", epoch=0, txn_path=(AGENT,),
+    )  # fmt: skip
+    token = world.key.token(first.to_payload(), typ="txntoken+jwt")
+    assert world.verifier.verify_transaction(token, "example.org").claims == first
+    for wrong, domain in ((world.token(), "example.org"), (token, "example.com")):
+        with pytest.raises(InvalidToken):
+            world.verifier.verify_transaction(wrong, domain)
+    assert refused(world, token).reason == "token_type"
+    world.hear(frame(2, kind="task", task="tsk_1"))
+    with pytest.raises(Refused):
+        world.verifier.verify_transaction(token, "example.org")
+    world.clock.step(4)
+    with pytest.raises(Unavailable):
+        world.verifier.verify_transaction(token, "example.org")
