@@ -19,13 +19,13 @@ class SteadyClock:
         self._at = clock.monotonic()
 
     def now(self) -> datetime:
-        """Give the time: never earlier than an answer before, and what has passed since."""
+        """Give the time: never earlier than an answer before; while the wall clock is behind that, with what has passed since."""
         wall, passed = self._clock.now(), self._clock.monotonic()
-        expected = self._latest + timedelta(seconds=passed - self._at)
-        if wall < expected:
-            return expected
-        self._latest, self._at = wall, passed
-        return wall
+        # Asked with every call and every heartbeat: what a step back could hide between two answers is a second.
+        if wall >= self._latest:
+            self._latest, self._at = wall, passed
+            return wall
+        return self._latest + timedelta(seconds=passed - self._at)
 
     def monotonic(self) -> float:
         """Give the wrapped clock's."""

@@ -5,6 +5,8 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from broker.errors import InvalidToken, PolicyDenied, Refused
 from broker.keys import MemoryKeys
@@ -146,3 +148,42 @@ def test_a_truth_is_not_a_number_in_a_context() -> None:
     with pytest.raises(PolicyDenied):
         extend(read_context({"a": True}), {"a": 1})
     assert dict(extend(read_context({"a": True}), {"a": True, "b": 0})) == {"a": True, "b": 0}
+
+
+ACTIONS = ["ticket.read", "ticket.write", "ticket.close"]
+PLACES = ["https://tickets.example.org", "https://tickets.example.org/a", "https://tickets.example.org/ab"]
+WANTED = st.builds(
+    lambda actions, places, identifier: Authority.parse(
+        [
+            {"type": "api", "locations": sorted(places), "actions": sorted(actions)}
+            | ({} if identifier is None else {"identifier": identifier})
+        ]
+    ),
+    st.sets(st.sampled_from(ACTIONS), min_size=1),
+    st.sets(st.sampled_from(PLACES), min_size=1),
+    st.sampled_from([None, "1", "2"]),
+)
+STEP = st.tuples(st.sampled_from(range(6)), st.none() | WANTED, st.sets(st.sampled_from(ACTIONS)), st.integers(0, 9))
+
+
+@pytest.mark.bears("X02")
+@given(st.lists(STEP, max_size=8))
+def test_no_chain_of_replacements_ever_widens(steps: list[tuple[int, Authority | None, set[str], int]]) -> None:
+    start = Authority.parse([{"type": "api", "locations": PLACES[:1], "actions": ACTIONS}])
+    held = claims(authorization_details=start, scope=start.scope(), tctx={}, rctx={})
+    now = NOW
+    for who, authority, scope, seconds in steps:
+        now += timedelta(seconds=seconds)
+        requester = SpiffeId(f"spiffe://example.org/w{who}")
+        wanted = {"authority": authority, "scope": " ".join(sorted(scope)), "now": now, "tctx": {f"s{who}": who}}
+        try:
+            after = replaced(held, requester, **wanted)
+        except (PolicyDenied, Refused):
+            continue
+        assert held.authorization_details.narrow(after.authorization_details) == after.authorization_details
+        assert set(after.scope.split()) <= set(held.scope.split())
+        assert after.exp == held.exp
+        assert after.txn_path == (*held.txn_path, requester)
+        assert after.tctx.items() >= held.tctx.items()
+        assert (after.sub, after.act, after.txn, after.aud) == (held.sub, held.act, held.txn, held.aud)
+        held = after
