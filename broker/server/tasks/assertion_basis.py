@@ -119,7 +119,9 @@ class Bases:
             raise _may_not_bring()
         if not self._tokens.lives(writer, claims.jti, task_id=claims.task, epoch=claims.epoch, exp=claims.exp, now=now):
             raise _subject_over()
-        return self._of_row(writer, caller, claims, now)
+        basis = self._of_row(writer, caller, claims, now)
+        self._require_transactions(basis.resource)
+        return basis
 
     def _of_row(self, writer: Writer, caller: Caller, brought: TaskClaims | TransactionClaims, now: datetime) -> Basis:
         """Stand on a token that lives: its agent is admitted as its row and its entry say, for it is not here itself."""

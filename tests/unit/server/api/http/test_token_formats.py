@@ -8,6 +8,7 @@ import pytest
 
 from broker.errors import InvalidToken
 from broker.server.api.http.token_formats import ACCESS_TOKEN, ID_JAG, JWT, TXN_TOKEN
+from broker.server.tasks.config import Audience, Audiences
 from broker.spiffe import SpiffeId, jose
 from broker.tasks.transactions import TransactionClaims, verify_transaction
 from tests.unit.server.api.http.door import URN, HttpDoorway, assert_error, payload_of
@@ -214,6 +215,23 @@ async def test_a_transaction_of_a_dead_task_is_not_handed_on(door: HttpDoorway) 
     await door.estate.lifecycle.revoke(first["task"], by="operator:uid:0")
     door.come_as(REPLACER)
     answer = await transaction(door, first["access_token"], subject_token_type=TXN_TOKEN)
+    assert_error(answer, 400, "invalid_request")
+
+
+async def test_an_audience_that_leaves_takes_its_transactions_with_it(
+    door: HttpDoorway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = (await transaction(door, await held(door))).json()["access_token"]
+    monkeypatch.setattr(door.estate.assertions._bases, "_audiences", Audiences([Audience(TICKETS)]))
+    door.come_as(REPLACER)
+    assert_error(await transaction(door, first, subject_token_type=TXN_TOKEN), 400, "invalid_target")
+
+
+@pytest.mark.parametrize("path", ["/introspect", "/revoke"])
+async def test_a_client_id_is_the_certificates_or_refused(door: HttpDoorway, path: str) -> None:
+    token = await held(door)
+    assert (await door.post(path, [("token", token), ("client_id", str(AGENT))])).status_code == 200
+    answer = await door.post(path, [("token", token), ("client_id", str(NEIGHBOUR))])
     assert_error(answer, 400, "invalid_request")
 
 
