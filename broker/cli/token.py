@@ -1,4 +1,7 @@
-"""``broker token``: look into a token without trusting it, or verify it offline. Never needs a server for either."""
+"""``broker token``: look into a token without trusting it, verify it offline, exchange one, give one back.
+
+Looking and verifying need no server.
+"""
 
 import json
 from datetime import UTC, datetime
@@ -9,6 +12,7 @@ import click
 from broker.cli.inputs import read_file, read_token
 from broker.cli.options import noun, option, settings
 from broker.cli.output import Column, Shape, moment, timestamp
+from broker.cli.token_requests import exchange, revoke
 
 INSPECTED = Shape(
     "token",
@@ -35,7 +39,9 @@ MAX_KEYS_BYTES = 64 * 1024
 FETCH_SECONDS = 5.0
 _DATES = ("exp", "iat", "nbf", "auth_time")
 
-COMMAND = noun("token", "Task tokens: look into them, verify them.")
+COMMAND = noun("token", "Task tokens: look into them, verify them, exchange and revoke them.")
+COMMAND.add_command(exchange)
+COMMAND.add_command(revoke)
 
 
 @COMMAND.command("inspect")

@@ -155,6 +155,50 @@ class AudienceSettings(Table):
     )
     introspectors: tuple[SpiffeIdText, ...] = Field(default=(), description="who else may introspect its tokens")
     token_ttl: Duration | None = Field(default=None, description="life of its tokens, if not the usual one")
+    transactions: bool = Field(
+        default=False, description="whether its tokens may become transaction tokens, at their holder's wish"
+    )
+    transaction_requesters: tuple[SpiffeIdText, ...] = Field(
+        default=(), description="which services may do so too, with tokens that they were called with"
+    )
+
+
+class DetailTypeSettings(Table):
+    """One registered type of authorization details (RFC 9396)."""
+
+    type: str = Field(description="api or agent_tool")
+    actions: tuple[str, ...] = Field(
+        default=(), description="what may be asked for, names or families such as ticket.*; unset: anything"
+    )
+    members: tuple[str, ...] | None = Field(
+        default=None,
+        description="members that a detail may have besides type, locations and actions; unset: all that are known",
+    )
+
+
+class TransactionSettings(Table):
+    """Transaction tokens inside the trust domain (header Txn-Token)."""
+
+    ttl: Duration = Field(default=timedelta(seconds=30), description="life of a transaction token, 15s to 60s")
+    replacers: tuple[SpiffeIdText, ...] = Field(
+        default=(), description="which services may hand a transaction on under their own name; none: nobody"
+    )
+
+
+class OutwardSettings(Table):
+    """Another authorization server that takes grants of ours."""
+
+    issuer: str = Field(description="its issuer, exactly: the grant's only audience")
+    resources: tuple[str, ...] = Field(
+        min_length=1, description="what its tokens are for; each is an audience here too"
+    )
+    formats: tuple[Literal["id-jag", "jwt"], ...] = Field(
+        default=("id-jag",), min_length=1, description="the grants that it takes: id-jag, or jwt (RFC 7523)"
+    )
+    ttl: Duration = Field(default=timedelta(seconds=60), description="life of a grant, 60s to 300s")
+    clients: dict[SpiffeIdText, str] = Field(
+        default={}, description="what an agent is called there, by its SPIFFE ID; who is not named is called by that"
+    )
 
 
 class AttestorSettings(AttestorTable):
@@ -268,6 +312,15 @@ class ServerSettings(ProgramSettings):
     tasks: TaskSettings = Field(default=TaskSettings(), description="tasks and their tokens")
     audiences: tuple[AudienceSettings, ...] = Field(
         default=(), description="services that tokens may be for; none: no token"
+    )
+    authorization_details: tuple[DetailTypeSettings, ...] = Field(
+        default=(), description="which types of authorization details may be asked for; none given: all that are known"
+    )
+    transactions: TransactionSettings = Field(
+        default=TransactionSettings(), description="transaction tokens inside the trust domain"
+    )
+    outward: tuple[OutwardSettings, ...] = Field(
+        default=(), description="other authorization servers that take grants of ours; none: no grant leaves"
     )
 
     @property

@@ -15,22 +15,33 @@ from broker.server.api.grpc import tasks as tasks_api
 from broker.server.api.http.services import HttpServices
 from broker.server.authority.authorities import Authorities
 from broker.server.identity.directory import Directory
-from broker.server.settings import AudienceSettings, ServerSettings, SubjectSettings
+from broker.server.settings import (
+    AudienceSettings,
+    DetailTypeSettings,
+    OutwardSettings,
+    ServerSettings,
+    SubjectSettings,
+)
 from broker.server.stillness import Stillness
 from broker.server.store.ports import Store
 from broker.server.tasks.admission import Starters
+from broker.server.tasks.assertions import Assertions
 from broker.server.tasks.config import Audience, Audiences, SubjectIssuer, TaskDefaults
 from broker.server.tasks.decision import Policy
+from broker.server.tasks.detail_types import DetailType, DetailTypes
 from broker.server.tasks.exchange import Exchange
 from broker.server.tasks.feed import Feed
 from broker.server.tasks.ids import Ids
 from broker.server.tasks.lifecycle import Lifecycle
+from broker.server.tasks.outward import RemoteServer, RemoteServers, TransactionRules
 from broker.server.tasks.refusals import Refusals
 from broker.server.tasks.sessions import Sessions
 from broker.server.tasks.subjects import Subjects
 from broker.server.tasks.tokens import TaskTokens
 from broker.spiffe import TrustDomain
 from broker.tasks import Resource, Supervision
+from broker.tasks.authority import OPTIONAL_MEMBERS
+from broker.tasks.grants import GrantFormat
 from broker.telemetry.log import get_logger
 from broker.telemetry.metrics import Metrics
 
@@ -50,6 +61,7 @@ class TasksHalf:
     trust_domain: TrustDomain
     subjects: Subjects
     exchange: Exchange
+    assertions: Assertions
     lifecycle: Lifecycle
     sessions: Sessions
     feed: Feed
@@ -62,6 +74,7 @@ class TasksHalf:
             store=self.store,
             clock=self.clock,
             exchange=self.exchange,
+            assertions=self.assertions,
             lifecycle=self.lifecycle,
             feed=self.feed,
             refusals=self.refusals,
@@ -112,6 +125,12 @@ async def tasks_half(
     feed = Feed(store, authorities, clock, issuer=settings.issuer, observe=metrics.revocation_delay.observe)
     await feed.start()
     lifecycle = Lifecycle(store, clock, count=lambda cause: metrics.ends.labels(cause).inc())
+    ids, detail_types = Ids(secrets.token_bytes), DetailTypes.of(map(_detail_type, settings.authorization_details))
+    policy = Policy(audiences, _defaults(settings), detail_types)
+
+    def count(outcome: str, reason: str) -> None:
+        metrics.exchanges.labels(outcome, reason).inc()
+
     exchange = Exchange(
         store=store,
         subjects=subjects,
@@ -119,11 +138,28 @@ async def tasks_half(
         vouching=directory,
         starters=starters,
         clock=clock,
-        ids=Ids(secrets.token_bytes),
+        ids=ids,
         refusals=refusals,
-        policy=Policy(audiences, _defaults(settings)),
+        policy=policy,
         issuer=settings.issuer,
-        count=lambda outcome, reason: metrics.exchanges.labels(outcome, reason).inc(),
+        count=count,
+    )
+    tokens = TaskTokens(store, authorities, clock, starters, audiences, issuer=settings.issuer)
+    assertions = Assertions(
+        store=store,
+        subjects=subjects,
+        keys=authorities,
+        tokens=tokens,
+        vouching=directory,
+        starters=starters,
+        clock=clock,
+        ids=ids,
+        refusals=refusals,
+        policy=policy,
+        issuer=settings.issuer,
+        transactions=_transactions(settings),
+        remotes=RemoteServers(map(_remote, settings.outward), audiences),
+        count=count,
     )
     http = HttpServices(
         issuer=settings.issuer,
@@ -131,12 +167,15 @@ async def tasks_half(
         store=store,
         clock=clock,
         exchange=exchange,
+        assertions=assertions,
         lifecycle=lifecycle,
-        tokens=TaskTokens(store, authorities, clock, starters, audiences, issuer=settings.issuer),
+        tokens=tokens,
         feed=feed,
         keys=authorities,
         refusals=refusals,
         bundles=lambda: authorities.bundles,
+        audiences=audiences,
+        detail_types=detail_types,
     )
     return TasksHalf(
         store=store,
@@ -144,6 +183,7 @@ async def tasks_half(
         trust_domain=settings.trust_domain,
         subjects=subjects,
         exchange=exchange,
+        assertions=assertions,
         lifecycle=lifecycle,
         sessions=Sessions(store, clock, directory),
         feed=feed,
@@ -159,6 +199,28 @@ def _audience(settings: AudienceSettings) -> Audience:
         risk=settings.risk,
         introspectors=frozenset(settings.introspectors),
         token_ttl=None if settings.token_ttl is None else int(settings.token_ttl.total_seconds()),
+        transactions=settings.transactions,
+        transaction_requesters=frozenset(settings.transaction_requesters),
+    )
+
+
+def _detail_type(settings: DetailTypeSettings) -> DetailType:
+    members = OPTIONAL_MEMBERS if settings.members is None else frozenset(settings.members)
+    return DetailType(settings.type, settings.actions, members)
+
+
+def _transactions(settings: ServerSettings) -> TransactionRules:
+    chosen = settings.transactions
+    return TransactionRules(settings.trust_domain, chosen.ttl, frozenset(chosen.replacers))
+
+
+def _remote(settings: OutwardSettings) -> RemoteServer:
+    return RemoteServer(
+        settings.issuer,
+        frozenset(map(Resource, settings.resources)),
+        frozenset(map(GrantFormat, settings.formats)),
+        settings.ttl,
+        dict(settings.clients),
     )
 
 

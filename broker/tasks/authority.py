@@ -29,8 +29,10 @@ MAX_BYTES: Final = 4096
 _MEMBERS: Final = frozenset({"type", "locations", "actions", "identifier", "datatypes", "privileges", "constraints"})
 _SEAL: Final = object()
 _REQUIRED: Final = frozenset({"type", "locations", "actions"})
+OPTIONAL_MEMBERS: Final = _MEMBERS - _REQUIRED
+"""What a detail may have besides its type, locations and actions."""
 # Dotted names of scope characters (RFC 6749 §3.3). A star stands for all below a name, and never alone.
-_ACTION: Final = re.compile(r"[A-Za-z0-9_:/-]+(?:\.[A-Za-z0-9_:/-]+)*(?:\.\*)?")
+ACTION: Final = re.compile(r"[A-Za-z0-9_:/-]+(?:\.[A-Za-z0-9_:/-]+)*(?:\.\*)?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,7 +209,7 @@ class Authority:
     def for_scope(self, scope: str) -> "Authority":
         """Keep the actions that a scope names; an action beyond this is PolicyDenied (``invalid_scope``)."""
         wanted = scope.split(" ")
-        if len(wanted) > MAX_VALUES or not all(_ACTION.fullmatch(action) for action in wanted):
+        if len(wanted) > MAX_VALUES or not all(ACTION.fullmatch(action) for action in wanted):
             raise PolicyDenied("the scope is empty, too long or malformed", code="invalid_scope")
         if not all(any(detail.covers_action(action) for detail in self.details) for action in wanted):
             raise PolicyDenied("the scope goes beyond what may be given", code="invalid_scope")
@@ -280,7 +282,7 @@ def _locations(value: JsonValue) -> tuple[Resource, ...]:
 
 def _actions(value: JsonValue) -> tuple[str, ...]:
     actions = read_texts(value, "actions")
-    if not all(_ACTION.fullmatch(action) for action in actions):
+    if not all(ACTION.fullmatch(action) for action in actions):
         raise invalid("an action is not a dotted name", hint="as in ticket.read, or ticket.* for the family")
     return actions
 

@@ -146,7 +146,7 @@ class TaskClaims:
             "jti": self.jti,
             "txn": self.txn,
             "scope": self.scope,
-            "act": _nested(self.act),
+            "act": nested_act(self.act),
             "cnf": self.cnf.to_json(),
             "authorization_details": self.authorization_details.to_json(),
             "task": self.task.to_json(),
@@ -163,7 +163,7 @@ class TaskClaims:
         """
         if not payload.keys() >= _REQUIRED:
             raise InvalidToken("a claim of the token is missing", code="token_claim_missing")
-        act = _chain(payload["act"])
+        act = read_act(payload["act"])
         try:
             return cls(
                 iss=_string(payload, "iss"),
@@ -267,14 +267,16 @@ def _seconds(time: datetime) -> int:
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 
-def _nested(chain: Sequence[SpiffeId]) -> JsonValue:
+def nested_act(chain: Sequence[SpiffeId]) -> JsonValue:
+    """Write a chain of agents, the present actor first, as the claim ``act`` (RFC 8693 §4.1)."""
     value: dict[str, JsonValue] = {}
     for agent in reversed(chain):
         value = {"sub": str(agent), "act": value} if value else {"sub": str(agent)}
     return value
 
 
-def _chain(value: JsonValue) -> tuple[SpiffeId, ...]:
+def read_act(value: JsonValue) -> tuple[SpiffeId, ...]:
+    """Read a claim ``act``, the present actor first; raises InvalidToken."""
     chain: list[SpiffeId] = []
     while True:
         # NOTE(security): an actor is its ID and its history, nothing that could be taken for a claim (RFC 8693 §4.1).

@@ -27,7 +27,7 @@ from broker._proto.spire.api.types import selector_pb2, spiffeid_pb2
 from broker._proto.spire.api.types.x509svid_pb2 import X509SVID
 from broker.clock import SystemClock
 from broker.server.api.grpc import agent, entries, entry, svid
-from broker.server.api.http.token import ACCESS_TOKEN, GRANT_TYPE
+from broker.server.api.http.token_formats import ACCESS_TOKEN, GRANT_TYPE
 from broker.server.app import Server
 from broker.spiffe import SpiffeId, verify_jwt_svid, verify_x509_svid
 from broker.transport.tls import TlsIdentity

@@ -22,7 +22,7 @@ from broker._proto.spiffe import workload_pb2
 from broker.attestation.possession import Challenge, answer, read_chain
 from broker.cli.main import main
 from broker.errors import BrokerError, Invalid
-from broker.server.api.http.token import ACCESS_TOKEN, GRANT_TYPE
+from broker.server.api.http.token_formats import ACCESS_TOKEN, GRANT_TYPE
 from broker.spiffe import Bundle, BundleSet, jose
 from broker.tasks import Authority
 from broker.tasks.keyset import read_keys

@@ -7,7 +7,7 @@ from urllib.parse import urlencode
 from broker._proto.spiffe import workload_pb2
 from broker.clock import SystemClock
 from broker.errors import InvalidSvid
-from broker.server.api.http.token import ACCESS_TOKEN, GRANT_TYPE, JWT
+from broker.server.api.http.token_formats import ACCESS_TOKEN, GRANT_TYPE, JWT
 from broker.spiffe import verify_jwt_svid
 from broker.transport.tls import TlsIdentity
 from tests.conformance.house import HEADER, ONE, SECONDS, House, posted, reason

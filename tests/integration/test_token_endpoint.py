@@ -25,7 +25,7 @@ from broker._proto.spire.api.types import entry_pb2, selector_pb2, spiffeid_pb2
 from broker.clock import SystemClock
 from broker.sdk.feed import FeedState
 from broker.server.api.grpc import entries, feed, sessions, svid, tasks
-from broker.server.api.http.token import ACCESS_TOKEN, GRANT_TYPE
+from broker.server.api.http.token_formats import ACCESS_TOKEN, GRANT_TYPE
 from broker.server.app import Server
 from broker.server.settings import AudienceSettings, SubjectSettings
 from broker.spiffe import BundleSet, SpiffeId, X509Svid, verify_x509_svid

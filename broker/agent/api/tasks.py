@@ -60,6 +60,10 @@ class TasksApi:
             scope=request.scope,
             authorization_details=request.authorization_details,
             idempotency_key=request.idempotency_key,
+            requested_token_type=request.requested_token_type,
+            audience=request.audience,
+            request_context=request.request_context,
+            request_details=request.request_details,
         )
         issued: server_pb2.IssuedToken = await self._forward(
             self._upstream.tasks.IssueToken, forwarded, context, caller

@@ -104,7 +104,7 @@ class Authorities:
         return _required(self._task, "task-token")
 
     def task_keys(self) -> PublicKeys:
-        """Give every published task-token key by its ``kid``: prepared, active and old."""
+        """Give every published task-token key by its ``kid``: prepared, active and old, but none that is tainted."""
         return self._task_keys
 
     def replace(self, published: Published) -> None:
@@ -197,8 +197,12 @@ def _bundle_keys(published: Published, kind: AuthorityKind) -> tuple[BundleKey, 
 
 
 def public_keys(rows: Iterable[AuthorityRow], kind: AuthorityKind) -> dict[str, ec.EllipticCurvePublicKey]:
-    """Give the public keys of one kind by authority id."""
-    return {row.id: _public_key(row) for row in rows if row.kind is kind}
+    """Give the public keys of one kind by authority id; a tainted task-token key verifies nothing more.
+
+    SVIDs of a tainted authority are replaced while they still hold; a task token is asked for again within minutes anyway.
+    """
+    ends_at_once = kind is AuthorityKind.TASK
+    return {row.id: _public_key(row) for row in rows if row.kind is kind and not (row.tainted and ends_at_once)}
 
 
 def _public_key(row: AuthorityRow) -> ec.EllipticCurvePublicKey:

@@ -103,10 +103,7 @@ def claim(actor: Actor, vouching: Vouching, starters: Starters) -> Claim:
 def admit(writer: Writer, claimed: Claim, now: datetime) -> Admitted:
     """Judge an actor by the rows of this moment, and note its session; raises Refused."""
     actor = claimed.actor
-    if actor.not_after <= now:
-        raise Refused("the workload's certificate has expired", code="svid_expired")
-    if actor.serial and writer.is_revoked(actor.serial):
-        raise Refused("the workload's SVID was revoked", code="svid_revoked", hint="fetch a new one and ask again")
+    _require_svid(writer, actor, now)
     if actor.door is Door.AGENT:
         assert actor.agent is not None
         _require_node(writer, actor.agent)
@@ -121,6 +118,21 @@ def admit(writer: Writer, claimed: Claim, now: datetime) -> Admitted:
     return Admitted(actor, row.id, _usable(writer, (row.entry_id,), actor.spiffe_id, now))
 
 
+def admit_requester(reader: Reader, actor: Actor, now: datetime) -> Caller:
+    """Judge a workload that brings a token which it did not ask for itself: its SVID and its session stand; raises Refused.
+
+    Whether it may have anything for that token is the caller's to ask. Only at the HTTPS door.
+    """
+    _require_svid(reader, actor, now)
+    row = reader.session_by_x5t(actor.x5t)
+    if row is None:
+        return Caller(actor, None)
+    if row.ended_at is not None or row.spiffe_id != actor.spiffe_id:
+        raise _session_ended()
+    _require_node(reader, row.agent)
+    return Caller(actor, row.id)
+
+
 def identify(writer: Reader, actor: Actor) -> Caller:
     """Find an actor's session without judging whether it may still start anything: enough to end or see its own task."""
     if actor.door is Door.HTTPS:
@@ -132,7 +144,14 @@ def identify(writer: Reader, actor: Actor) -> Caller:
     return Caller(actor, known.id)
 
 
-def _require_node(writer: Writer, agent: SpiffeId) -> None:
+def _require_svid(reader: Reader, actor: Actor, now: datetime) -> None:
+    if actor.not_after <= now:
+        raise Refused("the workload's certificate has expired", code="svid_expired")
+    if actor.serial and reader.is_revoked(actor.serial):
+        raise Refused("the workload's SVID was revoked", code="svid_revoked", hint="fetch a new one and ask again")
+
+
+def _require_node(writer: Reader, agent: SpiffeId) -> None:
     node = writer.node(agent)
     if node is None or node.banned:
         raise Refused("the node agent is not admitted", code="agent_not_admitted")

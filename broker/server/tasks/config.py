@@ -32,16 +32,27 @@ _NAMESPACE: Final = re.compile(r"[\x21-\x7e]{0,64}")
 
 @dataclass(frozen=True, slots=True)
 class Audience:
-    """A service that tokens are for: its resource, how tokens are bound, who may introspect; raises Misconfigured."""
+    """A service that tokens are for: its resource, how tokens are bound, who may introspect; raises Misconfigured.
+
+    ``transactions``: whether its tokens may become transaction tokens, at their holder's wish or that of ``transaction_requesters``.
+    """
 
     resource: Resource
     binding: frozenset[str] = frozenset({"x5t", "session"})
     risk: str = "high"
     introspectors: frozenset[SpiffeId] = frozenset()
     token_ttl: int | None = None
+    transactions: bool = False
+    transaction_requesters: frozenset[SpiffeId] = frozenset()
 
     def __post_init__(self) -> None:
         """Check each field."""
+        if self.transaction_requesters and not self.transactions:
+            raise Misconfigured(
+                f"the audience {self.resource.text} names transaction_requesters without transactions",
+                code="audience_transactions",
+                hint="set transactions = true, or leave them out",
+            )
         if not self.binding or not self.binding <= BINDINGS:
             raise Misconfigured(
                 f"the audience {self.resource.text} names a binding that is not one of {', '.join(sorted(BINDINGS))}",

@@ -6,12 +6,13 @@ store, no network: the caller brings ``now`` and the rows, from inside the trans
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 from broker.errors import InvalidToken, NotFound, PolicyDenied, Refused
 from broker.server.tasks.admission import Admitted, Caller
 from broker.server.tasks.config import Audience, Audiences, TaskDefaults
+from broker.server.tasks.detail_types import DetailTypes
 from broker.server.tasks.requests import IssueRequest, StartRequest, unmetered
 from broker.server.tasks.subjects import Subject
 from broker.tasks import Authority
@@ -21,10 +22,11 @@ from broker.tasks.task import Supervision, Task
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What the operator set: the registered audiences, and the defaults of tasks and tokens."""
+    """What the operator set: the registered audiences and types of details, and the defaults of tasks and tokens."""
 
     audiences: Audiences
     defaults: TaskDefaults
+    detail_types: DetailTypes = field(default_factory=DetailTypes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,7 @@ def decide_start(
         raise InvalidToken("the user token has expired", code="subject_expired", hint="get a new one from the issuer")
     ceiling = subject.ceiling
     authority = request.authority if ceiling is None else ceiling.narrow(request.authority)
+    policy.detail_types.require(authority)
     if authority.metered():
         raise unmetered()
     for detail in authority.details:

@@ -201,7 +201,7 @@ class Exchange:
             ancestors=tuple(reversed(lineage[:-1])),
         )
         payload = claims.to_payload()
-        text = _text(payload)
+        text = payload_text(payload)
         row = TokenRow(
             jti=claims.jti,
             task_id=task.id,
@@ -257,7 +257,8 @@ def _token_parts(request: IssueRequest) -> tuple[str | int | None, ...]:
     return request.resource.text, request.scope, None if request.authority is None else request.authority.text()
 
 
-def _text(payload: Mapping[str, JsonValue]) -> str:
+def payload_text(payload: Mapping[str, JsonValue]) -> str:
+    """Write the payload that will be signed; raises PolicyDenied for one that no verifier would take."""
     text = _WRITER.encode(payload)
     if len(text) > MAX_PAYLOAD:
         raise PolicyDenied(

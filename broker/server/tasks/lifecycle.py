@@ -11,6 +11,7 @@ from datetime import datetime
 from typing import Final
 
 from broker.clock import Clock
+from broker.errors import NotFound, Refused
 from broker.server import failpoints
 from broker.server.store.ports import Store, Writer, making_nothing_due
 from broker.server.store.rows import NewFrame, SessionRow, TokenRow
@@ -239,16 +240,23 @@ class Lifecycle:
 
         return self._counted(await self._store.write(act))
 
-    async def revoke_token(self, jti: str, *, owner: SpiffeId) -> bool:
-        """Revoke a token at its own actor's wish; False when there is no such token of this actor (RFC 7009 §2.2)."""
+    async def revoke_token(self, jti: str, *, owner: SpiffeId, ending: Actor | None = None) -> bool:
+        """Revoke a token at its own actor's wish; False when there is no such token of this actor (RFC 7009 §2.2).
 
-        def act(writer: Writer) -> bool:
-            row = writer.token(jti)
+        ``ending`` is who wants its task to end with it: nothing else ends where the task is another process's.
+        """
+
+        def act(writer: Writer) -> tuple[bool, End | None]:
+            row, now = writer.token(jti), self._clock.now()
             if row is None or row.agent != owner:
-                return False
-            return revoke_token(writer, row, by=str(owner), now=self._clock.now()) > 0
+                return False, None
+            revoked = revoke_token(writer, row, by=str(owner), now=now) > 0
+            return revoked, None if ending is None else _give_up(writer, ending, row.task_id, now)
 
-        return await self._store.write(act)
+        revoked, over = await self._store.write(act)
+        if over is not None:
+            self._counted(over)
+        return revoked
 
     async def sweep(self) -> int:
         """Write down the tasks whose time is over, and forget what nobody can ask for; give how many tasks were found."""
@@ -295,3 +303,14 @@ class Lifecycle:
         if self._count is not None and over.frame_seq and over.task.cause is not None:
             self._count(over.task.cause.value)
         return over
+
+
+def _give_up(writer: Writer, actor: Actor, task_id: str, now: datetime) -> End | None:
+    """End a task that its own process gives up; None where it is not its own, or is over."""
+    try:
+        task = own_task(writer.lineage(task_id), identify(writer, actor))
+    except (NotFound, Refused):
+        return None
+    if task.state.is_terminal:
+        return None
+    return end(writer, task, State.REVOKED, Cause.CANCELLED, by=str(task.agent), now=now)

@@ -64,6 +64,39 @@ def token_issued(row: TokenRow, claims: TaskClaims, actor: Actor, at: datetime) 
     return Record(Event.TOKEN_ISSUED, at, str(row.agent), row.task_id, fields)
 
 
+def assertion_issued(
+    row: TokenRow,
+    kind: str,
+    actor: Actor,
+    *,
+    audience: str,
+    user: str,
+    txn: str,
+    hop: int,
+    subject_hash: str | None,
+    at: datetime,
+) -> Record:
+    """Record that a token other than a task token was issued: of which kind, to whom, for whom else than a service."""
+    fields: dict[str, FieldValue] = {
+        "kind": kind,
+        "door": actor.door.value,
+        "agent": str(row.agent),
+        "session": row.session,
+        "user": user,
+        "root": row.root,
+        "txn": txn,
+        "jti_hash": sha256(row.jti.encode()),
+        "token_hash": row.hash,
+        "subject_hash": subject_hash,
+        "audience": audience,
+        "resource": row.resource,
+        "scope": row.scope,
+        "hop": hop,
+        "expires_at": int(row.expires_at.timestamp()),
+    }
+    return Record(Event.TOKEN_ISSUED, at, str(actor.spiffe_id), row.task_id, fields)
+
+
 def token_revoked(row: TokenRow, by: str, frame_seq: int, at: datetime) -> Record:
     """Record that one token was revoked, by whom, and which frame told of it."""
     fields: dict[str, FieldValue] = {

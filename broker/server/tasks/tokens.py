@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from broker.clock import Clock
-from broker.errors import BrokerError, InvalidToken
+from broker.errors import BrokerError, Invalid, InvalidToken
+from broker.registry.entry import Entry
 from broker.server.store.ports import Reader, Store
 from broker.server.store.rows import TokenRow
 from broker.server.tasks.admission import Starters
 from broker.server.tasks.config import Audiences
 from broker.server.tasks.exchange import TaskKeys
 from broker.spiffe import SpiffeId, jose
-from broker.tasks import TaskClaims, require_lineage_active, verify_task_token
+from broker.tasks import Resource, TaskClaims, require_lineage_active, verify_task_token
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +45,13 @@ class TaskTokens:
         audience = jose.parse_compact(token).payload.get("aud")
         if not isinstance(audience, str):
             raise InvalidToken("the token's audience is not one text", code="token_audience")
+        try:
+            resource = Resource(audience)
+        except Invalid:
+            raise InvalidToken("the token's audience is no service's", code="token_audience") from None
         now = self._clock.now()
         # Compared with itself: the audience is what the caller asks about, not what it is.
-        verified = verify_task_token(token, self._keys.task_keys(), issuer=self._issuer, audience=audience, now=now)
+        verified = verify_task_token(token, self._keys.task_keys(), issuer=self._issuer, audience=resource, now=now)
         return verified.claims
 
     async def introspect(self, token: str, caller: SpiffeId) -> LiveToken | None:
@@ -64,32 +69,41 @@ class TaskTokens:
         except BrokerError:
             return None
         now = self._clock.now()
-        alive = await self._store.read(lambda reader: self._is_alive(reader, claims, now))
+        alive = await self._store.read(lambda reader: self.is_alive(reader, claims, now))
         return LiveToken(claims) if alive else None
 
-    def _is_alive(self, reader: Reader, claims: TaskClaims, now: datetime) -> bool:
-        row = reader.token(claims.jti)
-        if row is None or row.revoked_at is not None or now.timestamp() >= claims.exp:
+    def is_alive(self, reader: Reader, claims: TaskClaims, now: datetime) -> bool:
+        """Tell whether a token of these claims is alive as a whole, by the rows of this moment."""
+        return self.lives(reader, claims.jti, task_id=claims.task.id, epoch=claims.task.epoch, exp=claims.exp, now=now)
+
+    def lives(self, reader: Reader, jti: str, *, task_id: str, epoch: int, exp: int, now: datetime) -> bool:
+        """Tell it of any token of ours that hangs on a task."""
+        row = reader.token(jti)
+        if row is None or row.revoked_at is not None or now.timestamp() >= exp:
             return False
         lineage = reader.lineage(row.task_id)
-        if not lineage or row.task_id != claims.task.id or reader.root_epoch(row.root) > claims.task.epoch:
+        if not lineage or row.task_id != task_id or reader.root_epoch(row.root) > epoch:
             return False
         try:
             require_lineage_active(lineage[-1], tuple(reversed(lineage[:-1])), now)
         except BrokerError:
             return False
-        return self._actor_stands(reader, row, now)
+        return self.standing_entry(reader, row, now) is not None
 
-    def _actor_stands(self, reader: Reader, row: TokenRow, now: datetime) -> bool:
-        """Tell whether the workload may still act: by the same rules as at issue."""
+    def standing_entry(self, reader: Reader, row: TokenRow, now: datetime) -> Entry | None:
+        """Give the entry by which a token's workload may still act, by the same rules as at issue; None: it may not."""
         entry_ids = self._starters.entry_ids_of(row.agent)
         if row.session is not None:
             session = reader.session(row.session)
             if session is None or session.ended_at is not None:
-                return False
+                return None
             node = reader.node(session.agent)
             if node is None or node.banned:
-                return False
+                return None
             entry_ids = (session.entry_id,)
         entries = (reader.entry(entry_id) for entry_id in entry_ids)
-        return any(entry is not None and entry.may_start_tasks and not entry.is_expired(now) for entry in entries)
+        return next((each for each in entries if each is not None and _may_act(each, now)), None)
+
+
+def _may_act(entry: Entry, now: datetime) -> bool:
+    return entry.may_start_tasks and not entry.is_expired(now)

@@ -1,17 +1,21 @@
 """The verifier: what it accepts, what it refuses, and that remembering never outlives an end."""
 
 import json
+from datetime import timedelta
 
 import pytest
 
 from broker._proto.broker.server.v1 import feed_pb2
 from broker.errors import BrokerError, InvalidSvid, InvalidToken, PolicyDenied, Refused, Unavailable
 from broker.sdk.feed import Risk
+from broker.spiffe import TrustDomain
 from broker.spiffe.jose import b64url_decode, b64url_encode
+from broker.tasks import Authority as Authority_
 from broker.tasks import BindingMatch
+from broker.tasks.transactions import TransactionClaims
 from broker.transport.tls import Anonymous, SvidPeer
 from tests.unit.sdk.world import World, frame, heartbeat, snapshot
-from tests.unit.tasks.world import AGENT, TokenKey
+from tests.unit.tasks.world import AGENT, ISSUER, TICKETS, TokenKey
 from tests.unit.transport.pki import Authority
 
 
@@ -171,6 +175,48 @@ def test_a_remembered_token_expires_and_never_comes_back(world: World) -> None:
     assert refused(world, token).reason == "token_expired"
 
 
+@pytest.mark.bears("V09", "SV15")
+@pytest.mark.parametrize("back", [60, 3600, 86400])
+def test_a_clock_that_is_set_back_revives_nothing(world: World, back: int) -> None:
+    token, ended = world.token(), world.token(jti="jti_2")
+    world.verifier.verify_now(ended, world.identity.chain_der)
+    world.hear(frame(2, kind="token", jti="jti_2"))
+    world.verifier.verify_now(token, world.identity.chain_der)
+    for _ in range(5):
+        world.clock.step(60)
+        world.hear(heartbeat())
+    assert refused(world, token).reason == "token_expired"
+    world.clock.wall -= timedelta(seconds=back + 300)
+    world.hear(heartbeat())
+    for each in (token, ended):
+        assert refused(world, each).reason in {"token_expired", "token_revoked"}
+    assert refused(world, token).reason == "token_expired"
+
+
+@pytest.mark.bears("V09")
+def test_a_leap_forward_and_back_forgets_no_end() -> None:
+    world = World()
+    world.hear(snapshot(world.key))
+    token = world.token()
+    soon = int(world.clock.now().timestamp()) + 300
+    ended = feed_pb2.Frame(seq=2, kind="task", task="tsk_1", forget_at=soon)
+    world.hear(feed_pb2.FeedMessage(seq=2, store="s1", frame=ended))
+    assert refused(world, token).reason == "task_ended"
+    world.clock.wall += timedelta(hours=1)
+    steady = world.verifier._clock
+    for number in range(3, 300):
+        now = int(steady.now().timestamp())
+        world.verifier.feed.apply(heartbeat(number), monotonic=world.clock.monotonic(), now=now)
+    world.clock.wall -= timedelta(hours=1)
+    assert refused(world, token).reason == "token_expired"
+
+
+@pytest.mark.bears("V09")
+def test_a_clock_that_is_set_forward_goes_on_from_there(world: World) -> None:
+    world.clock.wall += timedelta(hours=1)
+    world.verifier.verify_now(world.token(), world.identity.chain_der)
+
+
 @pytest.mark.bears("JW21")
 def test_a_key_that_is_withdrawn_dies_with_all_it_signed(world: World) -> None:
     token = world.token()
@@ -215,3 +261,23 @@ def test_remembering_the_right_holder_lets_no_other_in(world: World) -> None:
             else:
                 assert refused(world, token, scope).reason == "binding_mismatch"
         assert refused(world, token, {"extensions": {"broker.peer": Anonymous()}}).reason == "binding_missing"
+
+
+def test_a_transaction_is_accepted_while_its_task_lives(world: World) -> None:
+    at = world.clock.now()
+    first = TransactionClaims(
+        iss=ISSUER, aud=TrustDomain("example.org"), iat=int(at.timestamp()), exp=int(at.timestamp()) + 30, jti="jti_9", txn="txn_9", sub="usr_1", scope="ticket.read", act=(AGENT,),
+        authorization_details=Authority_.parse([{"type": "api", "locations": [TICKETS.text], "actions": ["ticket.read"]}]), task="tsk_1", root="tsk_1", epoch=0, txn_path=(AGENT,),
+    )  # fmt: skip
+    token = world.key.token(first.to_payload(), typ="txntoken+jwt")
+    assert world.verifier.verify_transaction(token, "example.org").claims == first
+    for wrong, domain in ((world.token(), "example.org"), (token, "example.com")):
+        with pytest.raises(InvalidToken):
+            world.verifier.verify_transaction(wrong, domain)
+    assert refused(world, token).reason == "token_type"
+    world.hear(frame(2, kind="task", task="tsk_1"))
+    with pytest.raises(Refused):
+        world.verifier.verify_transaction(token, "example.org")
+    world.clock.step(4)
+    with pytest.raises(Unavailable):
+        world.verifier.verify_transaction(token, "example.org")

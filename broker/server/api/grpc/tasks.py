@@ -12,8 +12,10 @@ from broker.audit.events import Event
 from broker.clock import Clock
 from broker.errors import Invalid
 from broker.server.api.access import Caller, agent_of, name_of
+from broker.server.api.grpc.task_formats import read_assertion, written_assertion
 from broker.server.store.ports import Reader, Store
 from broker.server.store.rows import TaskFilter
+from broker.server.tasks.assertions import Assertions
 from broker.server.tasks.decision import task_unknown
 from broker.server.tasks.exchange import Exchange
 from broker.server.tasks.feed import Feed
@@ -40,6 +42,7 @@ class Tasks:
         store: Store,
         clock: Clock,
         exchange: Exchange,
+        assertions: Assertions,
         lifecycle: Lifecycle,
         feed: Feed,
         refusals: Refusals,
@@ -47,6 +50,7 @@ class Tasks:
         self._store = store
         self._clock = clock
         self._exchange = exchange
+        self._assertions = assertions
         self._lifecycle = lifecycle
         self._feed = feed
         self._refusals = refusals
@@ -78,14 +82,22 @@ class Tasks:
         async with self._refusals.recorded(Event.TOKEN_REFUSED, actor, ""):
             if not request.task_id:
                 raise task_unknown()
+            other = read_assertion(request)
             details = request.authorization_details
-            issue = IssueRequest(
-                resource=Resource(request.resource),
-                task_id=request.task_id,
-                scope=request.scope,
-                authority=Authority.parse(details) if details else None,
-                idempotency_key=request.idempotency_key,
+            issue = (
+                IssueRequest(
+                    resource=Resource(request.resource),
+                    task_id=request.task_id,
+                    scope=request.scope,
+                    authority=Authority.parse(details) if details else None,
+                    idempotency_key=request.idempotency_key,
+                )
+                if other is None
+                else None
             )
+        if other is not None:
+            return written_assertion(await self._assertions.issue(actor, other))
+        assert issue is not None
         issued = await self._exchange.issue(actor, issue)
         return tasks_pb2.IssuedToken(
             access_token=issued.access_token,

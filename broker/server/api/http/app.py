@@ -1,5 +1,6 @@
 """The HTTP app: which address leads to which endpoint. It is served on the TLS port's own transport, never by itself."""
 
+import functools
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 from urllib.parse import urlsplit
@@ -15,6 +16,7 @@ from broker.server.api.http.discovery import Discovery
 from broker.server.api.http.introspect import introspect
 from broker.server.api.http.keys import keys
 from broker.server.api.http.metadata import metadata
+from broker.server.api.http.openapi import OpenApi
 from broker.server.api.http.revoke import revoke
 from broker.server.api.http.services import HttpServices
 from broker.server.api.http.token import token
@@ -27,6 +29,11 @@ _Endpoint = Callable[[Request, HttpServices], Awaitable[Response]]
 def create_app(services: HttpServices | None, discovery: Discovery | None = None) -> Starlette:
     """Make the app of the halves that run here: the task half's endpoints, the identity half's discovery."""
     routes = [*(() if services is None else _task_routes(services)), *(discovery.routes() if discovery else ())]
+    issuer = services.issuer if services else discovery.issuer if discovery else ""
+    if issuer:
+        api = OpenApi(issuer)
+        routes.append(Route(f"{urlsplit(issuer).path.rstrip('/')}/openapi.json", api.serve, methods=["GET"]))
+        api.describe(routes)
     app = Starlette(routes=routes, exception_handlers={HTTPException: errors.on_http_exception})
     # A slash too many is another address: a redirect would send the token a second time.
     app.router.redirect_slashes = False
@@ -38,6 +45,7 @@ def _task_routes(services: HttpServices) -> Sequence[Route]:
     below = urlsplit(services.issuer).path.rstrip("/")
 
     def bound(endpoint: _Endpoint) -> errors.Handler:
+        @functools.wraps(endpoint)
         async def handler(request: Request) -> Response:
             return await endpoint(request, services)
 

@@ -15,6 +15,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from broker.server.api.http import shapes
+from broker.server.api.http.description import Answer, Operation, Vocabulary, described
 from broker.spiffe import Bundle, jose, strictjson
 from broker.spiffe.jose import PublicKey
 
@@ -42,6 +44,15 @@ class Discovery:
             Route(below + KEYS, self._keys, methods=["GET"]),
         )
 
+    @described(
+        Operation(
+            "get_openid_configuration",
+            "Discovery for JWT-SVIDs (OpenID Connect Discovery).",
+            vocabulary=Vocabulary.NONE,
+            answers={200: Answer("the document", {"application/json": shapes.OPENID_CONFIGURATION})},
+            public=True,
+        )
+    )
     async def _document(self, request: Request) -> Response:
         algorithms = {jwk["alg"] for jwk in self._jwks()} or {"ES256"}
         document = {
@@ -55,6 +66,15 @@ class Discovery:
         }
         return JSONResponse(document, headers=_HEADERS)
 
+    @described(
+        Operation(
+            "get_openid_keys",
+            "The keys of JWT-SVIDs.",
+            vocabulary=Vocabulary.NONE,
+            answers={200: Answer("a JWK Set", {"application/jwk-set+json": shapes.KEY_SET})},
+            public=True,
+        )
+    )
     async def _keys(self, request: Request) -> Response:
         body = strictjson.canonical({"keys": self._jwks()})
         return Response(body, media_type="application/jwk-set+json", headers=_HEADERS)

@@ -45,6 +45,13 @@ _OAUTH_CODES: Final[Mapping[str, _Answer]] = {
     # RFC 8693 §2.2.2: a subject token that is unacceptable is a matter of the request, not of a grant.
     "subject_mismatch": (400, "invalid_request"),
     "unmetered_limit": (400, "invalid_request"),
+    "subject_over": (400, "invalid_request"),
+    "txn_path_cycle": (400, "invalid_request"),
+    "txn_path_depth": (400, "invalid_request"),
+    "txn_context_changed": (400, "invalid_request"),
+    "txn_expired": (400, "invalid_request"),
+    "subject_not_held": (400, "unauthorized_client"),
+    "unsupported_token_type": (400, "unsupported_token_type"),
 }
 _OAUTH: Final[tuple[tuple[type[BrokerError], _Answer], ...]] = (
     (Refused, (400, "invalid_grant")),

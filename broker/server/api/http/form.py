@@ -35,6 +35,10 @@ class Form:
         self._single = single
         self._repeated = repeated
 
+    def names(self) -> frozenset[str]:
+        """Give the names of all parameters that were sent."""
+        return frozenset(self._single) | frozenset(self._repeated)
+
     def require(self, name: str) -> str:
         """Give a parameter's value; raises Invalid when it was not sent."""
         value = self._single.get(name)

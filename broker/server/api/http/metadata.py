@@ -1,40 +1,53 @@
-"""``GET /.well-known/oauth-authorization-server``: what this issuer offers (RFC 8414)."""
+"""``GET /.well-known/oauth-authorization-server``: what this issuer offers (RFC 8414).
 
+Each endpoint says its own part, in a function ``offered`` beside it: what is not built there cannot be promised here.
+"""
+
+from collections.abc import Callable, Mapping
 from typing import Final
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from broker.server.api.http import introspect, revoke, shapes, token
+from broker.server.api.http.description import Answer, Operation, Vocabulary, described
 from broker.server.api.http.services import HttpServices
-from broker.server.api.http.token import GRANT_TYPE
-from broker.server.tasks.config import MAX_TOKEN_TTL
-from broker.tasks.authority import TYPES
-from broker.tasks.verify import ALGORITHM
+from broker.spiffe.strictjson import JsonValue
 
 CACHE_SECONDS: Final = 300
-CLIENT_AUTHENTICATION: Final = ["spiffe_x509", "tls_client_auth"]
-"""The draft's name for an X.509-SVID over mutual TLS, and the registered one for mutual TLS (RFC 8705 §2.1)."""
+Part = Callable[[HttpServices], Mapping[str, JsonValue]]
 
 
+def issuer_offers(services: HttpServices) -> Mapping[str, JsonValue]:
+    """Give what belongs to no endpoint: who this is, its keys, and where the rest is described."""
+    issuer = services.issuer
+    return {
+        "issuer": issuer,
+        "jwks_uri": f"{issuer}/keys",
+        # Nobody logs in here: RFC 8414 §2 wants the member, and nothing true can stand in it.
+        "response_types_supported": [],
+        # Ours: the tasks' own address, and the whole of this port for programs.
+        "tasks_endpoint": f"{issuer}/tasks",
+        "openapi_uri": f"{issuer}/openapi.json",
+    }
+
+
+PARTS: Final[tuple[Part, ...]] = (issuer_offers, token.offered, introspect.offered, revoke.offered)
+"""Who says what. Another endpoint, or another way to authenticate, adds its function here."""
+
+
+@described(
+    Operation(
+        "get_metadata",
+        "What this authorization server offers (RFC 8414).",
+        vocabulary=Vocabulary.NONE,
+        answers={200: Answer("the document", {"application/json": shapes.METADATA})},
+        public=True,
+    )
+)
 async def metadata(request: Request, services: HttpServices) -> Response:
     """Give the metadata document; its ``issuer`` is the one that tokens bear."""
-    issuer = services.issuer
-    document = {
-        "issuer": issuer,
-        "token_endpoint": f"{issuer}/token",
-        "jwks_uri": f"{issuer}/keys",
-        "introspection_endpoint": f"{issuer}/introspect",
-        "revocation_endpoint": f"{issuer}/revoke",
-        "response_types_supported": [],
-        "grant_types_supported": [GRANT_TYPE],
-        "token_endpoint_auth_methods_supported": CLIENT_AUTHENTICATION,
-        "introspection_endpoint_auth_methods_supported": CLIENT_AUTHENTICATION,
-        "revocation_endpoint_auth_methods_supported": CLIENT_AUTHENTICATION,
-        "tls_client_certificate_bound_access_tokens": True,
-        "authorization_details_types_supported": sorted(TYPES),
-        # Ours: the tasks' own address, how tokens are signed, and how long the longest lives.
-        "tasks_endpoint": f"{issuer}/tasks",
-        "access_token_signing_alg_values_supported": [ALGORITHM],
-        "access_token_max_seconds": MAX_TOKEN_TTL,
-    }
+    document: dict[str, JsonValue] = {}
+    for part in PARTS:
+        document |= part(services)
     return JSONResponse(document, headers={"cache-control": f"public, max-age={CACHE_SECONDS}"})

@@ -3,16 +3,21 @@
 No header is looked at: a certificate that a proxy would forward is not evidence here.
 """
 
+from typing import Final
+
 from starlette.requests import Request
 
 from broker.errors import Invalid, Refused
+from broker.server.api.http.form import Form
 from broker.server.api.http.services import HttpServices
 from broker.server.tasks.requests import Actor, Door, check_key
-from broker.spiffe import X509Svid
+from broker.spiffe import SpiffeId, X509Svid
 from broker.transport.http import PEER_EXTENSION
 from broker.transport.tls import SvidPeer
 
 IDEMPOTENCY_KEY = "idempotency-key"
+CLIENT_AUTHENTICATION: Final = ("spiffe_x509", "tls_client_auth")
+"""The draft's name for an X.509-SVID over mutual TLS, and the registered one for mutual TLS (RFC 8705 §2.1)."""
 
 
 def svid_of(request: Request, services: HttpServices) -> X509Svid:
@@ -40,6 +45,13 @@ def actor_of(request: Request, services: HttpServices) -> Actor:
     """Give the workload that calls; raises Refused(code="invalid_client"), Invalid."""
     svid = svid_of(request, services)
     return Actor(spiffe_id=svid.id, x5t=svid.x5t, not_after=svid.not_after, door=Door.HTTPS, serial=f"{svid.serial:x}")
+
+
+def check_client(form: Form, spiffe_id: SpiffeId) -> None:
+    """Refuse a ``client_id`` that is not the certificate's (RFC 8705 §2); it may be left out, for the certificate says it."""
+    client_id = form.get("client_id")
+    if client_id is not None and client_id != str(spiffe_id):
+        raise Invalid("client_id is not the SPIFFE ID of the connection", code="client_mismatch")
 
 
 def idempotency_key(request: Request) -> str:

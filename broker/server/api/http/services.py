@@ -1,10 +1,13 @@
 """What the HTTP door needs of the task half."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from broker.clock import Clock
 from broker.server.store.ports import Store
+from broker.server.tasks.assertions import Assertions
+from broker.server.tasks.config import Audiences
+from broker.server.tasks.detail_types import DetailTypes
 from broker.server.tasks.exchange import Exchange, TaskKeys
 from broker.server.tasks.feed import Feed
 from broker.server.tasks.lifecycle import Lifecycle
@@ -22,9 +25,12 @@ class HttpServices:
     store: Store
     clock: Clock
     exchange: Exchange
+    assertions: Assertions
     lifecycle: Lifecycle
     tokens: TaskTokens
     feed: Feed
     keys: TaskKeys
     refusals: Refusals
     bundles: Callable[[], BundleSet]
+    audiences: Audiences = field(default_factory=Audiences)
+    detail_types: DetailTypes = field(default_factory=DetailTypes)

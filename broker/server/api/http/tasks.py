@@ -11,6 +11,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from broker.errors import Invalid, Refused
+from broker.server.api.http import shapes
+from broker.server.api.http.description import Answer, Operation, Parameter, described
 from broker.server.api.http.errors import NO_STORE
 from broker.server.api.http.form import read_form
 from broker.server.api.http.peers import actor_of, idempotency_key
@@ -27,6 +29,10 @@ _ALLOWED: Final = frozenset({"expected_version"})
 _VERSION: Final = re.compile(r"[1-9][0-9]{0,14}")
 
 
+_SHOWN: Final = {200: Answer("the task", {"application/json": shapes.TASK})}
+
+
+@described(Operation("get_task", "Look at a task of one's own.", answers=_SHOWN))
 async def show(request: Request, services: HttpServices) -> Response:
     """Give one task of the caller's own."""
     actor, task_id = actor_of(request, services), _task_id(request)
@@ -34,6 +40,16 @@ async def show(request: Request, services: HttpServices) -> Response:
     return JSONResponse(_shown(task, services, services.feed.frame_of(task.id)), headers=NO_STORE)
 
 
+@described(
+    Operation(
+        "complete_task",
+        "Say that the work of a task of one's own is done: it ends with every token of it.",
+        answers=_SHOWN,
+        form=(Parameter("expected_version", "only if it still has this version", {"pattern": _VERSION.pattern}),),
+        form_optional=True,
+        headers=(Parameter("Idempotency-Key", "a repeated request is answered as the first"),),
+    )
+)
 async def complete(request: Request, services: HttpServices) -> Response:
     """End a task of the caller's own; ending it twice is fine."""
     actor, task_id = actor_of(request, services), _task_id(request)

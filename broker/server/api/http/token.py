@@ -1,9 +1,11 @@
 """``POST /token``: the exchange over HTTPS (RFC 8693), by the X.509-SVID of the connection (RFC 8705 §2).
 
 Reads the form into a request and writes the answer; what is granted is the exchange's. Two parameters are ours: ``task``
-asks for another token of a running task, ``purpose`` says what a new one is for.
+asks for another token of a running task, ``purpose`` says what a new one is for. A token of another format than the task
+token is asked for by ``requested_token_type`` and read in ``token_formats``.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -12,19 +14,30 @@ from starlette.responses import JSONResponse, Response
 
 from broker.audit.events import Event
 from broker.errors import Invalid, InvalidSvid
+from broker.server.api.http import shapes
+from broker.server.api.http.description import Answer, Operation, Parameter, Schema, Vocabulary, described
 from broker.server.api.http.errors import NO_STORE
 from broker.server.api.http.form import Form, read_form
-from broker.server.api.http.peers import actor_of, idempotency_key
+from broker.server.api.http.peers import CLIENT_AUTHENTICATION, actor_of, check_client, idempotency_key
 from broker.server.api.http.services import HttpServices
+from broker.server.api.http.token_formats import (
+    ACCESS_TOKEN,
+    GRANT_TYPE,
+    ID_JAG,
+    JWT,
+    SUBJECT_KINDS,
+    TOKEN_TYPES,
+    TXN_TOKEN,
+    assertion_answer,
+    read_assertion,
+    require_only,
+)
+from broker.server.tasks.config import MAX_TOKEN_TTL
 from broker.server.tasks.requests import Actor, IssuedToken, IssueRequest, StartRequest, check_scope
-from broker.server.tasks.subjects import SubjectKind
 from broker.spiffe import verify_jwt_svid
+from broker.spiffe.strictjson import JsonValue
 from broker.tasks import Authority, Resource
-
-GRANT_TYPE: Final = "urn:ietf:params:oauth:grant-type:token-exchange"
-TOKEN_TYPES: Final = "urn:ietf:params:oauth:token-type:"  # noqa: S105 - a namespace of the standard
-ACCESS_TOKEN: Final = TOKEN_TYPES + "access_token"
-JWT: Final = TOKEN_TYPES + "jwt"
+from broker.tasks.verify import ALGORITHM
 
 _ALLOWED: Final = frozenset(
     {
@@ -41,10 +54,12 @@ _ALLOWED: Final = frozenset(
         "client_id",
         "task",
         "purpose",
+        "request_context",
+        "request_details",
     }
 )
+_OF_TASK_TOKENS: Final = _ALLOWED - {"request_context", "request_details"}
 _REPEATABLE: Final = frozenset({"resource", "audience"})
-_SUBJECT_KINDS: Final = {TOKEN_TYPES + kind.value: kind for kind in SubjectKind}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +71,47 @@ class _Asked:
     issued_type: str
 
 
+_DETAILS: Final[Schema] = {"type": "string", "contentMediaType": "application/json"}
+_OPERATION: Final = Operation(
+    "exchange_token",
+    "Exchange a user's word for a token of one task, or a task token for a token of another format (RFC 8693).",
+    vocabulary=Vocabulary.OAUTH,
+    form=(
+        Parameter("grant_type", "token exchange", {"const": GRANT_TYPE}, required=True),
+        Parameter("subject_token", "the user's token, a task token, or a transaction token", required=True),
+        Parameter("subject_token_type", "what it is", {"enum": sorted({*SUBJECT_KINDS, TXN_TOKEN})}, required=True),
+        Parameter("requested_token_type", "default: a task token", {"enum": [ACCESS_TOKEN, JWT, TXN_TOKEN, ID_JAG]}),
+        Parameter("resource", "the service (RFC 8707)", repeats=True),
+        Parameter("audience", "the service, the trust domain, or a remote server's issuer", repeats=True),
+        Parameter("scope", "actions"),
+        Parameter("authorization_details", "what it may do (RFC 9396), as JSON", _DETAILS),
+        Parameter("actor_token", "the caller's own JWT-SVID for this issuer; not needed"),
+        Parameter("actor_token_type", "with actor_token", {"const": JWT}),
+        Parameter("client_id", "the SPIFFE ID of the connection; not needed"),
+        Parameter("task", "another token of this running task"),
+        Parameter("purpose", "what a new task is for, in a sentence"),
+        Parameter("request_context", "rctx of a transaction token, as JSON", _DETAILS),
+        Parameter("request_details", "tctx of a transaction token, as JSON", _DETAILS),
+    ),
+    headers=(Parameter("Idempotency-Key", "the same request under the same key gives the same token"),),
+    answers={200: Answer("a token", {"application/json": shapes.TOKEN})},
+)
+
+
+@described(_OPERATION)
 async def token(request: Request, services: HttpServices) -> Response:
     """Exchange a user's token for a task token."""
     actor = actor_of(request, services)
     async with services.refusals.recorded(Event.TOKEN_REFUSED, actor, ""):
         form = await read_form(request, allowed=_ALLOWED, repeatable=_REPEATABLE)
-        asked = _read(form, actor, idempotency_key(request), services)
+        _check_grant_type(form)
+        check_client(form, actor.spiffe_id)
+        key = idempotency_key(request)
+        other = read_assertion(form, key, services.assertions.remotes)
+        asked = _read(form, actor, key, services) if other is None else None
+    if other is not None:
+        return assertion_answer(await services.assertions.issue(actor, other))
+    assert asked is not None
     if asked.start is None:
         issued = await services.exchange.issue(actor, asked.issue)
     else:
@@ -70,11 +120,9 @@ async def token(request: Request, services: HttpServices) -> Response:
 
 
 def _read(form: Form, actor: Actor, key: str, services: HttpServices) -> _Asked:
-    if form.require("grant_type") != GRANT_TYPE:
-        raise Invalid("the grant type is not token-exchange", code="unsupported_grant_type")
-    _check_client(form, actor)
+    require_only(form, _OF_TASK_TOKENS)
     subject_token = form.require("subject_token")
-    kind = _SUBJECT_KINDS.get(form.require("subject_token_type"))
+    kind = SUBJECT_KINDS.get(form.require("subject_token_type"))
     if kind is None:
         raise Invalid("the subject token's type is not accepted", code="subject_token_type")
     issued_type = form.get("requested_token_type") or ACCESS_TOKEN
@@ -104,10 +152,32 @@ def _read(form: Form, actor: Actor, key: str, services: HttpServices) -> _Asked:
     return _Asked(start, IssueRequest(resource, scope=scope), issued_type)
 
 
-def _check_client(form: Form, actor: Actor) -> None:
-    client_id = form.get("client_id")
-    if client_id is not None and client_id != str(actor.spiffe_id):
-        raise Invalid("client_id is not the SPIFFE ID of the connection", code="client_mismatch")
+def offered(services: HttpServices) -> Mapping[str, JsonValue]:
+    """Give what the metadata says of this endpoint (RFC 8414 §2, RFC 8705 §3.3, RFC 9396 §10)."""
+    formats = [ACCESS_TOKEN, JWT]
+    if any(audience.transactions for audience in services.audiences):
+        formats.append(TXN_TOKEN)
+    outward = sorted({TOKEN_TYPES + one.value for server in services.assertions.remotes for one in server.formats})
+    members: dict[str, JsonValue] = {
+        "token_endpoint": f"{services.issuer}/token",
+        "grant_types_supported": [GRANT_TYPE],
+        "token_endpoint_auth_methods_supported": list(CLIENT_AUTHENTICATION),
+        "tls_client_certificate_bound_access_tokens": True,
+        "authorization_details_types_supported": [*sorted(services.detail_types.names)],
+        # Ours: what may be asked for, how tokens are signed, and how long the longest lives.
+        "requested_token_types_supported": [*formats, *(one for one in outward if one not in formats)],
+        "access_token_signing_alg_values_supported": [ALGORITHM],
+        "access_token_max_seconds": MAX_TOKEN_TTL,
+    }
+    if outward:
+        # draft-ietf-oauth-identity-chaining, "Authorization Server Metadata".
+        members["identity_chaining_requested_token_types_supported"] = list(outward)
+    return members
+
+
+def _check_grant_type(form: Form) -> None:
+    if form.require("grant_type") != GRANT_TYPE:
+        raise Invalid("the grant type is not token-exchange", code="unsupported_grant_type")
 
 
 def _check_actor_token(form: Form, actor: Actor, services: HttpServices) -> None:

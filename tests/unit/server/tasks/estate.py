@@ -17,12 +17,14 @@ from broker.server.store.ports import Writer
 from broker.server.store.rows import Node
 from broker.server.store.sqlite import SqliteStore
 from broker.server.tasks.admission import Starters
+from broker.server.tasks.assertions import Assertions
 from broker.server.tasks.config import Audience, Audiences, SubjectIssuer, TaskDefaults
 from broker.server.tasks.decision import Policy
 from broker.server.tasks.exchange import Exchange
 from broker.server.tasks.feed import Feed
 from broker.server.tasks.ids import Ids
 from broker.server.tasks.lifecycle import Lifecycle
+from broker.server.tasks.outward import RemoteServer, RemoteServers, TransactionRules
 from broker.server.tasks.refusals import Refusals
 from broker.server.tasks.requests import Actor, Door, IssuedToken, IssueRequest, StartRequest
 from broker.server.tasks.sessions import ReportedSession, Sessions
@@ -31,6 +33,7 @@ from broker.server.tasks.tokens import TaskTokens
 from broker.spiffe import Selector, SpiffeId
 from broker.spiffe.jose import PublicKey
 from broker.tasks import Authority, Resource, Task, VerifiedToken, verify_task_token
+from broker.tasks.grants import GrantFormat
 from tests.fakes.oidc import OidcIssuer
 
 ISSUER = "https://broker.example.org:8443"
@@ -41,6 +44,8 @@ OTHER_NODE = SpiffeId("spiffe://example.org/spire/agent/join_token/two")
 AGENT = SpiffeId("spiffe://example.org/triage")
 NEIGHBOUR = SpiffeId("spiffe://example.org/neighbour")
 INSPECTOR = SpiffeId("spiffe://example.org/tickets")
+REPLACER = SpiffeId("spiffe://example.org/billing")
+REMOTE = "https://as.partner.example"
 X5T, X5T_2, X5T_3 = ("A" * 41 + letter + "w" for letter in "abc")
 
 
@@ -113,11 +118,13 @@ class Estate:
     starters: Starters
     subjects: Subjects
     exchange: Exchange
+    assertions: Assertions
     lifecycle: Lifecycle
     sessions: Sessions
     feed: Feed
     refusals: Refusals
     tokens: TaskTokens
+    audiences: Audiences
     counted: list[tuple[str, str]]
 
     def actor(self, **fields: Any) -> Actor:
@@ -225,7 +232,12 @@ async def running(
     trusted = {"issuer": oidc.issuer, "audiences": frozenset({"broker"}), "ca_path": oidc.ca_path} | subject
     audiences = Audiences(
         [
-            Audience(TICKETS, introspectors=frozenset({INSPECTOR})),
+            Audience(
+                TICKETS,
+                introspectors=frozenset({INSPECTOR}),
+                transactions=True,
+                transaction_requesters=frozenset({INSPECTOR}),
+            ),
             Audience(WIKI, binding=frozenset({"x5t"}), token_ttl=60),
         ]
     )
@@ -239,26 +251,36 @@ async def running(
         subjects = Subjects([SubjectIssuer(**trusted)], clock)
         refusals = Refusals(store, clock)
         counted: list[tuple[str, str]] = []
-        exchange = Exchange(
-            store=store,
-            subjects=subjects,
-            keys=keys,
-            vouching=known,
-            starters=starters,
-            clock=clock,
-            ids=Ids(secrets.token_bytes),
-            refusals=refusals,
-            policy=Policy(audiences, defaults or TaskDefaults()),
-            issuer=ISSUER,
-            count=lambda outcome, reason: counted.append((outcome, reason)),
-        )
+        parts: dict[str, Any] = {
+            "store": store,
+            "subjects": subjects,
+            "keys": keys,
+            "vouching": known,
+            "starters": starters,
+            "clock": clock,
+            "ids": Ids(secrets.token_bytes),
+            "refusals": refusals,
+            "policy": Policy(audiences, defaults or TaskDefaults()),
+            "issuer": ISSUER,
+            "count": lambda outcome, reason: counted.append((outcome, reason)),
+        }
+        exchange = Exchange(**parts)
         feed = Feed(store, keys, clock, issuer=ISSUER, heartbeat=0.05)
         await feed.start()
         tokens = TaskTokens(store, keys, clock, starters, audiences, issuer=ISSUER)
+        formats = frozenset(GrantFormat)
+        assertions = Assertions(
+            **parts,
+            tokens=tokens,
+            transactions=TransactionRules(AGENT.trust_domain, replacers=frozenset({REPLACER, NEIGHBOUR})),
+            remotes=RemoteServers(
+                [RemoteServer(REMOTE, frozenset({WIKI}), formats, clients={AGENT: "triage"})], audiences
+            ),
+        )
         try:
             yield Estate(
-                store, clock, oidc, keys, known, starters, subjects, exchange, Lifecycle(store, clock),
-                Sessions(store, clock, known), feed, refusals, tokens, counted,
+                store, clock, oidc, keys, known, starters, subjects, exchange, assertions, Lifecycle(store, clock),
+                Sessions(store, clock, known), feed, refusals, tokens, audiences, counted,
             )  # fmt: skip
         finally:
             feed.stop()

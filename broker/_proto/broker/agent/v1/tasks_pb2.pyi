@@ -27,20 +27,28 @@ class StartTaskRequest(_message.Message):
     def __init__(self, spiffe_id: _Optional[str] = ..., user_token: _Optional[str] = ..., purpose: _Optional[str] = ..., authorization_details: _Optional[str] = ..., ttl: _Optional[int] = ..., limits: _Optional[str] = ..., supervision: _Optional[str] = ..., idempotency_key: _Optional[str] = ...) -> None: ...
 
 class IssueTokenRequest(_message.Message):
-    __slots__ = ("spiffe_id", "task_id", "resource", "scope", "authorization_details", "idempotency_key")
+    __slots__ = ("spiffe_id", "task_id", "resource", "scope", "authorization_details", "idempotency_key", "requested_token_type", "audience", "request_context", "request_details")
     SPIFFE_ID_FIELD_NUMBER: _ClassVar[int]
     TASK_ID_FIELD_NUMBER: _ClassVar[int]
     RESOURCE_FIELD_NUMBER: _ClassVar[int]
     SCOPE_FIELD_NUMBER: _ClassVar[int]
     AUTHORIZATION_DETAILS_FIELD_NUMBER: _ClassVar[int]
     IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
+    REQUESTED_TOKEN_TYPE_FIELD_NUMBER: _ClassVar[int]
+    AUDIENCE_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_DETAILS_FIELD_NUMBER: _ClassVar[int]
     spiffe_id: str
     task_id: str
     resource: str
     scope: str
     authorization_details: str
     idempotency_key: str
-    def __init__(self, spiffe_id: _Optional[str] = ..., task_id: _Optional[str] = ..., resource: _Optional[str] = ..., scope: _Optional[str] = ..., authorization_details: _Optional[str] = ..., idempotency_key: _Optional[str] = ...) -> None: ...
+    requested_token_type: str
+    audience: str
+    request_context: str
+    request_details: str
+    def __init__(self, spiffe_id: _Optional[str] = ..., task_id: _Optional[str] = ..., resource: _Optional[str] = ..., scope: _Optional[str] = ..., authorization_details: _Optional[str] = ..., idempotency_key: _Optional[str] = ..., requested_token_type: _Optional[str] = ..., audience: _Optional[str] = ..., request_context: _Optional[str] = ..., request_details: _Optional[str] = ...) -> None: ...
 
 class CompleteTaskRequest(_message.Message):
     __slots__ = ("spiffe_id", "task_id", "expected_version", "idempotency_key")

@@ -11,11 +11,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from broker.keys import MemoryKeys
 from broker.server.api.http.app import create_app
+from broker.server.api.http.openapi import document
 from broker.server.api.http.services import HttpServices
-from broker.server.api.http.token import ACCESS_TOKEN, GRANT_TYPE
+from broker.server.api.http.token_formats import ACCESS_TOKEN, GRANT_TYPE
 from broker.spiffe import Bundle, BundleSet, SpiffeId, X509Svid, jose, verify_x509_svid
 from broker.transport.http import PEER_EXTENSION
 from broker.transport.tls import Anonymous, SvidPeer, TlsPeer
+from tests.unit.server.api.http.declared import Declared
 from tests.unit.server.tasks.estate import AGENT, ISSUER, TICKETS, Estate, detail
 from tests.unit.transport.pki import Authority
 
@@ -37,9 +39,12 @@ class Peers:
 class HttpDoorway:
     """A client of the app, and the certificates of its callers."""
 
-    def __init__(self, estate: Estate, client: httpx2.AsyncClient, peers: Peers, jwt: MemoryKeys) -> None:
+    def __init__(
+        self, estate: Estate, client: httpx2.AsyncClient, peers: Peers, jwt: MemoryKeys, services: HttpServices
+    ) -> None:
         self.estate = estate
         self.client = client
+        self.services = services
         self.authority = Authority("example.org")
         self._peers = peers
         self._jwt = jwt
@@ -99,16 +104,27 @@ async def open_door(estate: Estate) -> AsyncIterator[HttpDoorway]:
         store=estate.store,
         clock=estate.clock,
         exchange=estate.exchange,
+        assertions=estate.assertions,
         lifecycle=estate.lifecycle,
         tokens=estate.tokens,
         feed=estate.feed,
         keys=estate.keys,
         refusals=estate.refusals,
         bundles=lambda: bundles,
+        audiences=estate.audiences,
     )
-    peers = Peers(create_app(services))
-    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(peers), base_url=ISSUER) as client:
-        door = HttpDoorway(estate, client, peers, jwt)
+    app = create_app(services)
+    declared = Declared(document(app.routes, ISSUER))
+
+    async def judge(response: httpx2.Response) -> None:
+        await response.aread()
+        declared.judge(response)
+
+    # Whatever a test asks, the answer is one that the OpenAPI document declares.
+    peers, hooks = Peers(app), {"response": [judge]}
+    transport = httpx2.ASGITransport(peers)
+    async with httpx2.AsyncClient(transport=transport, base_url=ISSUER, event_hooks=hooks) as client:
+        door = HttpDoorway(estate, client, peers, jwt, services)
         door.come_as(AGENT)
         yield door
 

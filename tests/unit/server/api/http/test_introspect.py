@@ -2,9 +2,11 @@
 
 import pytest
 
+from broker.errors import InvalidToken
 from broker.server.tasks.config import Audiences
+from broker.spiffe import jose
 from tests.unit.server.api.http.door import HttpDoorway, assert_error, payload_of
-from tests.unit.server.tasks.estate import AGENT, INSPECTOR, NEIGHBOUR, NODE
+from tests.unit.server.tasks.estate import AGENT, INSPECTOR, ISSUER, NEIGHBOUR, NODE
 
 INACTIVE = {"active": False}
 
@@ -94,3 +96,45 @@ async def test_a_token_of_a_rotated_key_is_still_known(door: HttpDoorway) -> Non
     token = (await door.token()).json()["access_token"]
     door.estate.keys.rotate()
     assert (await ask(door, token))["active"] is True
+
+
+SIGNED = "application/token-introspection+jwt"
+
+
+@pytest.mark.bears("SV01", "SV02", "X07")
+async def test_an_answer_is_signed_for_who_wants_it(door: HttpDoorway) -> None:
+    token = (await door.token()).json()["access_token"]
+    for who, expected in ((INSPECTOR, True), (NEIGHBOUR, False)):
+        door.come_as(who)
+        response = await door.post("/introspect", [("token", token)], {"accept": f"text/html, {SIGNED};q=0.9"})
+        assert response.headers["content-type"] == SIGNED
+        jws = jose.parse_compact(response.text)
+        jose.verify_signature(jws, door.estate.keys.task_keys()[str(jws.kid)], "ES256")
+        assert jws.typ == "token-introspection+jwt"
+        assert jws.payload.keys() == {"iss", "aud", "iat", "token_introspection"}
+        assert (jws.payload["iss"], jws.payload["aud"]) == (ISSUER, str(who))
+        said = jws.payload["token_introspection"]
+        assert said == ({"active": True, "token_type": "Bearer", **payload_of(token)} if expected else INACTIVE)
+        with pytest.raises(InvalidToken):
+            door.estate.verify(response.text)
+        assert await ask(door, response.text) == INACTIVE
+    for accept in ("*/*", "application/*", f"{SIGNED};q=0", "application/json"):
+        response = await door.post("/introspect", [("token", token)], {"accept": accept})
+        assert response.headers["content-type"] == "application/json"
+
+
+@pytest.mark.bears("SV02")
+async def test_unknown_foreign_and_dead_are_the_same_bytes(door: HttpDoorway) -> None:
+    issued = (await door.token()).json()
+    dead = (await door.token()).json()
+    await door.estate.lifecycle.revoke(dead["task"], by="operator:uid:0")
+    door.come_as(NEIGHBOUR)
+    answers = [
+        await door.post("/introspect", [("token", each)])
+        for each in (issued["access_token"], dead["access_token"], "x")
+    ]
+    door.come_as(INSPECTOR)
+    answers.append(await door.post("/introspect", [("token", dead["access_token"])]))
+    door.estate.clock.advance(1000)
+    answers.append(await door.post("/introspect", [("token", issued["access_token"])]))
+    assert len({(answer.status_code, answer.content, tuple(answer.headers.items())) for answer in answers}) == 1

@@ -7,8 +7,6 @@ import httpx2
 import pytest
 
 from broker.server.api.http.app import create_app
-from broker.server.api.http.services import HttpServices
-from broker.spiffe import TrustDomain
 from broker.tasks.keyset import read_keys
 from tests.unit.server.api.http.door import HttpDoorway, assert_error
 from tests.unit.server.tasks.estate import ISSUER
@@ -45,12 +43,7 @@ async def test_keys_verify_what_is_issued(door: HttpDoorway) -> None:
 
 @pytest.mark.parametrize("issuer", ["https://broker.example.org/one", "https://broker.example.org/one/two"])
 async def test_an_issuer_with_a_path(door: HttpDoorway, issuer: str) -> None:
-    estate = door.estate
-    services = HttpServices(
-        issuer=issuer, trust_domain=TrustDomain("example.org"), store=estate.store, clock=estate.clock, exchange=estate.exchange, lifecycle=estate.lifecycle,
-        tokens=estate.tokens, feed=estate.feed, keys=estate.keys, refusals=estate.refusals, bundles=lambda: None,
-    )  # fmt: skip
-    assert dataclasses.is_dataclass(services)
+    services = dataclasses.replace(door.services, issuer=issuer)
     transport = httpx2.ASGITransport(create_app(services))
     async with httpx2.AsyncClient(transport=transport, base_url="https://broker.example.org") as client:
         path = urlsplit(issuer).path

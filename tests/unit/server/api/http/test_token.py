@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from broker.server.api.http.form import MAX_BODY
-from broker.server.api.http.token import ACCESS_TOKEN, GRANT_TYPE, JWT
+from broker.server.api.http.token_formats import ACCESS_TOKEN, GRANT_TYPE, JWT
 from broker.spiffe import SpiffeId
 from tests.unit.server.api.http.door import FORM, URN, HttpDoorway, assert_error, payload_of
 from tests.unit.server.tasks.estate import AGENT, NEIGHBOUR, NODE, TICKETS, WIKI, detail
@@ -75,7 +75,8 @@ FAULTS: list[tuple[str, dict[str, Any], str]] = [
     ("grant type in another case", {"grant_type": GRANT_TYPE.upper()}, "unsupported_grant_type"),
     ("two grant types", {"grant_type": [GRANT_TYPE, GRANT_TYPE]}, "invalid_request"),
     ("TX08 a refresh token is asked for", {"requested_token_type": URN + "refresh_token"}, "invalid_request"),
-    ("another type is asked for", {"requested_token_type": URN + "txn_token"}, "invalid_request"),
+    ("another type is asked for", {"requested_token_type": URN + "saml2"}, "invalid_request"),
+    ("context without a transaction", {"request_context": "{}"}, "invalid_request"),
     ("TX08 a refresh token as subject", {"subject_token_type": URN + "refresh_token"}, "invalid_request"),
     ("an unknown type of subject", {"subject_token_type": URN + "saml2"}, "invalid_request"),
     ("not a token", {"subject_token": "x"}, "invalid_request"),

@@ -1,0 +1,203 @@
+"""JSON Schemas (2020-12) of what HTTP endpoints answer, one value each; the OpenAPI document names them as components.
+
+Additive only: a member is added, none is taken away.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from broker.server.tasks.assertion_requests import TRANSACTION
+from broker.tasks.grants import GrantFormat
+from broker.tasks.task import State, Supervision
+
+_URN: Final = "urn:ietf:params:oauth:token-type:"
+_TEXT: Final = {"type": "string"}
+_SECONDS: Final = {"type": "integer", "minimum": 0}
+_TIME: Final = {"type": "string", "format": "date-time"}
+_URI: Final = {"type": "string", "pattern": "^https://"}
+_SPIFFE_ID: Final = {"type": "string", "pattern": "^spiffe://"}
+_DIGEST: Final = {"type": "string", "pattern": "^sha-256:"}
+_COUNT: Final = {"type": "integer", "minimum": 0}
+_TEXTS: Final = {"type": "array", "items": _TEXT}
+
+
+def _object(required: Mapping[str, Any], optional: Mapping[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+    properties = {**required, **(optional or {})}
+    return {"type": "object", "required": sorted(required), "properties": properties, **more}
+
+
+def ref(name: str) -> dict[str, Any]:
+    """Point to a component."""
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+JWT: Final = {"type": "string", "pattern": r"^[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+$"}
+TOKEN: Final = ref("Token")
+INTROSPECTION: Final = ref("Introspection")
+KEY_SET: Final = ref("KeySet")
+METADATA: Final = ref("Metadata")
+OPENID_CONFIGURATION: Final = ref("OpenIdConfiguration")
+TASK: Final = ref("Task")
+DOCUMENT: Final = {"type": "object", "required": ["openapi", "info", "paths"], "additionalProperties": True}
+
+COMPONENTS: Final[Mapping[str, Any]] = {
+    "AuthorizationDetails": {
+        "type": "array",
+        "minItems": 1,
+        "items": _object(
+            {"type": _TEXT, "locations": {"type": "array", "items": _URI}, "actions": _TEXTS},
+            {"identifier": _TEXT, "datatypes": _TEXTS, "privileges": _TEXTS, "constraints": {"type": "object"}},
+            additionalProperties=False,
+        ),
+    },
+    "Act": _object({"sub": _SPIFFE_ID}, {"act": ref("Act")}, additionalProperties=False),
+    "Token": _object(
+        {
+            "access_token": JWT,
+            "issued_token_type": {
+                "enum": [_URN + kind for kind in ("access_token", TRANSACTION, *(one.value for one in GrantFormat))]
+            },
+            "token_type": {"enum": ["Bearer", "DPoP", "N_A"]},
+            "expires_in": {"type": "integer", "minimum": 1},
+            "scope": _TEXT,
+            "authorization_details": ref("AuthorizationDetails"),
+            "task": _TEXT,
+        }
+    ),
+    "Introspection": {
+        "oneOf": [
+            _object({"active": {"const": False}}, additionalProperties=False),
+            _object(
+                {
+                    "active": {"const": True},
+                    "token_type": {"enum": ["Bearer", "DPoP"]},
+                    "iss": _URI,
+                    "sub": _TEXT,
+                    "client_id": _SPIFFE_ID,
+                    "aud": _URI,
+                    "exp": _SECONDS,
+                    "iat": _SECONDS,
+                    "jti": _TEXT,
+                    "txn": _TEXT,
+                    "scope": _TEXT,
+                    "act": ref("Act"),
+                    "cnf": {"type": "object", "minProperties": 1},
+                    "authorization_details": ref("AuthorizationDetails"),
+                    "task": _object(
+                        {
+                            "id": _TEXT,
+                            "root": _TEXT,
+                            "epoch": _COUNT,
+                            "hop": _COUNT,
+                            "purpose": _DIGEST,
+                            "authority_hash": _DIGEST,
+                        },
+                        {"parent": _TEXT, "use": _TEXT},
+                    ),
+                },
+                {"nbf": _SECONDS, "sid": _TEXT, "acr": _TEXT, "auth_time": _SECONDS},
+            ),
+        ]
+    },
+    "KeySet": _object(
+        {
+            "keys": {
+                "type": "array",
+                "items": _object(
+                    {"kty": {"enum": ["EC", "RSA"]}, "kid": _TEXT, "use": _TEXT, "alg": _TEXT},
+                    {"crv": _TEXT, "x": _TEXT, "y": _TEXT, "n": _TEXT, "e": _TEXT},
+                    additionalProperties=False,
+                ),
+            }
+        }
+    ),
+    "Metadata": _object(
+        {
+            "issuer": _URI,
+            "token_endpoint": _URI,
+            "jwks_uri": _URI,
+            "introspection_endpoint": _URI,
+            "revocation_endpoint": _URI,
+            "grant_types_supported": _TEXTS,
+            "response_types_supported": _TEXTS,
+            "token_endpoint_auth_methods_supported": _TEXTS,
+            "authorization_details_types_supported": _TEXTS,
+        },
+        {
+            "tls_client_certificate_bound_access_tokens": {"type": "boolean"},
+            "identity_chaining_requested_token_types_supported": _TEXTS,
+            "requested_token_types_supported": _TEXTS,
+            "revocation_end_values_supported": _TEXTS,
+            "tasks_endpoint": _URI,
+            "openapi_uri": _URI,
+        },
+        # RFC 8414 §2: other specifications add members.
+        additionalProperties=True,
+    ),
+    "OpenIdConfiguration": _object(
+        {
+            "issuer": _URI,
+            "jwks_uri": _URI,
+            "authorization_endpoint": _TEXT,
+            "response_types_supported": _TEXTS,
+            "subject_types_supported": _TEXTS,
+            "id_token_signing_alg_values_supported": _TEXTS,
+        }
+    ),
+    "Task": _object(
+        {
+            "id": _TEXT,
+            "root": _TEXT,
+            "parent": {"type": ["string", "null"]},
+            "depth": _COUNT,
+            "user": _TEXT,
+            "agent": _SPIFFE_ID,
+            "purpose": _TEXT,
+            "authorization_details": ref("AuthorizationDetails"),
+            "supervision": {"enum": [one.value for one in Supervision]},
+            "state": {"enum": [one.value for one in State]},
+            "version": {"type": "integer", "minimum": 1},
+            "cause": {"type": ["string", "null"]},
+            "created_at": _TIME,
+            "expires_at": _TIME,
+            "ended_at": {"oneOf": [_TIME, {"type": "null"}]},
+        },
+        {
+            "revocation": _object(
+                {
+                    "state": _TEXT,
+                    "seq": _COUNT,
+                    "expected": _COUNT,
+                    "acked": _COUNT,
+                    "max_ms": {"type": "number", "minimum": 0},
+                }
+            )
+        },
+    ),
+    "Error": _object(
+        {"error": {"type": "string", "description": "a stable code"}},
+        {"error_description": _TEXT, "error_code": {"type": "string", "description": "what exactly"}, "hint": _TEXT},
+    ),
+    "OAuthError": _object(
+        {
+            "error": {
+                "enum": [
+                    "invalid_request",
+                    "invalid_client",
+                    "invalid_grant",
+                    "unauthorized_client",
+                    "unsupported_grant_type",
+                    "unsupported_token_type",
+                    "invalid_scope",
+                    "invalid_target",
+                    "invalid_authorization_details",
+                    "temporarily_unavailable",
+                    "server_error",
+                ]
+            },
+            "error_description": {"type": "string", "pattern": r"^[\x20-\x21\x23-\x5b\x5d-\x7e]*$"},
+        },
+        {"error_code": {"type": "string", "description": "what exactly"}, "hint": _TEXT},
+    ),
+}
+"""Every named shape."""

@@ -1,0 +1,1 @@
+"""Attacks on the task half, through its real doors."""
