@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from cryptography import x509
 
 from broker._proto.spiffe import workload_pb2
 from broker.errors import InvalidSvid
@@ -38,6 +39,7 @@ class Following:
         self.agent = agent
         self.svids: dict[str, tuple[bytes, ...]] = {}
         self.failures: list[str] = []
+        self.leaves: set[bytes] = set()
 
     async def run(self) -> None:
         async with self.agent.workload() as stub:
@@ -46,6 +48,7 @@ class Following:
                 if set(self.svids) - set(told):
                     self.failures.append("an SVID was withdrawn")
                 self.svids = told
+                self.leaves |= {chain[0] for chain in told.values()}
         self.failures.append("the stream ended")
 
     async def has(self, path: str) -> None:
@@ -80,7 +83,7 @@ async def gone(one, ids: set[str]) -> None:
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.bears("K02", "K05", "K07")
+@pytest.mark.bears("I06", "K02", "K05", "K07")
 async def test_two_replicas_are_one_estate_and_one_of_them_may_die(directory, postgresql) -> None:
     failures: list[str] = []
     counts: list[int] = []
@@ -150,3 +153,6 @@ async def test_two_replicas_are_one_estate_and_one_of_them_may_die(directory, po
             task.cancel()
     assert failures + ends[0].failures + ends[1].failures == []
     assert len(counts) > 50
+    # Whoever signed, and whoever was killed meanwhile: no serial number twice.
+    leaves = ends[0].leaves | ends[1].leaves
+    assert len({x509.load_der_x509_certificate(one).serial_number for one in leaves}) == len(leaves) >= 7
