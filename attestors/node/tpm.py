@@ -24,6 +24,7 @@ from cryptography.x509.oid import NameOID
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from broker.attestation.base64_json import members, octets, read, text
+from broker.attestation.certificate_files import read_authorities, read_certificate
 from broker.attestation.contract import AttestedNode, AttestorFailed, ChallengeWith, Evidence
 from broker.attestation.reads import BlockingReads
 from broker.attestation.tpm_credential import SECRET, EndorsementKey, make_credential
@@ -37,14 +38,11 @@ from broker.spiffe.chains import TrustAnchors, find_path
 
 NAME = "tpm"
 TPM_TIMEOUT = 20.0  # seconds for one question to the TPM: slow ones make an RSA key in ten, the server waits thirty
-MAX_FILE = 1 << 20  # bytes of a file of certificates: a thousand authorities
-MAX_FILES = 4096  # in ca_path: all makers together have some hundred
 MAX_EK = 8 * 1024  # bytes of a certificate or key: certificates of TPMs have 1.5 KiB
 MAX_CREDENTIAL = 1024  # bytes of each half of a challenge: RSA-3072 needs 386
 _CERTIFICATE, _PUBLIC, _AK = "ek_certificate", "ek_public", "ak_public"
 _BLOB, _SEED, _SECRET = "credential_blob", "encrypted_seed", "secret"
 _EK_PURPOSE = x509.ObjectIdentifier("2.23.133.8.1")  # tcg-kp-EKCertificate (EK Credential Profile §3.5.16)
-_PEM = b"-----BEGIN CERTIFICATE-----"
 T = TypeVar("T")
 
 
@@ -127,7 +125,7 @@ class TpmAgent:
     def _evidence(self) -> Mapping[str, bytes]:
         keys = self._tpm.keys()
         path = self._settings.ek_certificate_path
-        certificate = keys.ek_certificate if path is None else _certificate(path)
+        certificate = keys.ek_certificate if path is None else read_certificate(path)
         if certificate is None:
             return {_PUBLIC: keys.ek_public, _AK: keys.ak_public}
         try:
@@ -173,7 +171,7 @@ class TpmServer:
         """Read the authorities; raises Misconfigured where there is none, or one may not sign."""
         self._settings = settings
         self._clock = clock or SystemClock()
-        self._anchors = TrustAnchors(() if settings.ca_path is None else _authorities(settings.ca_path))
+        self._anchors = TrustAnchors(() if settings.ca_path is None else read_authorities(settings.ca_path))
         if settings.hash_path is not None and not settings.hash_path.is_dir():
             raise Misconfigured(f"hash_path {settings.hash_path} is no directory")
 
@@ -286,62 +284,6 @@ def _selector(value: str) -> Selector | None:
     except InvalidSelector:
         # Control characters and the like: no entry can ask for it, and to have fewer gives a node nothing more.
         return None
-
-
-def _authorities(path: Path) -> list[x509.Certificate]:
-    found = [certificate for file in _files(path) for certificate in _authorities_of(file)]
-    if not found:
-        raise Misconfigured(f"ca_path {path} holds no certificate", hint="put the makers' authorities there")
-    return found
-
-
-def _files(path: Path) -> list[Path]:
-    try:
-        if not path.is_dir():
-            return [path]
-        # Names with a dot, and directories, are what mounted volumes and editors leave there.
-        files = sorted(one for one in path.iterdir() if not one.name.startswith(".") and one.is_file())
-    except OSError as error:
-        raise Misconfigured(f"{path} cannot be read: {error.strerror}") from None
-    if len(files) > MAX_FILES:
-        raise Misconfigured(f"ca_path {path} holds more than {MAX_FILES} files")
-    return files
-
-
-def _authorities_of(file: Path) -> list[x509.Certificate]:
-    try:
-        content = _content(file)
-        pem = _PEM in content
-        found = x509.load_pem_x509_certificates(content) if pem else [x509.load_der_x509_certificate(content)]
-        for certificate in found:
-            certificates.read_authority(certificate, anchor=True)
-    except OSError as error:
-        raise Misconfigured(f"{file} cannot be read: {error.strerror}") from None
-    except (ValueError, x509.InvalidVersion, InvalidSvid) as error:
-        raise Misconfigured(f"{file} holds something else than certificates of authorities: {error}") from None
-    return found
-
-
-def _certificate(path: Path) -> bytes:
-    """Read the agent's own copy, giving DER; raises AttestorFailed."""
-    try:
-        content = _content(path)
-        if _PEM not in content:
-            return content
-        (certificate,) = x509.load_pem_x509_certificates(content)
-        return certificate.public_bytes(Encoding.DER)
-    except OSError as error:
-        raise AttestorFailed(f"{path} cannot be read: {error.strerror}", code="ek_certificate_malformed") from None
-    except (ValueError, x509.InvalidVersion):
-        raise AttestorFailed(f"{path} does not hold one certificate", code="ek_certificate_malformed") from None
-
-
-def _content(path: Path) -> bytes:
-    with path.open("rb") as file:
-        content = file.read(MAX_FILE + 1)
-    if len(content) > MAX_FILE:
-        raise ValueError(f"it is larger than {MAX_FILE} bytes")
-    return content
 
 
 def _spki(key: object) -> bytes:

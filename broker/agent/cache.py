@@ -148,9 +148,11 @@ class EstateCache:
         self.is_synced, self.is_partial = True, False
         self._changed(None)
 
-    def resume(self, entries: Iterable[Entry], bundles: Iterable[ToldBundle], *, is_partial: bool) -> None:
-        """Take up what an earlier run was told, until there is a snapshot."""
-        self.replace(entries, bundles)
+    def resume(
+        self, entries: Iterable[Entry], bundles: Iterable[ToldBundle], crls: Sequence[bytes] = (), *, is_partial: bool
+    ) -> None:
+        """Take up what an earlier run was told, until there is a snapshot; raises as :meth:`replace` does."""
+        self.replace(entries, bundles, crls)
         self.is_partial = is_partial
 
     def suspend(self) -> None:

@@ -1,8 +1,8 @@
 """What the agent knows and holds, in its runtime directory, for a restart while the server is away (ADR 0026).
 
-The entries, the bundles, and one signed spare per entry lately used; no session's own key and no JWT-SVID. The content
-is under its own digest: a damaged file is no file. One that another agent or another boot of the machine wrote is
-removed.
+The entries, the bundles, the revocation lists, and one signed spare per entry lately used; no session's own key and
+no JWT-SVID. The content is under its own digest: a damaged file is no file. One that another agent or another boot of
+the machine wrote is removed.
 """
 
 import hashlib
@@ -21,6 +21,7 @@ from broker.agent.wire import ToldBundle
 from broker.errors import BrokerError, InvalidJson
 from broker.registry import Entry
 from broker.spiffe import SpiffeId, TrustDomain
+from broker.spiffe.revocation import read_crls
 
 FILE: Final = "estate.bin"
 MAX_SIZE: Final = 128 << 20  # bytes: MAX_ENTRIES entries of 4 KiB, a thousand spares, and bundles
@@ -49,6 +50,7 @@ class KeptEstate:
     bundles: tuple[ToldBundle, ...]
     spares: tuple[KeptSpare, ...]
     is_partial: bool = False
+    crls: tuple[bytes, ...] = ()  # DER
 
 
 class EstateFile:
@@ -79,16 +81,20 @@ class EstateFile:
             raise InvalidJson(error.message if isinstance(error, InvalidJson) else "it cannot be read") from None
 
     def _parsed(self, message: estate_pb2.KeptEstate, agent_id: SpiffeId) -> KeptEstate:
+        bundles, crls = tuple(map(wire.bundle, message.bundles)), tuple(message.crls)
+        for own in (one.bundle for one in bundles if one.bundle.trust_domain == self._trust_domain):
+            read_crls(crls, own.x509_authorities)
         return KeptEstate(
             agent_id,
             datetime.fromtimestamp(message.heard_at, UTC),
             tuple(wire.entry(one, self._trust_domain) for one in message.entries),
-            tuple(map(wire.bundle, message.bundles)),
+            bundles,
             tuple(
                 KeptSpare(one.entry_id, tuple(one.cert_chain), one.key, datetime.fromtimestamp(one.used_at, UTC))
                 for one in message.spares
             ),
             message.is_partial,
+            crls,
         )
 
     def store(self, kept: KeptEstate) -> None:
@@ -101,6 +107,7 @@ class EstateFile:
             entries=map(wire.entry_message, kept.entries),
             is_partial=kept.is_partial,
             bundles=map(wire.bundle_message, kept.bundles),
+            crls=kept.crls,
             spares=[
                 estate_pb2.KeptSpare(
                     entry_id=one.entry_id,

@@ -100,7 +100,7 @@ class Keeping:
         spares = self.svids.kept()
         entries, is_partial = worth_keeping(self._cache.entries, (one.entry_id for one in spares))
         is_partial = is_partial or self._cache.is_partial
-        return KeptEstate(agent_id, heard_at, entries, self._cache.told, spares, is_partial)
+        return KeptEstate(agent_id, heard_at, entries, self._cache.told, spares, is_partial, self._cache.crls)
 
     def _store(self, kept: KeptEstate, generation: int) -> None:
         """In a thread of its own: what was forgotten meanwhile is not left behind."""

@@ -107,7 +107,7 @@ class Offline:
         if kept is None or self._cache.is_synced:
             return
         self.heard_at = kept.heard_at
-        self._cache.resume(kept.entries, kept.bundles, is_partial=kept.is_partial)
+        self._cache.resume(kept.entries, kept.bundles, kept.crls, is_partial=kept.is_partial)
         if self.svids is not None:
             self.svids.resume(kept.spares)
         _log.warning("estate_resumed", entries=len(kept.entries), count=len(kept.spares), seconds=round(self.age()))

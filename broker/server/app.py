@@ -3,31 +3,25 @@
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
-from starlette.applications import Starlette
-
-from broker._proto.service import handler
 from broker.audit.events import Event, FieldValue, Record
 from broker.clock import Clock, SystemClock
 from broker.errors import BrokerError, Misconfigured
 from broker.server import failpoints
 from broker.server.admin_services import admin_services
-from broker.server.api.access import Access, Caller, LocalPeer, admit_local
-from broker.server.api.grpc.spire_details import detailed
+from broker.server.api.access import Access
 from broker.server.api.http.app import create_app
 from broker.server.api.http.discovery import Discovery
 from broker.server.authority.authorities import Authorities
 from broker.server.authority.server_svid import ServerNames, ServerSvid
-from broker.server.bundle_endpoint import bundle_endpoint
-from broker.server.identity.federated import Federated
-from broker.server.identity_half import IdentityHalf, Service, identity_half
+from broker.server.doors import Doors
+from broker.server.identity_half import IdentityHalf, identity_half
 from broker.server.key_room import key_room
 from broker.server.operations import Operations
 from broker.server.settings import ServerSettings
@@ -40,22 +34,15 @@ from broker.server.tasks_half import TasksHalf, tasks_half
 from broker.spiffe import SpiffeId
 from broker.telemetry.log import get_logger
 from broker.telemetry.metrics import Metrics
-from broker.transport.callers import CallerIndex
-from broker.transport.grpc_server import CallGuard, PrivateGrpcServer
 from broker.transport.hardening import harden
-from broker.transport.tls import ContextSource, SvidPeer, TlsPeer, roots_of, server_context
+from broker.transport.tls import SvidPeer
 from broker.transport.tls_listener import TlsListener
-from broker.transport.unix_listener import UnixListener
 from broker.version import __version__
 
-PING_EVERY: Final = 30.0
-"""Seconds of silence after which a peer on the network is asked whether it lives."""
 SWEEP_EVERY: Final = 60.0
 """Seconds between two sweeps of the store: what is swept has expired, so nobody waits for it."""
 SWEEP_LIMIT: Final = 500
 """Rows of each kind in one sweep: others wait for that transaction."""
-STOP_GRACE: Final = 1.0
-"""Seconds that calls in progress have to end when the server stops; streams never end by themselves."""
 SIGNERS: Final = 1
 """Threads for batches of signatures: the work holds the interpreter most of the time, more would only take turns."""
 
@@ -126,7 +113,7 @@ async def _assemble(settings: ServerSettings, clock: Clock, stack: AsyncExitStac
         )
         stack.push_async_callback(tasks.close)
     services = [*identity.services(), *(tasks.services() if tasks else ())]
-    doors = _Doors(
+    doors = Doors(
         settings,
         services,
         Access(settings.trust_domain, identity.directory, identity.nodes, frozenset(settings.admin_ids)),
@@ -162,79 +149,6 @@ async def _assemble(settings: ServerSettings, clock: Clock, stack: AsyncExitStac
     stack.callback(_not_ready, running)
     log.info("server_ready", trust_domain=settings.trust_domain.name, port=listener.port, store=store.id)
     return running
-
-
-@dataclass(frozen=True, slots=True)
-class _Doors:
-    """The two ways in, over the same services and the same table of who may call what."""
-
-    settings: ServerSettings
-    services: Sequence[Service]
-    access: Access
-    stack: AsyncExitStack
-
-    async def open_admin(self, services: Sequence[Service]) -> None:
-        """Open the admin socket."""
-        index: CallerIndex[LocalPeer] = CallerIndex()
-        guard = CallGuard(index, self.access.checks(), on_refusal=_log_refusal)
-        handlers = [handler(binding, service, guard) for binding, service in services]
-        backend = PrivateGrpcServer(self.settings.private_dir / "admin-grpc" / "s", handlers)
-        await self._start(
-            backend,
-            UnixListener(
-                self.settings.socket_path,
-                mode=0o600,
-                directory_mode=0o700,
-                backend=backend.path,
-                index=index,
-                admit=admit_local,
-            ),
-        )
-
-    async def open_tls(self, clock: Clock, federated: Federated, svid: ServerSvid, http_app: Starlette) -> TlsListener:
-        """Open the TLS port."""
-        index: CallerIndex[TlsPeer] = CallerIndex()
-        guard = detailed(CallGuard(index, self.access.checks(), on_refusal=_log_refusal))
-        handlers = [handler(binding, service, guard) for binding, service in self.services]
-        backend = PrivateGrpcServer(self.settings.private_dir / "tls-grpc" / "s", handlers, ping_every=PING_EVERY)
-        listener = TlsListener(
-            host=self.settings.bind_address,
-            port=self.settings.bind_port,
-            context=ContextSource(
-                svid.identity,
-                lambda: federated.trusted,
-                lambda identity, bundles: server_context(identity, roots_of(bundles)),
-            ),
-            # NOTE(security): of all trust domains that are federated with, each judged by its own bundle; what somebody
-            # of another may do is the table's to say: nothing but what everybody may.
-            bundles=lambda: federated.trusted,
-            clock=clock,
-            index=index,
-            grpc_backend=backend.path,
-            http_app=http_app,
-            on_refusal=lambda error, address: log.info("connection_refused", code=error.reason, address=address),
-        )
-        await self._start(backend, listener)
-        return listener
-
-    async def open_bundle_endpoint(self, clock: Clock, authorities: Authorities, svid: ServerSvid) -> int:
-        """Open the bundle endpoint where the settings have one; gives its port, 0 without one."""
-        wanted = self.settings.federation.bundle_endpoint
-        if wanted is None:
-            return 0
-        listener = bundle_endpoint(wanted, bundle=lambda: authorities.bundle, svid=svid.identity, clock=clock)
-        await listener.start()
-        self.stack.push_async_callback(listener.stop)
-        log.info("bundle_endpoint_open", port=listener.port, profile=wanted.profile.value)
-        return listener.port
-
-    async def _start(self, backend: PrivateGrpcServer, door: TlsListener | UnixListener[LocalPeer]) -> None:
-        await backend.start()
-        self.stack.push_async_callback(backend.stop)
-        await door.start()
-        self.stack.push_async_callback(door.stop)
-        # Again, so that it comes first: calls end before their connections do.
-        self.stack.push_async_callback(backend.stop, STOP_GRACE)
 
 
 async def _open_operations(settings: ServerSettings, running: Server, store: Store, stack: AsyncExitStack) -> None:
@@ -329,10 +243,6 @@ def _make_directories(settings: ServerSettings) -> None:
         raise Misconfigured(
             f"{error.filename}: {error.strerror}", code="directory_unavailable", hint="set data_dir and runtime_dir"
         ) from error
-
-
-def _log_refusal(path: str, caller: Caller | None, error: BrokerError) -> None:
-    log.info("call_refused", method=path, code=error.reason, peer=type(caller).__name__)
 
 
 def _not_ready(running: Server) -> None:

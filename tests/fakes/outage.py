@@ -17,7 +17,7 @@ from broker.agent.app import Agent
 from broker.agent.listener import HEALTH
 from broker.agent.settings import load as load_agent
 from broker.agent.upstream import AGENT
-from broker.client import Bundles, Entries, Nodes, dial_socket
+from broker.client import Bundles, Entries, Nodes, Revocations, dial_socket
 from broker.server.app import server
 from broker.server.settings import load as load_server
 from tests.fakes.running_agent import ME, RunningAgent, until
@@ -92,6 +92,7 @@ class House:
                 await self.line.mend()
             channel = dial_socket(chosen.socket_path)
             self.nodes, self.entries, self.bundles = Nodes(channel), Entries(channel), Bundles(channel)
+            self.revocations = Revocations(channel)
             self.admin = Stub(channel, AGENT)
             try:
                 yield

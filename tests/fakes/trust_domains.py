@@ -52,9 +52,12 @@ class Side:
     async def bundle(self) -> bundle_pb2.Bundle:
         return await Bundles(self.channel).get()
 
-    async def relation_to(self, other: "Side", *, bundle: bool = True) -> FederationRelationship:
-        """What an operator here writes to federate with the other by https_spiffe."""
+    async def relation_to(self, other: "Side", *, bundle: bool = True, web: bool = False) -> FederationRelationship:
+        """What an operator here writes to federate with the other by https_spiffe, or by https_web."""
         made = FederationRelationship(trust_domain=other.name, bundle_endpoint_url=other.url)
+        if web:
+            made.https_web.SetInParent()
+            return made
         made.https_spiffe.endpoint_spiffe_id = f"spiffe://{other.name}/spire/server"
         if bundle:
             made.trust_domain_bundle.CopyFrom(await other.bundle())

@@ -11,14 +11,16 @@ import grpc
 import pytest
 from cryptography import x509
 
+from broker._proto.broker.server.v1 import revocations_pb2
 from broker._proto.service import Stub
 from broker._proto.spiffe import workload_pb2
 from broker.agent import bootstrap, rebootstrap
 from broker.agent.bootstrap import Condition
 from broker.agent.estate_file import FILE
 from broker.agent.listener import CONNECTION, IDENTITY, WORKLOAD
+from broker.errors import InvalidSvid
 from broker.server.authority import server_svid
-from broker.spiffe.x509svid import split_der
+from broker.spiffe.x509svid import split_der, verify_x509_svid
 from tests.fakes.node_fleet import NODE
 from tests.fakes.node_pki import root
 from tests.fakes.outage import House, part
@@ -182,6 +184,30 @@ async def test_a_restart_before_a_server_that_answers_waits_for_its_word(house) 
         await house.entries.delete(entry)
         async with house.agent() as agent:
             assert await status(agent.x509()) == grpc.StatusCode.PERMISSION_DENIED
+
+
+@pytest.mark.bears("O02")
+async def test_what_was_revoked_is_not_forgotten_by_a_restart_in_the_outage(house) -> None:
+    async with house.server():
+        await house.settings()
+        async with house.agent() as agent:
+            await joined(agent, house)
+            old = (await agent.x509()).svids[0]
+            serial = f"{leaf(old).serial_number:x}"
+            await house.revocations.revoke(
+                revocations_pb2.RevokeSvidsRequest(serial=revocations_pb2.SerialNumber(serial_number=serial))
+            )
+            await until(lambda: len(agent.agent.cache.own_bundle.revoked) > 0, LONG)
+            await held_spares(agent)
+    async with house.agent() as agent:
+        message = await agent.x509()
+        serials = {one.serial_number for der in message.crl for one in x509.load_der_x509_crl(der)}
+        assert leaf(old).serial_number in serials
+        assert leaf(message.svids[0]).serial_number not in serials
+        with pytest.raises(InvalidSvid) as refused:
+            verify_x509_svid(split_der(old.x509_svid), agent.agent.cache.bundles, now=datetime.now(UTC))
+        assert refused.value.reason == "svid_revoked"
+        assert not agent.agent.sync.is_online
 
 
 @pytest.mark.bears("O03")

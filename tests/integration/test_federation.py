@@ -51,15 +51,24 @@ def directory():
 
 
 @asynccontextmanager
-async def two(directory):
-    async with side("a.test", directory) as a, side("b.test", directory) as b:
+async def two(directory, *, web: bool = False):
+    """Two trust domains; their bundle endpoints are https_spiffe, or https_web under an authority that both know."""
+    more = {}
+    if web:
+        authority = WebAuthority()
+        certificate, key = authority.files(directory, "127.0.0.1")
+        more = {
+            "endpoint": {"profile": "https_web", "cert_file_path": certificate, "key_file_path": key},
+            "federation": {"web_ca_path": authority.write(directory / "web.pem")},
+        }
+    async with side("a.test", directory, **more) as a, side("b.test", directory, **more) as b:
         yield a, b
 
 
-async def federate(a: Side, b: Side) -> None:
-    """Both directions, by https_spiffe."""
+async def federate(a: Side, b: Side, *, web: bool = False) -> None:
+    """Both directions, by https_spiffe or https_web."""
     for one, other in ((a, b), (b, a)):
-        await one.relationships.create([await one.relation_to(other)])
+        await one.relationships.create([await one.relation_to(other, web=web)])
         await one.relationships.refresh(other.name)
 
 
@@ -100,10 +109,16 @@ def federation_call(one: Side, method: str, request, service=trustdomain.BINDING
     return getattr(Stub(one.channel, service), method)(request, timeout=20)
 
 
-@pytest.mark.bears("FE-05", "FE-08", "FE-14", "FE-15", "WA-10", "WA-15", "WA-21", "X05")
-async def test_workloads_of_two_trust_domains_prove_themselves_to_each_other_until_it_is_ended(directory) -> None:
-    async with two(directory) as (a, b):
-        await federate(a, b)
+@pytest.mark.bears("FE-05", "FE-08", "FE-10", "FE-14", "FE-15", "WA-10", "WA-15", "WA-21", "X05")
+@pytest.mark.parametrize("profile", ["https_spiffe", "https_web"])
+async def test_workloads_of_two_trust_domains_prove_themselves_to_each_other_until_it_is_ended(
+    directory, profile
+) -> None:
+    web = profile == "https_web"
+    async with two(directory, web=web) as (a, b):
+        await federate(a, b, web=web)
+        shown = await b.relationships.list()
+        assert [one.WhichOneof("bundle_endpoint_profile") for one in shown] == [profile]
         async with a.workload("/client", b) as mine, b.workload("/service", a) as theirs:
             await holds(mine, a, b)
             await holds(theirs, a, b)

@@ -28,6 +28,7 @@ def estate(**changed) -> KeptEstate:
         "heard_at": NOW,
         "entries": (wire.entry(full, TD), wire.entry(entry_message("e2", "/b", ["unix:uid:2"]), TD)),
         "bundles": (wire.bundle(ca.message((FakeCa(),), tainted=True)),),
+        "crls": (ca.crl(),),
         "spares": (KeptSpare("e1", (b"leaf", b"middle"), b"key", NOW - timedelta(hours=1)),),
     }
     return KeptEstate(**(values | changed))
@@ -47,6 +48,10 @@ def test_what_is_read_is_what_was_written(file, tmp_path) -> None:
     assert found == kept
     assert (tmp_path / FILE).stat().st_mode & 0o777 == 0o600
     assert "key" not in repr(kept.spares)
+    # A list that none of the authorities signed.
+    file.store(estate(crls=(FakeCa().crl(), b"x")))
+    with pytest.raises(InvalidJson):
+        file.load(NODE)
     file.remove()
     assert file.load(NODE) is None
 

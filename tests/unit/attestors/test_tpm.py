@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from attestors.node import tpm as module
 from attestors.node.tpm import TpmAgent, TpmServer, TpmServerSettings, TpmSettings
+from broker.attestation import certificate_files
 from broker.attestation.base64_json import MAX_MESSAGE
 from broker.attestation.contract import AttestedNode, AttestorFailed, Evidence
 from broker.errors import Misconfigured, NotAttested, Unavailable
@@ -434,7 +435,7 @@ async def test_certificates_that_the_agent_does_not_send(tmp_path) -> None:
     assert (
         await failure(agent(SoftwareTpm(KEY), ek_certificate_path=tmp_path / "two.pem")) == "ek_certificate_malformed"
     )
-    (tmp_path / "large").write_bytes(bytes(module.MAX_FILE + 1))
+    (tmp_path / "large").write_bytes(bytes(certificate_files.MAX_FILE + 1))
     assert await failure(agent(SoftwareTpm(KEY), ek_certificate_path=tmp_path / "large")) == "ek_certificate_malformed"
 
 
@@ -520,7 +521,7 @@ def test_files_that_stop_the_server(tmp_path) -> None:
             TpmServer(TpmServerSettings(ca_path=tmp_path / name))
     with pytest.raises(Misconfigured):
         TpmServer(TpmServerSettings(hash_path=tmp_path / "missing"))
-    (tmp_path / "large").write_bytes(bytes(module.MAX_FILE + 1))
+    (tmp_path / "large").write_bytes(bytes(certificate_files.MAX_FILE + 1))
     with pytest.raises(Misconfigured):
         TpmServer(TpmServerSettings(ca_path=tmp_path / "large"))
 
@@ -530,7 +531,7 @@ def test_a_directory_as_volumes_leave_it(tmp_path, monkeypatch) -> None:
     (tmp_path / ".keep").touch()
     (tmp_path / "maker.crt").write_bytes(MAKER.der)
     (tmp_path / "bundle.pem").write_bytes(MAKER.pem + ISSUER.pem)
-    assert len(module._authorities(tmp_path)) == 3
-    monkeypatch.setattr(module, "MAX_FILES", 1)
+    assert len(certificate_files.read_authorities(tmp_path)) == 3
+    monkeypatch.setattr(certificate_files, "MAX_FILES", 1)
     with pytest.raises(Misconfigured):
-        module._authorities(tmp_path)
+        certificate_files.read_authorities(tmp_path)

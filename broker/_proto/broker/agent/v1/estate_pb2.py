@@ -6,15 +6,15 @@ from broker._proto.pool import load as _load
 DESCRIPTOR = _load(
     b'\n\x1cbroker/agent/v1/estate.proto\x12\x0fbroker.agent.v1\x1a'
     b'\x1ebroker/server/v1/entries.proto\x1a\x1cspire/api/types'
-    b'/bundle.proto"\xc1\x02\n\nKeptEstate\x12!\n\x0ctrust_domain\x18\x01 \x01'
+    b'/bundle.proto"\xd5\x02\n\nKeptEstate\x12!\n\x0ctrust_domain\x18\x01 \x01'
     b'(\tR\x0btrustDomain\x12\x19\n\x08agent_id\x18\x02 \x01(\tR\x07agentId\x12\x17\n\x07bo'
     b'ot_id\x18\x03 \x01(\tR\x06bootId\x12\x19\n\x08heard_at\x18\x04 \x01(\x03R\x07heardAt\x12;'
     b'\n\x07entries\x18\x05 \x03(\x0b2!.broker.server.v1.RegisteredEnt'
     b'ryR\x07entries\x12\x1d\n\nis_partial\x18\x06 \x01(\x08R\tisPartial\x121\n\x07bu'
     b'ndles\x18\x07 \x03(\x0b2\x17.spire.api.types.BundleR\x07bundles\x122\n'
     b'\x06spares\x18\x08 \x03(\x0b2\x1a.broker.agent.v1.KeptSpareR\x06spare'
-    b's"p\n\tKeptSpare\x12\x19\n\x08entry_id\x18\x01 \x01(\tR\x07entryId\x12\x1d\n\ncer'
-    b't_chain\x18\x02 \x03(\x0cR\tcertChain\x12\x10\n\x03key\x18\x03 \x01(\x0cR\x03key\x12\x17\n\x07us'
-    b'ed_at\x18\x04 \x01(\x03R\x06usedAtb\x06proto3',
+    b's\x12\x12\n\x04crls\x18\t \x03(\x0cR\x04crls"p\n\tKeptSpare\x12\x19\n\x08entry_id\x18\x01'
+    b' \x01(\tR\x07entryId\x12\x1d\n\ncert_chain\x18\x02 \x03(\x0cR\tcertChain\x12\x10\n\x03'
+    b'key\x18\x03 \x01(\x0cR\x03key\x12\x17\n\x07used_at\x18\x04 \x01(\x03R\x06usedAtb\x06proto3',
     globals(),
 )

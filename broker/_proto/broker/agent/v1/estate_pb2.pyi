@@ -11,7 +11,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class KeptEstate(_message.Message):
-    __slots__ = ("trust_domain", "agent_id", "boot_id", "heard_at", "entries", "is_partial", "bundles", "spares")
+    __slots__ = ("trust_domain", "agent_id", "boot_id", "heard_at", "entries", "is_partial", "bundles", "spares", "crls")
     TRUST_DOMAIN_FIELD_NUMBER: _ClassVar[int]
     AGENT_ID_FIELD_NUMBER: _ClassVar[int]
     BOOT_ID_FIELD_NUMBER: _ClassVar[int]
@@ -20,6 +20,7 @@ class KeptEstate(_message.Message):
     IS_PARTIAL_FIELD_NUMBER: _ClassVar[int]
     BUNDLES_FIELD_NUMBER: _ClassVar[int]
     SPARES_FIELD_NUMBER: _ClassVar[int]
+    CRLS_FIELD_NUMBER: _ClassVar[int]
     trust_domain: str
     agent_id: str
     boot_id: str
@@ -28,7 +29,8 @@ class KeptEstate(_message.Message):
     is_partial: bool
     bundles: _containers.RepeatedCompositeFieldContainer[_bundle_pb2.Bundle]
     spares: _containers.RepeatedCompositeFieldContainer[KeptSpare]
-    def __init__(self, trust_domain: _Optional[str] = ..., agent_id: _Optional[str] = ..., boot_id: _Optional[str] = ..., heard_at: _Optional[int] = ..., entries: _Optional[_Iterable[_Union[_entries_pb2.RegisteredEntry, _Mapping[str, _Anything]]]] = ..., is_partial: _Optional[bool] = ..., bundles: _Optional[_Iterable[_Union[_bundle_pb2.Bundle, _Mapping[str, _Anything]]]] = ..., spares: _Optional[_Iterable[_Union[KeptSpare, _Mapping[str, _Anything]]]] = ...) -> None: ...
+    crls: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, trust_domain: _Optional[str] = ..., agent_id: _Optional[str] = ..., boot_id: _Optional[str] = ..., heard_at: _Optional[int] = ..., entries: _Optional[_Iterable[_Union[_entries_pb2.RegisteredEntry, _Mapping[str, _Anything]]]] = ..., is_partial: _Optional[bool] = ..., bundles: _Optional[_Iterable[_Union[_bundle_pb2.Bundle, _Mapping[str, _Anything]]]] = ..., spares: _Optional[_Iterable[_Union[KeptSpare, _Mapping[str, _Anything]]]] = ..., crls: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class KeptSpare(_message.Message):
     __slots__ = ("entry_id", "cert_chain", "key", "used_at")
