@@ -22,6 +22,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import wire
 
 BATCH = 50  # rounds at once: each has a victim alive
+STORM_SECONDS = 2  # of the positive control, each time
 PATIENCE = 20.0  # seconds for an answer
 LOWEST_PID_MAX = 400  # numbers 300 to 399 come again and again: the kernel keeps the lower ones after the first wrap
 
@@ -270,7 +271,11 @@ def main():
         if name == "number":
             with open("/proc/sys/kernel/pid_max", "w") as limit:
                 limit.write(str(LOWEST_PID_MAX))
-            report["control_storm"] = storm(argv[-6], victims, config["control_seconds"], uids[0], 2, 50, 20)
+            # A matter of luck each time, so it is tried until it came: the storm must be one that can be lost.
+            until = time.monotonic() + config["control_seconds"]
+            report["control_storm"] = storm(argv[-6], victims, STORM_SECONDS, uids[0], 2, 50, 20)
+            while config["honest"] not in report["control_storm"]["answers"] and time.monotonic() < until:
+                report["control_storm"] = storm(argv[-6], victims, STORM_SECONDS, uids[0], 2, 50, 20)
             with open("/proc/sys/kernel/pid_max", "w") as limit:
                 limit.write("32768")
         listener.kill()

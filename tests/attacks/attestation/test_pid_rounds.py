@@ -56,7 +56,8 @@ def config(it: Arena) -> Path:
                 "uids": [UID, EVIL_UID],
                 "rounds": ROUNDS,
                 "seconds": STORM,
-                "control_seconds": 2,
+                "control_seconds": 60,
+                "honest": HONEST,
             }
         )
     )
