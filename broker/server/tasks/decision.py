@@ -12,6 +12,7 @@ from datetime import datetime, timedelta
 from broker.errors import InvalidToken, NotFound, PolicyDenied, Refused
 from broker.server.tasks.admission import Admitted, Caller
 from broker.server.tasks.config import Audience, Audiences, TaskDefaults
+from broker.server.tasks.policy.rules import Rules
 from broker.server.tasks.requests import IssueRequest, StartRequest, unmetered
 from broker.server.tasks.subjects import Subject
 from broker.tasks import Authority
@@ -21,10 +22,11 @@ from broker.tasks.task import Supervision, Task
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What the operator set: the registered audiences, and the defaults of tasks and tokens."""
+    """What the operator set: the registered audiences, the defaults of tasks and tokens, and the rules that narrow all of it."""
 
     audiences: Audiences
     defaults: TaskDefaults
+    rules: Rules
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Our own tokens, read back: is this one alive, as a whole?
 
 *Alive* is the conjunction of everything that can end it: signature, time, its own row, its task and every ancestor, the
-tree's epoch, the user's delegation, the workload session, the entry behind it (RFC 7662 §2.2, tokens.md 7.2). Any one of
+tree's epoch, the user's delegation, the policy, the workload session, the entry behind it (RFC 7662 §2.2, tokens.md 7.2). Any one of
 them that fails gives the same answer, without a reason.
 """
 
@@ -15,6 +15,7 @@ from broker.server.store.rows import TokenRow
 from broker.server.tasks.admission import Starters
 from broker.server.tasks.config import Audiences
 from broker.server.tasks.exchange import TaskKeys
+from broker.server.tasks.policy.rules import Rules
 from broker.spiffe import SpiffeId, jose
 from broker.tasks import TaskClaims, require_lineage_active, verify_task_token
 
@@ -30,7 +31,15 @@ class TaskTokens:
     """Judges tokens that this server issued."""
 
     def __init__(
-        self, store: Store, keys: TaskKeys, clock: Clock, starters: Starters, audiences: Audiences, *, issuer: str
+        self,
+        store: Store,
+        keys: TaskKeys,
+        clock: Clock,
+        starters: Starters,
+        audiences: Audiences,
+        *,
+        issuer: str,
+        rules: Rules,
     ) -> None:
         self._store = store
         self._keys = keys
@@ -38,6 +47,7 @@ class TaskTokens:
         self._starters = starters
         self._audiences = audiences
         self._issuer = issuer
+        self.rules = rules
 
     def verify(self, token: str) -> TaskClaims:
         """Check form, signature and issuer of one of our tokens, whatever its audience; raises InvalidToken."""
@@ -76,6 +86,8 @@ class TaskTokens:
             return False
         try:
             require_lineage_active(lineage[-1], tuple(reversed(lineage[:-1])), now)
+            # What the policy of this moment would not issue is not alive, whoever holds it.
+            self.rules.may_issue(lineage[-1], claims.aud, claims.authorization_details, now).require()
         except BrokerError:
             return False
         return self._actor_stands(reader, row, now)

@@ -45,6 +45,9 @@ _OAUTH_CODES: Final[Mapping[str, _Answer]] = {
     # RFC 8693 §2.2.2: a subject token that is unacceptable is a matter of the request, not of a grant.
     "subject_mismatch": (400, "invalid_request"),
     "unmetered_limit": (400, "invalid_request"),
+    # The same section: "unacceptable based on policy".
+    "policy_denied": (400, "invalid_request"),
+    "approval_required": (400, "invalid_request"),
 }
 _OAUTH: Final[tuple[tuple[type[BrokerError], _Answer], ...]] = (
     (Refused, (400, "invalid_grant")),

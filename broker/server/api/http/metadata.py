@@ -36,5 +36,7 @@ async def metadata(request: Request, services: HttpServices) -> Response:
         "tasks_endpoint": f"{issuer}/tasks",
         "access_token_signing_alg_values_supported": [ALGORITHM],
         "access_token_max_seconds": MAX_TOKEN_TTL,
+        # Which policy decides: the hash that stands in decisions and audit records.
+        "task_policy": services.tokens.rules.hash,
     }
     return JSONResponse(document, headers={"cache-control": f"public, max-age={CACHE_SECONDS}"})
