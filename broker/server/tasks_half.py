@@ -164,7 +164,9 @@ async def tasks_half(
         feed=feed,
         refusals=refusals,
         http=http,
-        policies=policies_api.Policies(bundles, Explain(store, rules, clock, tokens), rules, audiences),
+        policies=policies_api.Policies(
+            bundles, Explain(store, rules, clock, tokens), rules, audiences, [one.issuer for one in settings.subjects]
+        ),
         rejudge=rejudge,
         stop_policy=stop_policy,
     )

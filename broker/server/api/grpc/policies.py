@@ -1,6 +1,6 @@
 """``broker.server.v1.Policies``: the policy is shown, replaced and explained. Nothing here decides."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from broker._proto.broker.server.v1 import policies_pb2
@@ -27,7 +27,11 @@ BINDING: Final = ServiceBinding.of(policies_pb2.DESCRIPTOR, "Policies")
 class Policies:
     """The service, over its use cases."""
 
-    def __init__(self, stored: Bundles, explain: Explain, rules: Rules, audiences: Audiences) -> None:
+    def __init__(
+        self, stored: Bundles, explain: Explain, rules: Rules, audiences: Audiences, issuers: Sequence[str]
+    ) -> None:
+        """``issuers`` are those of user tokens: where there is one, a question need not name it."""
+        self._issuers = issuers
         self._stored = stored
         self._explain = explain
         self._rules = rules
@@ -82,7 +86,7 @@ class Policies:
             action=action,
             agent=SpiffeId(told.agent),
             user=told.user,
-            issuer=told.issuer,
+            issuer=told.issuer or self._only_issuer(),
             audience=resource,
             risk=told.risk or (registered.risk if registered is not None else "high"),
             actions=frozenset(told.actions),
@@ -91,6 +95,13 @@ class Policies:
             auth_age=told.auth_age if told.HasField("auth_age") else None,
             hop=told.hop,
             supervision=told.supervision or "attached",
+        )
+
+    def _only_issuer(self) -> str:
+        if len(self._issuers) == 1:
+            return self._issuers[0]
+        raise Invalid(
+            "the user's issuer is missing", code="invalid_question", hint="name it: there is not just one here"
         )
 
     def _written(self, row: PolicyRow) -> policies_pb2.Policy:
