@@ -134,6 +134,7 @@ class Exchange:
             known = writer.task(kept)
             if known is None:
                 raise spent()
+            self._policy.rules.may_begin(known).require()
             return known
         task = self._new_task(writer, admitted, subject, request, now)
         answers.keep(task.id)
