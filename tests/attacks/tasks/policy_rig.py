@@ -75,14 +75,18 @@ class Rig:
         return issued
 
     def records(self, *events: str) -> list[Record]:
-        """Read the audit log as it stands on the disk."""
-        rows = sqlite3.connect(f"file:{self.estate.directory / 'data' / 'broker.db'}?mode=ro", uri=True)
-        try:
-            bodies = rows.execute("SELECT body FROM audit_records ORDER BY seq").fetchall()
-        finally:
-            rows.close()
-        found = [Record.from_body(bytes(body)) for (body,) in bodies]
-        return [one for one in found if one.event in events]
+        """Give the audit records of these events."""
+        return [one for one in audit_records(self.estate) if one.event in events]
+
+
+def audit_records(estate: Estate) -> list[Record]:
+    """Read the audit log as it stands on the disk."""
+    rows = sqlite3.connect(f"file:{estate.directory / 'data' / 'broker.db'}?mode=ro", uri=True)
+    try:
+        bodies = rows.execute("SELECT body FROM audit_records ORDER BY seq").fetchall()
+    finally:
+        rows.close()
+    return [Record.from_body(bytes(body)) for (body,) in bodies]
 
 
 @asynccontextmanager
