@@ -49,6 +49,11 @@ def test_what_is_read_is_known_for_each_action() -> None:
     assert reads[Action.GRANT] == frozenset()
 
 
+def test_brackets_in_texts_and_comments_are_none() -> None:
+    text = "// " + "(" * 50 + "\n" + when('context.user == User::"' + "[" * 50 + '"') + PERMIT
+    assert len(bundles.read(text).rules) == 2
+
+
 @pytest.mark.parametrize("text", ["", "// nothing", when("true")])
 def test_without_a_permit_it_is_closed(text: str) -> None:
     assert bundles.read(text).is_closed
@@ -65,6 +70,13 @@ def test_without_a_permit_it_is_closed(text: str) -> None:
             "".join(f'@id("r{n}") permit(principal, action, resource);' for n in range(MAX_RULES + 1)),
             "policy_too_large",
         ),
+        (when("(" * 40 + "true" + ")" * 40), "policy_syntax"),
+        (when("[" * 5000 + "]" * 5000), "policy_syntax"),
+        (when("context has a" + ".a" * 1900), "policy_syntax"),
+        (when(" && ".join(["context.hop > 1"] * 200)), "policy_syntax"),
+        (when("+".join(["1"] * 1900)), "policy_syntax"),
+        (when(" && ".join(["true"] * 600)), "policy_too_large"),
+        ("// " + "x" * 5000 + "\n" + PERMIT, "policy_too_large"),
         ('@id("a") permit(principal == ?principal, action, resource);', "policy_template"),
         ("permit(principal, action, resource);", "policy_unnamed"),
         ('@id("") permit(principal, action, resource);', "policy_unnamed"),
