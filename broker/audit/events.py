@@ -81,6 +81,7 @@ class Event(StrEnum):
     RELATIONSHIP_UPDATED = "relationship_updated"
     RELATIONSHIP_DELETED = "relationship_deleted"
     ADMIN_REFUSED = "admin_refused"
+    POLICY_CHANGED = "policy_changed"
 
 
 COMMON: Final = frozenset(
@@ -90,6 +91,9 @@ COMMON: Final = frozenset(
         "left_out",  # how many like it were not recorded, because there were too many
         "cause",
         "decision",
+        "rules",  # which rules of the policy decided
+        "policy",  # the hash of the bundle that they stand in
+        "errors",  # what of it could not be evaluated
         "reasons",
         "door",  # where the request came in: agent, https, admin
         "remote",
@@ -174,6 +178,7 @@ _AUTHORITY: Final = frozenset({"kind", "not_before", "not_after", "state", "sequ
 _BUNDLE: Final = frozenset({"trust_domain", "sequence", "x509_authorities", "jwt_authorities"})
 _RELATIONSHIP: Final = frozenset({"trust_domain", "endpoint_url", "profile", "endpoint_id"})
 _SERVER: Final = frozenset({"version", "store", "roles", "seconds", "chain_seq"})
+_POLICY: Final = frozenset({"version", "previous", "source", "rule_count"})
 
 _FAMILIES: Final = {
     _SERVER: (Event.SERVER_STARTED, Event.SERVER_STOPPED, Event.CLOCK_STEPPED),
@@ -201,6 +206,7 @@ _FAMILIES: Final = {
         Event.AUTHORITY_PRUNED,
     ),
     _BUNDLE: (Event.BUNDLE_CHANGED, Event.BUNDLE_DELETED),
+    _POLICY: (Event.POLICY_CHANGED,),
     _RELATIONSHIP: (Event.RELATIONSHIP_CREATED, Event.RELATIONSHIP_UPDATED, Event.RELATIONSHIP_DELETED),
     frozenset[str](): (Event.ADMIN_REFUSED, Event.WORKLOAD_REFUSED),
 }

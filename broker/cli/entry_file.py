@@ -9,19 +9,16 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
 
-import yaml
-from typing_extensions import override
-
 from broker.cli.entry_values import ATTRIBUTES, DEFAULTS, Values
 from broker.cli.inputs import read_file
 from broker.cli.options import DURATION
 from broker.cli.output import timestamp
+from broker.cli.strict_yaml import NotYaml, read_yaml
 from broker.cli.yaml import to_yaml
 from broker.errors import Invalid
 
 MAX_BYTES: Final = 128 << 20
 """A hundred thousand entries have some 50 MiB."""
-MAX_DEPTH: Final = 8
 KIND: Final = "entries"
 _IGNORED: Final = frozenset({"kind", "revision_number", "created_at"})  # the server's to say
 _OTHER_NAMES: Final[Mapping[str, str]] = {"entry_id": "id", "entry_expiry": "expires_at"}
@@ -187,45 +184,11 @@ def _json(text: str) -> Any:
         raise _wrong(error.message) from None
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML that means what JSON could say: no aliases, no name twice, times as text."""
-
-    _depth = 0
-    yaml_implicit_resolvers = {  # noqa: RUF012 - as the class above has it
-        first: [(tag, pattern) for tag, pattern in found if tag != "tag:yaml.org,2002:timestamp"]
-        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    @override
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("an alias")
-        self._depth += 1
-        if self._depth > MAX_DEPTH:
-            raise yaml.YAMLError("too deep")
-        node = super().compose_node(parent, index)
-        self._depth -= 1
-        return node
-
-    @override
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [name.value for name, _ in node.value]
-        if len(set(names)) != len(names) or any(name.tag != "tag:yaml.org,2002:str" for name, _ in node.value):
-            raise yaml.YAMLError("a name twice, or one that is no text")
-        return super().construct_mapping(node, deep)
-
-
 def _yaml(text: str) -> Any:
     try:
-        loader = _Loader(text)
-        try:
-            return loader.get_single_data()
-        finally:
-            loader.dispose()
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f" at line {mark.line + 1}" if mark is not None else ""
-        raise _wrong(f"it is not YAML{place}") from None
+        return read_yaml(text)
+    except NotYaml as error:
+        raise _wrong(f"it is not YAML{error.place}") from None
 
 
 def _wrong(what: str, hint: str = "") -> Invalid:

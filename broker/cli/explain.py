@@ -1,11 +1,14 @@
-"""``broker explain``: the operator's "why not?". Asks the node agent on its admin socket; decides nothing."""
+"""``broker explain``: the operator's "why not?". Asks the node agent about processes, the server about tasks; decides nothing."""
 
 import click
 
 from broker.cli.options import noun, option, settings
 from broker.cli.output import moment, timestamp
 
-COMMAND = noun("explain", "Why a process has an identity, or has none. For root and the agent's own user, on the node.")
+COMMAND = noun(
+    "explain",
+    "Why a process has an identity or none (asks the agent, on its node), why a task or token may be (asks the server).",
+)
 
 _PEOPLE = frozenset({None, "table", "wide"})
 
@@ -50,3 +53,25 @@ def denial(denial_id: str) -> None:
         return
     row = {"id": told.id, "at": moment(told.at), "method": told.method, "entries_are_late": told.is_late}
     here.shown.one(DENIAL, {**row, **explanation_row(told.explanation)})
+
+
+@COMMAND.command("task")
+@click.argument("task_id", metavar="ID")
+def task(task_id: str) -> None:
+    """Say whether the policy in force would let a task begin, and why. As an operator, of the server."""
+    from broker._proto.broker.server.v1 import policies_pb2  # noqa: PLC0415 - imports protobuf
+    from broker.cli.policy import show_decision  # noqa: PLC0415
+
+    show_decision(policies_pb2.ExplainDecisionRequest(task_id=task_id))
+
+
+@COMMAND.command("token")
+@click.argument("token", default="-", metavar="[TOKEN|@FILE|-]")
+def token(token: str) -> None:
+    """Say whether the policy in force would issue a token of this server, and why. As an operator, of the server."""
+    from broker._proto.broker.server.v1 import policies_pb2  # noqa: PLC0415 - imports protobuf
+    from broker.cli.inputs import read_token  # noqa: PLC0415
+    from broker.cli.policy import show_decision  # noqa: PLC0415
+
+    text = read_token(token, "a token", settings().shown)
+    show_decision(policies_pb2.ExplainDecisionRequest(token=text))

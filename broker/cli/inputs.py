@@ -23,17 +23,20 @@ def read_text(source: str, what: str, *, stdin: TextIO | None = None) -> str:
     return _checked(text, what)
 
 
-def read_file(name: str, what: str, *, limit: int = MAX_BYTES) -> str:
-    """Give the text of a file, ``-`` being standard input; raises Invalid when it is longer than ``limit`` bytes."""
+def read_file(name: str, what: str, *, limit: int = MAX_BYTES, as_it_is: bool = False) -> str:
+    """Give the text of a file, ``-`` being standard input; raises Invalid when it is longer than ``limit`` bytes.
+
+    ``as_it_is`` keeps the white space around it: where its hash matters.
+    """
     if name == "-":
-        return _checked(sys.stdin.read(limit + 1), what, limit)
+        return _checked(sys.stdin.read(limit + 1), what, limit, as_it_is=as_it_is)
     try:
         with Path(name).open("rb") as file:
             text = file.read(limit + 1).decode()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise Invalid(f"{what} cannot be read from {name}: {reason}", hint="name a file, or - for input") from None
-    return _checked(text, what, limit)
+    return _checked(text, what, limit, as_it_is=as_it_is)
 
 
 def read_token(source: str, what: str, output: Output) -> str:
@@ -43,9 +46,9 @@ def read_token(source: str, what: str, output: Output) -> str:
     return read_text(source, what)
 
 
-def _checked(text: str, what: str, limit: int = MAX_BYTES) -> str:
+def _checked(text: str, what: str, limit: int = MAX_BYTES, *, as_it_is: bool = False) -> str:
     if len(text) > limit:
         raise Invalid(f"{what} is longer than {limit} bytes")
     if not text.strip():
         raise Invalid(f"{what} is empty", hint="- reads it from standard input, @FILE from a file")
-    return text.strip()
+    return text if as_it_is else text.strip()

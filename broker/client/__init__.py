@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from broker.client.federation import Relationships
     from broker.client.health import Health
     from broker.client.nodes import Nodes
+    from broker.client.policies import Policies
     from broker.client.revocations import Revocations
     from broker.client.svids import Svids
     from broker.client.tasks import Tasks
@@ -27,6 +28,7 @@ __all__ = [
     "Entries",
     "Health",
     "Nodes",
+    "Policies",
     "Relationships",
     "Revocations",
     "Svids",
@@ -41,6 +43,7 @@ _MODULES = {
     "Entries": "entries",
     "Health": "health",
     "Nodes": "nodes",
+    "Policies": "policies",
     "Relationships": "federation",
     "Revocations": "revocations",
     "Svids": "svids",

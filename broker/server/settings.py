@@ -143,6 +143,16 @@ class TaskSettings(Table):
     allow_unsupervised: bool = Field(default=False, description="whether a caller may ask for supervision none")
 
 
+class PolicySettings(Table):
+    """The rules that narrow what tasks and tokens may be."""
+
+    path: Path | None = Field(
+        default=None,
+        description="Cedar: the policy of all replicas, put in force at the start, the same file for each;"
+        " unset: what broker policy push put in force, or the built-in one",
+    )
+
+
 class AudienceSettings(Table):
     """One service that task tokens may be for."""
 
@@ -310,6 +320,7 @@ class ServerSettings(ProgramSettings):
         default=(), description="whose user tokens are accepted; none: no task starts"
     )
     tasks: TaskSettings = Field(default=TaskSettings(), description="tasks and their tokens")
+    policy: PolicySettings = Field(default=PolicySettings(), description="the rules that narrow all of it")
     audiences: tuple[AudienceSettings, ...] = Field(
         default=(), description="services that tokens may be for; none: no token"
     )

@@ -2,7 +2,7 @@
 
 import asyncio
 import secrets
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -10,6 +10,7 @@ from broker._proto.service import ServiceBinding
 from broker.clock import Clock
 from broker.errors import BrokerError
 from broker.server.api.grpc import feed as feed_api
+from broker.server.api.grpc import policies as policies_api
 from broker.server.api.grpc import sessions as sessions_api
 from broker.server.api.grpc import tasks as tasks_api
 from broker.server.api.http.services import HttpServices
@@ -34,6 +35,10 @@ from broker.server.tasks.feed import Feed
 from broker.server.tasks.ids import Ids
 from broker.server.tasks.lifecycle import Lifecycle
 from broker.server.tasks.outward import RemoteServer, RemoteServers, TransactionRules
+from broker.server.tasks.policy.bundles import Bundles
+from broker.server.tasks.policy.explain import Explain
+from broker.server.tasks.policy.rejudge import Rejudge
+from broker.server.tasks.policy.rules import Rules
 from broker.server.tasks.refusals import Refusals
 from broker.server.tasks.sessions import Sessions
 from broker.server.tasks.subjects import Subjects
@@ -67,6 +72,9 @@ class TasksHalf:
     feed: Feed
     refusals: Refusals
     http: HttpServices
+    policies: policies_api.Policies
+    rejudge: Rejudge
+    stop_policy: Callable[[], None]
 
     def services(self) -> Iterable[Service]:
         """Give each service with what serves it."""
@@ -83,15 +91,17 @@ class TasksHalf:
             (tasks_api.BINDING, tasks),
             (feed_api.BINDING, feed_api.Feed(self.feed, self.trust_domain)),
             (sessions_api.BINDING, sessions_api.Sessions(self.sessions)),
+            (policies_api.BINDING, self.policies),
         )
 
     def loops(self) -> Iterable[Coroutine[Any, Any, None]]:
         """Give what has to run for as long as the server does."""
-        return (self._sweep(),)
+        return (self._sweep(), self.rejudge.run())
 
     async def close(self) -> None:
         """Let go of the issuers' connections and of the change log."""
         self.feed.stop()
+        self.stop_policy()
         await self.subjects.aclose()
 
     async def _sweep(self) -> None:
@@ -125,12 +135,17 @@ async def tasks_half(
     feed = Feed(store, authorities, clock, issuer=settings.issuer, observe=metrics.revocation_delay.observe)
     await feed.start()
     lifecycle = Lifecycle(store, clock, count=lambda cause: metrics.ends.labels(cause).inc())
+    rules = Rules(audiences, count=lambda action, effect: metrics.decisions.labels(action, effect).inc())
+    rejudge = Rejudge(store, rules, clock, count=lambda cause: metrics.ends.labels(cause).inc())
+    bundles = Bundles(store, rules, clock, path=settings.policy.path, on_change=rejudge.soon)
+    stop_policy = await bundles.start()
     ids, detail_types = Ids(secrets.token_bytes), DetailTypes.of(map(_detail_type, settings.authorization_details))
-    policy = Policy(audiences, _defaults(settings), detail_types)
+    policy = Policy(audiences, _defaults(settings), rules, detail_types)
 
     def count(outcome: str, reason: str) -> None:
         metrics.exchanges.labels(outcome, reason).inc()
 
+    tokens = TaskTokens(store, authorities, clock, starters, audiences, issuer=settings.issuer, rules=rules)
     exchange = Exchange(
         store=store,
         subjects=subjects,
@@ -144,7 +159,6 @@ async def tasks_half(
         issuer=settings.issuer,
         count=count,
     )
-    tokens = TaskTokens(store, authorities, clock, starters, audiences, issuer=settings.issuer)
     assertions = Assertions(
         store=store,
         subjects=subjects,
@@ -189,6 +203,11 @@ async def tasks_half(
         feed=feed,
         refusals=refusals,
         http=http,
+        policies=policies_api.Policies(
+            bundles, Explain(store, rules, clock, tokens), rules, audiences, [one.issuer for one in settings.subjects]
+        ),
+        rejudge=rejudge,
+        stop_policy=stop_policy,
     )
 
 

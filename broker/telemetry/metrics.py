@@ -24,6 +24,9 @@ class Metrics:
         self.svids = Counter("broker_svids_issued", "SVIDs signed", ["kind"], registry=registry)
         self.exchanges = Counter("broker_token_exchanges", "Token exchanges", ["outcome", "reason"], registry=registry)
         self.ends = Counter("broker_tasks_ended", "Ends of tasks", ["cause"], registry=registry)
+        self.decisions = Counter(
+            "broker_policy_evaluations", "Evaluations of the policy; an error denies", ["action", "effect"], registry=registry,
+        )  # fmt: skip
         self.revocation_delay = Histogram(
             "broker_revocation_delay_seconds", "From the commit of an end to a verifier's acknowledgement",
             buckets=DELAY_BUCKETS, registry=registry,

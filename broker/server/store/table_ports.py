@@ -277,6 +277,10 @@ class TokenReads(Protocol):
         """Count the tokens of one task."""
         ...
 
+    def living_tokens(self, task_id: str, now: datetime, *, after: str = "", limit: int) -> tuple[TokenRow, ...]:
+        """Give up to ``limit`` tokens of one task that have neither expired nor been revoked, by jti, those after ``after``."""
+        ...
+
 
 class TokenWrites(TokenReads, Protocol):
     """Issued task tokens, written."""

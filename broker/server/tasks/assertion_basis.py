@@ -15,6 +15,7 @@ from broker.server.tasks.config import Audiences
 from broker.server.tasks.decision import own_task, require_same_user
 from broker.server.tasks.ids import Ids
 from broker.server.tasks.outward import RemoteServers, TransactionRules
+from broker.server.tasks.policy.asked import Action
 from broker.server.tasks.requests import Actor, Door
 from broker.server.tasks.subjects import Subject
 from broker.server.tasks.tokens import TaskTokens
@@ -117,7 +118,17 @@ class Bases:
         caller = admit_requester(writer, asked.actor, now)
         if asked.actor.spiffe_id not in self._transactions.replacers:
             raise _may_not_bring()
-        if not self._tokens.lives(writer, claims.jti, task_id=claims.task, epoch=claims.epoch, exp=claims.exp, now=now):
+        alive = self._tokens.lives(
+            writer,
+            claims.jti,
+            claims.authorization_details,
+            task_id=claims.task,
+            epoch=claims.epoch,
+            exp=claims.exp,
+            now=now,
+            action=Action.TRANSACTION,
+        )
+        if not alive:
             raise _subject_over()
         basis = self._of_row(writer, caller, claims, now)
         self._require_transactions(basis.resource)

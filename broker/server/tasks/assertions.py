@@ -34,6 +34,8 @@ from broker.server.tasks.decision import Grant, Policy, decide_issue
 from broker.server.tasks.exchange import TaskKeys, payload_text
 from broker.server.tasks.ids import Ids
 from broker.server.tasks.outward import RemoteServers, TransactionRules
+from broker.server.tasks.policy.asked import Action
+from broker.server.tasks.policy.decision import Decision
 from broker.server.tasks.refusals import Refusals
 from broker.server.tasks.requests import Actor, IssueRequest
 from broker.server.tasks.subjects import Subjects
@@ -140,6 +142,7 @@ class Assertions:
         basis = self._bases.find(writer, asked, now)
         request = asked.request
         grant = self._decide(basis, request, now)
+        decision = self._permitted(basis, request, grant, now)
         digest = digest_of(request.kind, asked.user, asked.subject_hash, *request.parts())
         answers = Answers(writer, owner=basis.caller.owner, key=request.idempotency_key, digest=digest, now=now)
         task = basis.lineage[-1]
@@ -157,6 +160,7 @@ class Assertions:
             records.assertion_issued(
                 row, request.kind, asked.actor,
                 audience=request.audience, user=task.user, txn=str(payload["txn"]), hop=hop, subject_hash=asked.subject_hash, at=now,
+                decision=decision,
             )
         )  # fmt: skip
         answers.keep(text)
@@ -169,6 +173,11 @@ class Assertions:
             wanted = basis.ceiling if wanted is None else basis.ceiling.narrow(wanted)
         issue = IssueRequest(basis.resource, basis.lineage[-1].id, scope=request.scope, authority=wanted)
         return decide_issue(self._policy, basis.admitted, basis.lineage, issue, now=now)
+
+    def _permitted(self, basis: Basis, request: AssertionRequest, grant: Grant, now: datetime) -> Decision:
+        """Ask the operator's rules last, as the exchange does; raises DeniedByPolicy."""
+        action = Action.GRANT if isinstance(request, GrantRequest) else Action.TRANSACTION
+        return self._policy.rules.may_issue(basis.lineage[-1], basis.resource, grant.authority, now, action).require()
 
     def _transaction(
         self, basis: Basis, asked: Asked, grant: Grant, jti: str, now: datetime

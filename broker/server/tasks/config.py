@@ -96,6 +96,14 @@ class Audiences:
             )
         return audience
 
+    def holding(self, location: Resource) -> Audience | None:
+        """Give the audience that a location is or lies in, the nearest one; None where there is none."""
+        found = self._by_resource.get(location)
+        if found is not None:
+            return found
+        above = (one for resource, one in self._by_resource.items() if resource.contains(location))
+        return max(above, key=lambda one: len(one.resource.text), default=None)
+
     def require_holding(self, location: Resource) -> None:
         """Refuse a location that lies in no audience: no token could ever use it; raises PolicyDenied(invalid_target)."""
         if location not in self._by_resource and not any(one.contains(location) for one in self._by_resource):

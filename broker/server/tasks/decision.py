@@ -13,6 +13,7 @@ from broker.errors import InvalidToken, NotFound, PolicyDenied, Refused
 from broker.server.tasks.admission import Admitted, Caller
 from broker.server.tasks.config import Audience, Audiences, TaskDefaults
 from broker.server.tasks.detail_types import DetailTypes
+from broker.server.tasks.policy.rules import Rules
 from broker.server.tasks.requests import IssueRequest, StartRequest, unmetered
 from broker.server.tasks.subjects import Subject
 from broker.tasks import Authority
@@ -22,10 +23,11 @@ from broker.tasks.task import Supervision, Task
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What the operator set: the registered audiences and types of details, and the defaults of tasks and tokens."""
+    """What the operator set: audiences, types of details, defaults of tasks and tokens, and the rules that narrow all of it."""
 
     audiences: Audiences
     defaults: TaskDefaults
+    rules: Rules
     detail_types: DetailTypes = field(default_factory=DetailTypes)
 
 

@@ -25,6 +25,7 @@ from broker.server.tasks.admission import Admitted, Claim, Starters, Vouching, a
 from broker.server.tasks.answers import Answers, digest_of, spent
 from broker.server.tasks.decision import Grant, Policy, decide_issue, decide_start, own_task, require_same_user
 from broker.server.tasks.ids import Ids
+from broker.server.tasks.policy.decision import Decision
 from broker.server.tasks.refusals import Refusals
 from broker.server.tasks.requests import Actor, IssuedToken, IssueRequest, StartRequest
 from broker.server.tasks.subjects import Subject, Subjects
@@ -133,6 +134,7 @@ class Exchange:
             known = writer.task(kept)
             if known is None:
                 raise spent()
+            self._policy.rules.may_begin(known).require()
             return known
         task = self._new_task(writer, admitted, subject, request, now)
         answers.keep(task.id)
@@ -147,11 +149,12 @@ class Exchange:
             require_same_user(own_task(lineage, admitted), subject)
         # The state is judged before the key: a repeated request gets nothing from a task that has ended since.
         grant = decide_issue(self._policy, admitted, lineage, request, now=now)
+        decision = self._permitted(lineage[-1], grant, now)
         digest = digest_of("issue", subject, request.task_id, *_token_parts(request))
         answers = Answers(writer, owner=admitted.owner, key=request.idempotency_key, digest=digest, now=now)
         if (kept := answers.recall_claims()) is not None:
             return _Committed(TaskClaims.parse(kept), kept)
-        committed = self._new_token(writer, admitted, lineage, grant, answers)
+        committed = self._new_token(writer, admitted, lineage, grant, answers, decision=decision)
         failpoints.reach("exchange.before_commit")
         return committed
 
@@ -164,11 +167,14 @@ class Exchange:
         answers = Answers(writer, owner=admitted.owner, key=start.idempotency_key, digest=digest, now=now)
         if (kept := answers.recall_claims()) is not None:
             again = _Committed(TaskClaims.parse(kept), kept)
-            decide_issue(self._policy, admitted, writer.lineage(again.claims.task.id), issue, now=now)
+            lineage = writer.lineage(again.claims.task.id)
+            self._permitted(lineage[-1], decide_issue(self._policy, admitted, lineage, issue, now=now), now)
             return again
         task = self._new_task(writer, admitted, subject, start, now)
         grant = decide_issue(self._policy, admitted, (task,), issue, now=now)
-        committed = self._new_token(writer, admitted, (task,), grant, answers)
+        committed = self._new_token(
+            writer, admitted, (task,), grant, answers, decision=self._permitted(task, grant, now)
+        )
         failpoints.reach("exchange.before_commit")
         return committed
 
@@ -177,13 +183,25 @@ class Exchange:
     ) -> Task:
         task_id = self._ids.new("tsk", now)
         task = decide_start(self._policy, admitted, subject, request, task_id=task_id, now=now)
+        decision = self._policy.rules.may_begin(task).require()
         writer.add_task(task)
-        writer.record(records.task_started(task, admitted.actor, admitted.entry.id, now))
+        writer.record(records.task_started(task, admitted.actor, admitted.entry.id, now, decision=decision))
         writer.change(TASK_CHANGE, task.id, task.state.value)
         return task
 
+    def _permitted(self, task: Task, grant: Grant, now: datetime) -> Decision:
+        """Ask the operator's rules last: they see what would be granted, and can only narrow it; raises DeniedByPolicy."""
+        return self._policy.rules.may_issue(task, grant.audience.resource, grant.authority, now).require()
+
     def _new_token(
-        self, writer: Writer, admitted: Admitted, lineage: Sequence[Task], grant: Grant, answers: Answers
+        self,
+        writer: Writer,
+        admitted: Admitted,
+        lineage: Sequence[Task],
+        grant: Grant,
+        answers: Answers,
+        *,
+        decision: Decision,
     ) -> _Committed:
         """Write one token: what is committed is what will be signed."""
         task, now = lineage[-1], answers.now
@@ -216,7 +234,7 @@ class Exchange:
             hash=records.sha256(text.encode()),
         )
         writer.add_token(row)
-        writer.record(records.token_issued(row, claims, admitted.actor, now))
+        writer.record(records.token_issued(row, claims, admitted.actor, now, decision=decision))
         answers.keep(text)
         return _Committed(claims, payload)
 

@@ -143,8 +143,8 @@ def _forget_at(now: datetime) -> int:
     return int(now.timestamp()) + FORGET_AFTER
 
 
-def revoke_token(writer: Writer, row: TokenRow, *, by: str, now: datetime) -> int:
-    """Revoke one token and give its frame's number; 0 when it was revoked before."""
+def revoke_token(writer: Writer, row: TokenRow, *, by: str, now: datetime, reason: str = "") -> int:
+    """Revoke one token and give its frame's number; 0 when it was revoked before. ``reason`` is for the record."""
     if writer.revoke_token(row.jti, now) is None:
         return 0
     seq = writer.add_frame(
@@ -158,7 +158,7 @@ def revoke_token(writer: Writer, row: TokenRow, *, by: str, now: datetime) -> in
             state="revoked",
         )
     )
-    writer.record(records.token_revoked(row, by, seq, now))
+    writer.record(records.token_revoked(row, by, seq, now, reason))
     return seq
 
 

@@ -2,9 +2,11 @@
 
 import hashlib
 from datetime import datetime
+from typing import Final
 
 from broker.audit.events import Event, FieldValue, Record
 from broker.server.store.rows import SessionRow, TokenRow
+from broker.server.tasks.policy.decision import Decision
 from broker.server.tasks.requests import Actor
 from broker.spiffe import SpiffeId
 from broker.spiffe.jose import b64url_encode
@@ -12,14 +14,31 @@ from broker.tasks import Task, TaskClaims
 from broker.tasks.causes import SessionEnd
 from broker.tasks.claims import purpose_hash
 
+MAX_NAMED: Final = 32
+"""Rules or errors named in one record: of more, the first say enough."""
+MAX_ERROR: Final = 500
+"""Longest error kept, in characters."""
+
 
 def sha256(data: bytes) -> str:
     """Give ``sha-256:`` and the hash in base64url."""
     return "sha-256:" + b64url_encode(hashlib.sha256(data).digest())
 
 
-def task_started(task: Task, actor: Actor, entry_id: str, at: datetime) -> Record:
-    """Record that a task began, on whose word and with what authority."""
+def decided(decision: Decision) -> dict[str, FieldValue]:
+    """Give what a record says of a decision: its effect, the rules by name, the bundle, and what could not be evaluated."""
+    fields: dict[str, FieldValue] = {
+        "decision": decision.effect.value,
+        "rules": list(decision.rules[:MAX_NAMED]),
+        "policy": decision.bundle,
+    }
+    if decision.errors:
+        fields["errors"] = [error[:MAX_ERROR] for error in decision.errors[:MAX_NAMED]]
+    return fields
+
+
+def task_started(task: Task, actor: Actor, entry_id: str, at: datetime, *, decision: Decision) -> Record:
+    """Record that a task began, on whose word, with what authority, and which rules of the policy let it."""
     delegation = task.delegation
     fields: dict[str, FieldValue] = {
         "door": actor.door.value,
@@ -38,11 +57,12 @@ def task_started(task: Task, actor: Actor, entry_id: str, at: datetime) -> Recor
         "authority_hash": task.authority.digest,
         "supervision": task.supervision.value,
         "expires_at": int(task.expires_at.timestamp()),
+        **decided(decision),
     }
     return Record(Event.TASK_STARTED, at, str(task.agent), task.id, fields)
 
 
-def token_issued(row: TokenRow, claims: TaskClaims, actor: Actor, at: datetime) -> Record:
+def token_issued(row: TokenRow, claims: TaskClaims, actor: Actor, at: datetime, *, decision: Decision) -> Record:
     """Record that a token was issued: for whom, bound to what, until when. Its hash is of its claims."""
     fields: dict[str, FieldValue] = {
         "door": actor.door.value,
@@ -60,6 +80,7 @@ def token_issued(row: TokenRow, claims: TaskClaims, actor: Actor, at: datetime) 
         "epoch": claims.task.epoch,
         "authority_hash": claims.authorization_details.digest,
         "expires_at": claims.exp,
+        **decided(decision),
     }
     return Record(Event.TOKEN_ISSUED, at, str(row.agent), row.task_id, fields)
 
@@ -75,6 +96,7 @@ def assertion_issued(
     hop: int,
     subject_hash: str | None,
     at: datetime,
+    decision: Decision,
 ) -> Record:
     """Record that a token other than a task token was issued: of which kind, to whom, for whom else than a service."""
     fields: dict[str, FieldValue] = {
@@ -93,18 +115,21 @@ def assertion_issued(
         "scope": row.scope,
         "hop": hop,
         "expires_at": int(row.expires_at.timestamp()),
+        **decided(decision),
     }
     return Record(Event.TOKEN_ISSUED, at, str(actor.spiffe_id), row.task_id, fields)
 
 
-def token_revoked(row: TokenRow, by: str, frame_seq: int, at: datetime) -> Record:
-    """Record that one token was revoked, by whom, and which frame told of it."""
+def token_revoked(row: TokenRow, by: str, frame_seq: int, at: datetime, reason: str = "") -> Record:
+    """Record that one token was revoked, by whom and why, and which frame told of it."""
     fields: dict[str, FieldValue] = {
         "agent": str(row.agent),
         "root": row.root,
         "jti_hash": sha256(row.jti.encode()),
         "frame_seq": frame_seq,
     }
+    if reason:
+        fields["reasons"] = [reason]
     return Record(Event.TOKEN_REVOKED, at, by, row.task_id, fields)
 
 

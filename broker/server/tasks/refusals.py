@@ -13,6 +13,8 @@ from broker.audit.events import Event, FieldValue, Record
 from broker.clock import Clock
 from broker.errors import BrokerError, Unavailable
 from broker.server.store.ports import Store
+from broker.server.tasks.policy.decision import DeniedByPolicy
+from broker.server.tasks.records import decided
 from broker.server.tasks.requests import Actor
 
 PER_SECOND: Final = 50.0
@@ -43,20 +45,22 @@ class Refusals:
             # Nobody was refused: nothing was decided.
             raise
         except BrokerError as error:
-            await self._record(event, actor, subject, error.reason)
+            await self._record(event, actor, subject, error)
             raise
 
-    async def _record(self, event: Event, actor: Actor, subject: str, reason: str) -> None:
+    async def _record(self, event: Event, actor: Actor, subject: str, error: BrokerError) -> None:
         if not self._may_write():
             self._left_out += 1
             return
         left_out, self._left_out = self._left_out, 0
         fields: dict[str, FieldValue] = {
-            "reason": reason,
+            "reason": error.reason,
             "door": actor.door.value,
             "session": actor.session,
             "node": None if actor.agent is None else str(actor.agent),
         }
+        if isinstance(error, DeniedByPolicy):
+            fields |= decided(error.decision)
         if left_out:
             fields["reasons"] = [f"left_out:{left_out}"]
         record = Record(event, self._clock.now(), str(actor.spiffe_id), subject or UNKNOWN, fields)

@@ -1,7 +1,7 @@
 """Our own tokens, read back: is this one alive, as a whole?
 
 *Alive* is the conjunction of everything that can end it: signature, time, its own row, its task and every ancestor, the
-tree's epoch, the user's delegation, the workload session, the entry behind it (RFC 7662 §2.2, tokens.md 7.2). Any one of
+tree's epoch, the user's delegation, the policy, the workload session, the entry behind it (RFC 7662 §2.2, tokens.md 7.2). Any one of
 them that fails gives the same answer, without a reason.
 """
 
@@ -16,8 +16,10 @@ from broker.server.store.rows import TokenRow
 from broker.server.tasks.admission import Starters
 from broker.server.tasks.config import Audiences
 from broker.server.tasks.exchange import TaskKeys
+from broker.server.tasks.policy.asked import Action
+from broker.server.tasks.policy.rules import Rules
 from broker.spiffe import SpiffeId, jose
-from broker.tasks import Resource, TaskClaims, require_lineage_active, verify_task_token
+from broker.tasks import Authority, Resource, TaskClaims, require_lineage_active, verify_task_token
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,15 @@ class TaskTokens:
     """Judges tokens that this server issued."""
 
     def __init__(
-        self, store: Store, keys: TaskKeys, clock: Clock, starters: Starters, audiences: Audiences, *, issuer: str
+        self,
+        store: Store,
+        keys: TaskKeys,
+        clock: Clock,
+        starters: Starters,
+        audiences: Audiences,
+        *,
+        issuer: str,
+        rules: Rules,
     ) -> None:
         self._store = store
         self._keys = keys
@@ -39,6 +49,7 @@ class TaskTokens:
         self._starters = starters
         self._audiences = audiences
         self._issuer = issuer
+        self.rules = rules
 
     def verify(self, token: str) -> TaskClaims:
         """Check form, signature and issuer of one of our tokens, whatever its audience; raises InvalidToken."""
@@ -74,10 +85,22 @@ class TaskTokens:
 
     def is_alive(self, reader: Reader, claims: TaskClaims, now: datetime) -> bool:
         """Tell whether a token of these claims is alive as a whole, by the rows of this moment."""
-        return self.lives(reader, claims.jti, task_id=claims.task.id, epoch=claims.task.epoch, exp=claims.exp, now=now)
+        authority, epoch = claims.authorization_details, claims.task.epoch
+        return self.lives(reader, claims.jti, authority, task_id=claims.task.id, epoch=epoch, exp=claims.exp, now=now)
 
-    def lives(self, reader: Reader, jti: str, *, task_id: str, epoch: int, exp: int, now: datetime) -> bool:
-        """Tell it of any token of ours that hangs on a task."""
+    def lives(
+        self,
+        reader: Reader,
+        jti: str,
+        authority: Authority,
+        *,
+        task_id: str,
+        epoch: int,
+        exp: int,
+        now: datetime,
+        action: Action = Action.ISSUE,
+    ) -> bool:
+        """Tell it of any token of ours that hangs on a task; ``authority`` and ``action`` are what the policy is asked about."""
         row = reader.token(jti)
         if row is None or row.revoked_at is not None or now.timestamp() >= exp:
             return False
@@ -86,6 +109,8 @@ class TaskTokens:
             return False
         try:
             require_lineage_active(lineage[-1], tuple(reversed(lineage[:-1])), now)
+            # What the policy of this moment would not issue is not alive, whoever holds it.
+            self.rules.may_issue(lineage[-1], Resource(row.resource), authority, now, action).require()
         except BrokerError:
             return False
         return self.standing_entry(reader, row, now) is not None

@@ -1,1 +1,1 @@
-"""Attacks on the task half, through its real doors."""
+"""Attacks on tasks and their tokens, through real ports: a server in this process, real TLS, certificates, OIDC and store."""

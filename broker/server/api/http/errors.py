@@ -52,6 +52,9 @@ _OAUTH_CODES: Final[Mapping[str, _Answer]] = {
     "txn_expired": (400, "invalid_request"),
     "subject_not_held": (400, "unauthorized_client"),
     "unsupported_token_type": (400, "unsupported_token_type"),
+    # The same section: "unacceptable based on policy".
+    "policy_denied": (400, "invalid_request"),
+    "approval_required": (400, "invalid_request"),
 }
 _OAUTH: Final[tuple[tuple[type[BrokerError], _Answer], ...]] = (
     (Refused, (400, "invalid_grant")),

@@ -29,6 +29,8 @@ def issuer_offers(services: HttpServices) -> Mapping[str, JsonValue]:
         # Ours: the tasks' own address, and the whole of this port for programs.
         "tasks_endpoint": f"{issuer}/tasks",
         "openapi_uri": f"{issuer}/openapi.json",
+        # Which policy decides: the hash that stands in decisions and audit records.
+        "task_policy": services.tokens.rules.hash,
     }
 
 

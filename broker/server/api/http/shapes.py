@@ -130,6 +130,7 @@ COMPONENTS: Final[Mapping[str, Any]] = {
             "revocation_end_values_supported": _TEXTS,
             "tasks_endpoint": _URI,
             "openapi_uri": _URI,
+            "task_policy": _TEXT,
         },
         # RFC 8414 §2: other specifications add members.
         additionalProperties=True,

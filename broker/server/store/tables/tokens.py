@@ -13,6 +13,10 @@ from broker.spiffe import SpiffeId
 _COLUMNS: Final = "jti, task_id, root, resource, scope, agent, session, x5t, issued_at, expires_at, hash, revoked_at"
 _ONE: Final = f"SELECT {_COLUMNS} FROM tokens WHERE jti = ?"
 _COUNT: Final = "SELECT count(*) FROM tokens WHERE task_id = ?"
+_LIVING: Final = (
+    f"SELECT {_COLUMNS} FROM tokens WHERE task_id = ? AND expires_at > ? AND revoked_at IS NULL AND jti > ?"
+    " ORDER BY jti LIMIT ?"
+)
 _ADD: Final = f"INSERT INTO tokens ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 _REVOKE: Final = "UPDATE tokens SET revoked_at = ? WHERE jti = ? AND revoked_at IS NULL"
 
@@ -29,6 +33,10 @@ class TokenReading(SqlTables):
         """Count the tokens of one task."""
         row = self._sql.row(_COUNT, (task_id,))
         return 0 if row is None else int(row[0])
+
+    def living_tokens(self, task_id: str, now: datetime, *, after: str = "", limit: int) -> tuple[TokenRow, ...]:
+        """Give up to ``limit`` tokens of one task that have neither expired nor been revoked, by jti, those after ``after``."""
+        return tuple(map(_read, self._sql.rows(_LIVING, (task_id, micros(now), after, limit))))
 
 
 class TokenWriting(TokenReading):

@@ -25,6 +25,7 @@ from broker.server.tasks.feed import Feed
 from broker.server.tasks.ids import Ids
 from broker.server.tasks.lifecycle import Lifecycle
 from broker.server.tasks.outward import RemoteServer, RemoteServers, TransactionRules
+from broker.server.tasks.policy.rules import Rules
 from broker.server.tasks.refusals import Refusals
 from broker.server.tasks.requests import Actor, Door, IssuedToken, IssueRequest, StartRequest
 from broker.server.tasks.sessions import ReportedSession, Sessions
@@ -251,6 +252,7 @@ async def running(
         subjects = Subjects([SubjectIssuer(**trusted)], clock)
         refusals = Refusals(store, clock)
         counted: list[tuple[str, str]] = []
+        rules = Rules(audiences)
         parts: dict[str, Any] = {
             "store": store,
             "subjects": subjects,
@@ -260,14 +262,14 @@ async def running(
             "clock": clock,
             "ids": Ids(secrets.token_bytes),
             "refusals": refusals,
-            "policy": Policy(audiences, defaults or TaskDefaults()),
+            "policy": Policy(audiences, defaults or TaskDefaults(), rules),
             "issuer": ISSUER,
             "count": lambda outcome, reason: counted.append((outcome, reason)),
         }
         exchange = Exchange(**parts)
         feed = Feed(store, keys, clock, issuer=ISSUER, heartbeat=0.05)
         await feed.start()
-        tokens = TaskTokens(store, keys, clock, starters, audiences, issuer=ISSUER)
+        tokens = TaskTokens(store, keys, clock, starters, audiences, issuer=ISSUER, rules=rules)
         formats = frozenset(GrantFormat)
         assertions = Assertions(
             **parts,
