@@ -285,7 +285,7 @@ class Agent:
             workloads,
             {
                 WORKLOAD.name: WorkloadApi(entitlement, svids, cache, clock),
-                TASKS.name: TasksApi(entitlement, svids, upstream),
+                TASKS.name: TasksApi(entitlement, svids, upstream, self.reports),
                 FEED.name: FeedApi(entitlement, self.relay, cache),
                 SDS.name: SdsApi(entitlement, svids, cache, _secret_names(settings.sds)),
             },

@@ -64,6 +64,7 @@ class SessionReports:
         self._are_refusals_due = False
         self._refusals_timer: asyncio.TimerHandle | None = None
         self._news = asyncio.Event()
+        self._telling = asyncio.Lock()
 
     def leaf(self, identity: Identity) -> None:
         """An identity holds a new leaf."""
@@ -120,6 +121,16 @@ class SessionReports:
 
     async def tell(self) -> None:
         """Tell one request's worth; what was not heard is kept. Raises BrokerError."""
+        async with self._telling:
+            await self._tell()
+
+    async def settle(self, session_id: str) -> None:
+        """Return when the server has heard what is known of one session; raises BrokerError."""
+        async with self._telling:
+            while session_id in self._current:
+                await self._tell()
+
+    async def _tell(self) -> None:
         current = list(self._current.values())[:MAX_REPORT]
         ended = list(self._ended)[:MAX_REPORT]
         request = sessions_pb2.ReportSessionsRequest(current=current, ended=ended)

@@ -12,7 +12,7 @@ from broker._proto.broker.server.v1 import sessions_pb2
 from broker._proto.broker.server.v1 import tasks_pb2 as server_pb2
 from broker._proto.service import Context
 from broker.agent.entitlement import Entitlement
-from broker.agent.reports import session_message
+from broker.agent.reports import SessionReports, session_message
 from broker.agent.svids import SvidKeeper
 from broker.agent.upstream import RPC_TIMEOUT, Upstream, answered
 from broker.agent.workloads import NO_IDENTITY, Caller
@@ -25,10 +25,13 @@ MAX_TOKEN: Final = 16 * 1024  # a user's token; identity providers stay below 8 
 class TasksApi:
     """The methods of ``broker.agent.v1.Tasks``."""
 
-    def __init__(self, entitlement: Entitlement, svids: SvidKeeper, upstream: Upstream) -> None:
+    def __init__(
+        self, entitlement: Entitlement, svids: SvidKeeper, upstream: Upstream, reports: SessionReports
+    ) -> None:
         self._entitlement = entitlement
         self._svids = svids
         self._upstream = upstream
+        self._reports = reports
 
     async def StartTask(  # noqa: N802 - the RPC's name
         self, request: tasks_pb2.StartTaskRequest, context: Context, caller: Caller
@@ -74,8 +77,11 @@ class TasksApi:
         self, request: tasks_pb2.CompleteTaskRequest, context: Context, caller: Caller
     ) -> server_pb2.Task:
         """End a task: every token of it dies."""
+        workload = await self._workload(caller, request.spiffe_id)
+        # A process may end what it did not start, and then this is the first that the server would hear of it.
+        await self._reports.settle(workload.id)
         forwarded = server_pb2.CompleteTaskRequest(
-            workload=await self._workload(caller, request.spiffe_id),
+            workload=workload,
             task_id=request.task_id,
             expected_version=request.expected_version,
             idempotency_key=request.idempotency_key,
