@@ -16,6 +16,7 @@ from broker.agent.upstream import RPC_TIMEOUT, Upstream, answered
 from broker.errors import BrokerError
 from broker.tasks.causes import SessionEnd
 from broker.telemetry.log import get_logger
+from broker.transport.rpc_errors import NotServed
 
 MAX_REPORT: Final = 2000  # sessions in one request: some 300 bytes each, far below gRPC's 4 MiB
 MAX_ENDED: Final = 100_000  # untold ends kept while the server is away; above that it learns by expiry
@@ -115,9 +116,18 @@ class SessionReports:
                 try:
                     await self.tell()
                     backoff.reset()
+                except NotServed:
+                    self._forget()
                 except BrokerError as error:
                     _log.warning("sessions_not_reported", code=error.reason, count=len(self._ended))
                     await asyncio.sleep(backoff.next())
+
+    def _forget(self) -> None:
+        """Keep nothing for a server that takes no reports."""
+        self._current.clear()
+        self._ended.clear()
+        self._refused.clear()
+        self._are_refusals_due = False
 
     async def tell(self) -> None:
         """Tell one request's worth; what was not heard is kept. Raises BrokerError."""

@@ -1,6 +1,6 @@
 """Follows the server's Watch stream: a snapshot, then deltas, resumed by cursor after every interruption.
 
-Only a whole snapshot is applied. A number that goes back, another store, or a page that cannot be read makes the next
+A server that has no such stream is asked by SPIRE's methods. Only a whole snapshot is applied. A number that goes back, another store, or a page that cannot be read makes the next
 attempt ask for a snapshot. A stream that says nothing for too long is taken for dead.
 """
 
@@ -17,12 +17,13 @@ from broker._proto.spire.api.types import bundle_pb2
 from broker.agent import wire
 from broker.agent.backoff import Backoff
 from broker.agent.cache import EstateCache
+from broker.agent.polling import POLL_EVERY, Answer, Polling
 from broker.agent.upstream import Upstream
 from broker.errors import BrokerError, Invalid, Unavailable
 from broker.registry import Entry
 from broker.spiffe import TrustDomain
 from broker.telemetry.log import get_logger
-from broker.transport.rpc_errors import from_rpc_error
+from broker.transport.rpc_errors import NotServed, from_rpc_error
 
 SILENCE: Final = (
     16.0  # seconds without a message, of which a server sends one every five, before the stream is given up
@@ -68,6 +69,7 @@ class Sync:
         self._told: wire.ToldBundle | None = None
         self._pages = 0
         self._hurried = asyncio.Event()
+        self._is_polling = False
         self.is_online = False
 
     def hurry(self) -> None:
@@ -80,7 +82,7 @@ class Sync:
         while True:
             self._hurried.clear()
             try:
-                await self._follow(backoff)
+                await self._follow_or_poll(backoff)
             except BrokerError as error:
                 if isinstance(error, Invalid):
                     self.begin_anew()
@@ -90,6 +92,50 @@ class Sync:
                 self.is_online = False
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._hurried.wait(), backoff.next())
+
+    async def _follow_or_poll(self, backoff: Backoff) -> None:
+        try:
+            await self._follow(backoff)
+        except NotServed:
+            if not self._is_polling:
+                _log.info("estate_polled", seconds=POLL_EVERY, reason="the server is SPIRE's: it has no Watch")
+            self._is_polling = True
+            await self._poll(backoff)
+
+    async def _poll(self, backoff: Backoff) -> None:
+        """Ask by SPIRE's methods for as long as the server answers."""
+        polling = Polling(self._upstream)
+        is_first = True
+        while True:
+            self._take_answer(await polling.ask(), is_first=is_first)
+            is_first = False
+            backoff.reset()
+            self._heard()
+            await asyncio.sleep(POLL_EVERY)
+
+    def _take_answer(self, answer: Answer, *, is_first: bool) -> None:
+        told = [entries_pb2.RegisteredEntry(entry=one) for one in answer.changed]
+        readable = self._readable(told)
+        bundles = [self._bundle(one) for one in answer.bundles]
+        own = next((one for one in bundles if one.bundle.trust_domain == self._cache.trust_domain), None)
+        if own is None:
+            raise GapError("the server is of another trust domain", code="watch_no_bundle")
+        if is_first:
+            self._cache.replace(readable, bundles)
+            _log.info("estate_synced", entries=len(self._cache))
+        else:
+            unread = {one.entry.id for one in told} - {entry.id for entry in readable}
+            kept = {one.bundle.trust_domain for one in bundles}
+            self._cache.apply(
+                upserted=readable,
+                deleted=[*answer.gone, *unread],
+                bundles=bundles,
+                deleted_bundles=[
+                    one.trust_domain for one in self._cache.bundles.values() if one.trust_domain not in kept
+                ],
+            )
+        if own != self._told:
+            self._tell_own(own)
 
     async def _follow(self, backoff: Backoff) -> None:
         call = self._upstream.watch.Watch(watch_pb2.WatchRequest(cursor=self._cursor, store=self._store))

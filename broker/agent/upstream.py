@@ -13,6 +13,7 @@ from broker._proto.broker.server.v1 import feed_pb2, sessions_pb2, tasks_pb2, wa
 from broker._proto.service import ServiceBinding, Stub
 from broker._proto.spire.api.server.agent.v1 import agent_pb2
 from broker._proto.spire.api.server.bundle.v1 import bundle_pb2
+from broker._proto.spire.api.server.entry.v1 import entry_pb2
 from broker._proto.spire.api.server.svid.v1 import svid_pb2
 from broker.errors import Unavailable
 from broker.transport.rpc_errors import from_rpc_error
@@ -26,6 +27,7 @@ RPC_TIMEOUT: Final = 30.0  # seconds: a server that accepts and never answers mu
 
 AGENT: Final = ServiceBinding.of(agent_pb2.DESCRIPTOR, "Agent")
 BUNDLE: Final = ServiceBinding.of(bundle_pb2.DESCRIPTOR, "Bundle")
+ENTRY: Final = ServiceBinding.of(entry_pb2.DESCRIPTOR, "Entry")
 SVID: Final = ServiceBinding.of(svid_pb2.DESCRIPTOR, "SVID")
 WATCH: Final = ServiceBinding.of(watch_pb2.DESCRIPTOR, "Watch")
 SESSIONS: Final = ServiceBinding.of(sessions_pb2.DESCRIPTOR, "Sessions")
@@ -41,6 +43,7 @@ class Upstream:
         self.lost = lost
         self.agent = Stub(channel, AGENT)
         self.bundle = Stub(channel, BUNDLE)
+        self.entry = Stub(channel, ENTRY)
         self.svid = Stub(channel, SVID)
         self.watch = Stub(channel, WATCH)
         self.sessions = Stub(channel, SESSIONS)

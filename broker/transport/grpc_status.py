@@ -19,6 +19,7 @@ from broker.errors import (
     Refused,
     Unavailable,
 )
+from broker.transport.rpc_errors import NotServed
 
 DOMAIN = "broker"
 DETAILS_KEY = "grpc-status-details-bin"
@@ -28,6 +29,7 @@ _TABLE: tuple[tuple[type[BrokerError], grpc.StatusCode], ...] = (
     (Refused, grpc.StatusCode.PERMISSION_DENIED),
     (Invalid, grpc.StatusCode.INVALID_ARGUMENT),
     (NotFound, grpc.StatusCode.NOT_FOUND),
+    (NotServed, grpc.StatusCode.UNIMPLEMENTED),
     (Conflict, grpc.StatusCode.ALREADY_EXISTS),
     (Unavailable, grpc.StatusCode.UNAVAILABLE),
 )

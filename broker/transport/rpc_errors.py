@@ -9,13 +9,22 @@ from collections.abc import Mapping
 
 import grpc
 
+from broker._proto.google.protobuf import any_pb2
 from broker._proto.google.rpc import error_details_pb2, status_pb2
+from broker._proto.spire.api.types import status_pb2 as types_pb2
 from broker.errors import BrokerError, Conflict, Invalid, NoIdentity, NotFound, Refused, Unavailable
 
 ERROR_DOMAIN = "broker"
 NO_IDENTITY_TEXT = "no identity issued"
 _DETAILS_KEY = "grpc-status-details-bin"
 _DENIAL = re.compile(r"[0-9a-z]{1,32}")
+
+
+class NotServed(BrokerError):
+    """The other side has no such method, as SPIRE's server has none of ours."""
+
+    code = "not_served"
+
 
 _ERRORS: Mapping[grpc.StatusCode, type[BrokerError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: Invalid,
@@ -25,10 +34,18 @@ _ERRORS: Mapping[grpc.StatusCode, type[BrokerError]] = {
     grpc.StatusCode.NOT_FOUND: NotFound,
     grpc.StatusCode.ALREADY_EXISTS: Conflict,
     grpc.StatusCode.ABORTED: Conflict,
+    grpc.StatusCode.UNIMPLEMENTED: NotServed,
     grpc.StatusCode.UNAVAILABLE: Unavailable,
     grpc.StatusCode.DEADLINE_EXCEEDED: Unavailable,
     grpc.StatusCode.RESOURCE_EXHAUSTED: Unavailable,
 }
+
+_Reason = types_pb2.PermissionDeniedDetails.Reason
+_DENIED: Mapping[int, str] = {
+    _Reason.Value(name.upper()): name
+    for name in ("agent_expired", "agent_not_attested", "agent_not_active", "agent_banned", "agent_must_reattest")
+}
+"""SPIRE's own detail of a refusal, for servers that send no other."""
 
 _BY_REASON: Mapping[str, type[BrokerError]] = {
     # SPIRE's status for it is that of nonsense; it is a refusal.
@@ -55,6 +72,7 @@ def _denial_hint(denial: str) -> str:
 
 
 def _error_info(error: grpc.aio.AioRpcError) -> tuple[str | None, str]:
+    denied = ""
     for key, value in error.trailing_metadata() or ():
         if key != _DETAILS_KEY:
             continue
@@ -68,4 +86,13 @@ def _error_info(error: grpc.aio.AioRpcError) -> tuple[str | None, str]:
             is_info = detail.TypeName() == error_details_pb2.ErrorInfo.DESCRIPTOR.full_name
             if is_info and detail.Unpack(info) and info.domain == ERROR_DOMAIN:
                 return info.reason, info.metadata.get("hint", "") or _denial_hint(info.metadata.get("denial", ""))
-    return None, ""
+            denied = denied or _denied_agent(detail)
+    return denied or None, ""
+
+
+def _denied_agent(detail: any_pb2.Any) -> str:
+    """Give our code for what SPIRE's server says of an agent that it refuses, or ""."""
+    said = types_pb2.PermissionDeniedDetails()
+    if detail.TypeName() != said.DESCRIPTOR.full_name or not detail.Unpack(said):
+        return ""
+    return _DENIED.get(said.reason, "")
