@@ -4,7 +4,6 @@ The SVID is this process's own, from the workload socket, or one in files, such 
 """
 
 import asyncio
-import json
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -14,9 +13,10 @@ from typing import Any, Final
 import httpx2
 
 from broker.cli.options import Settings
-from broker.errors import BrokerError, Conflict, Invalid, Misconfigured, Refused, Unavailable
+from broker.errors import BrokerError, Conflict, Invalid, InvalidJson, Misconfigured, Refused, Unavailable
 from broker.sdk.tls import client_context
 from broker.sdk.workload import Workload
+from broker.spiffe import strictjson
 
 MAX_ANSWER: Final = 64 * 1024
 WELL_KNOWN: Final = "/.well-known/oauth-authorization-server"
@@ -125,8 +125,8 @@ async def _asked(
 
 def _object(answer: httpx2.Response) -> dict[str, Any]:
     try:
-        found = json.loads(answer.content) if len(answer.content) <= MAX_ANSWER else None
-    except ValueError:
+        found = strictjson.loads(answer.content, max_bytes=MAX_ANSWER)
+    except InvalidJson:
         found = None
     if not isinstance(found, dict):
         raise Unavailable(f"{answer.url} answers no JSON object", code="answer_malformed")

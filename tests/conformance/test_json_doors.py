@@ -174,6 +174,8 @@ OWN_TEXTS = {
     "broker/server/store/bundle_rows.py": "the same",
     "broker/server/store/tables/revocations.py": "the same",
     "broker/server/tasks/feed.py": "the same",
+    "broker/server/tasks/policy/bundles.py": "the same",
+    "broker/server/tasks/policy/cedar.py": "reads what the policy engine wrote a moment before",
     "broker/dev/issuer.py": "the development issuer talks to its own processes",
     "broker/dev/lines.py": "the same",
     "broker/dev/pod.py": "the same",
