@@ -60,7 +60,9 @@ class Rejudge:
                 self._changed.set()
                 await asyncio.sleep(RETRY_SECONDS)
             else:
-                log.info("policy_applied", policy=self._rules.hash, tasks_ended=tasks, tokens_revoked=tokens)
+                # That a policy is in force was said before.
+                if tasks or tokens:
+                    log.info("policy_applied", policy=self._rules.hash, tasks_ended=tasks, tokens_revoked=tokens)
 
     async def look(self) -> tuple[int, int]:
         """Judge every living task and token once; give how many tasks ended and how many tokens were revoked; raises Unavailable."""
