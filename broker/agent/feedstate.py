@@ -91,6 +91,9 @@ def _key(frame: feed_pb2.Frame) -> _Key:
             return "token", frame.jti
         case "keys":
             return "keys", ""
+        case "user" | "agent" | "audience":
+            # Each of them stands: which of two goes further is the verifier's to find.
+            return frame.kind, str(frame.seq)
         case _:
             # Unknown to us is not unknown to every verifier: kept, and never merged with another.
             return frame.kind, str(frame.seq)

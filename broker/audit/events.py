@@ -69,6 +69,13 @@ class Event(StrEnum):
     TOKEN_REFUSED = "token_refused"  # noqa: S105 - an event's name
     TOKEN_REVOKED = "token_revoked"  # noqa: S105 - an event's name
     TOKEN_INTROSPECTED = "token_introspected"  # noqa: S105 - an event's name
+    TASKS_STOPPED = "tasks_stopped"
+    USER_ENABLED = "user_enabled"
+    SIGNAL_RECEIVED = "signal_received"
+    SIGNAL_REFUSED = "signal_refused"
+    DELEGATION_CREATED = "delegation_created"
+    DELEGATION_REFUSED = "delegation_refused"
+    DELEGATION_ENDED = "delegation_ended"
     AUTHORITY_PREPARED = "authority_prepared"
     AUTHORITY_ACTIVATED = "authority_activated"
     AUTHORITY_RETIRED = "authority_retired"
@@ -156,6 +163,7 @@ _TASK: Final = frozenset(
         "issuer",
         "client",
         "user_session",
+        "delegation",  # a standing one
         "subject_hash",
         "frame_seq",
         "tasks_ended",
@@ -174,6 +182,30 @@ _TOKEN: Final = _TASK | {
     "active",
     "kind",
 }
+_USER: Final = frozenset(
+    {
+        "kind",  # what a stop is of; which kind of signal
+        "source",
+        "issuer",
+        "client",
+        "user_session",
+        "audience",
+        "delegation",
+        "disabled",
+        "not_before",
+        "frame_seq",
+        "tasks_ended",
+        "delegations_ended",
+        "unfinished",
+        "agents",
+        "authority_hash",
+        "max_task_ttl",
+        "max_hops",
+        "expires_at",
+        "subject_hash",
+        "effect",
+    }
+)
 _AUTHORITY: Final = frozenset({"kind", "not_before", "not_after", "state", "sequence", "algorithm"})
 _BUNDLE: Final = frozenset({"trust_domain", "sequence", "x509_authorities", "jwt_authorities"})
 _RELATIONSHIP: Final = frozenset({"trust_domain", "endpoint_url", "profile", "endpoint_id"})
@@ -197,6 +229,15 @@ _FAMILIES: Final = {
     _SESSION: (Event.SESSION_STARTED, Event.SESSION_ENDED),
     _TASK: (Event.TASK_STARTED, Event.TASK_REFUSED, Event.TASK_SUSPENDED, Event.TASK_RESUMED, Event.TASK_ENDED),
     _TOKEN: (Event.TOKEN_ISSUED, Event.TOKEN_REFUSED, Event.TOKEN_REVOKED, Event.TOKEN_INTROSPECTED),
+    _USER: (
+        Event.TASKS_STOPPED,
+        Event.USER_ENABLED,
+        Event.SIGNAL_RECEIVED,
+        Event.SIGNAL_REFUSED,
+        Event.DELEGATION_CREATED,
+        Event.DELEGATION_REFUSED,
+        Event.DELEGATION_ENDED,
+    ),
     _AUTHORITY: (
         Event.AUTHORITY_PREPARED,
         Event.AUTHORITY_ACTIVATED,

@@ -105,6 +105,7 @@ async def _stay(
     while not stopped.is_set():
         # Epoch 0 is below any that a kill of the tree announces: whatever kills this tree is seen.
         feed.require_alive(root=task.root or task.id, epoch=0, task=task.id, session=None, jti="")
+        feed.require_going(user=task.user, user_session=None, agent=task.agent, audience="", issued_at=task.created_at)
         if clock.now().timestamp() >= task.expires_at:
             raise Refused("the task has expired", code="task_expired", hint="start a new one, with a longer --ttl")
         with contextlib.suppress(TimeoutError):

@@ -164,6 +164,7 @@ async def _watch(task: Task, feed: FeedState) -> None:
     while True:
         # Epoch 0 is below any that a kill of the tree announces: whatever kills this tree is seen.
         feed.require_alive(root=task.root, epoch=0, task=task.id, session=None, jti="")
+        feed.require_going(user=task.user, user_session=None, agent=task.agent, audience="", issued_at=task.created_at)
         if clock.now().timestamp() >= task.expires_at:
             raise Refused("the task has expired", code="task_expired", hint="start it again, with a longer --ttl")
         await asyncio.sleep(LOOK_EVERY)

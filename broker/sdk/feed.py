@@ -45,12 +45,14 @@ class _Dead:
     tasks: dict[str, int] = field(default_factory=dict)
     sessions: dict[str, int] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
+    stops: dict[tuple[str, str, str], tuple[int, int]] = field(default_factory=dict)  # -> (first iat, forget_at)
 
     def sweep(self, now: int) -> None:
         self.epochs = {k: v for k, v in self.epochs.items() if v[1] > now}
         self.tasks = {k: v for k, v in self.tasks.items() if v > now}
         self.sessions = {k: v for k, v in self.sessions.items() if v > now}
         self.tokens = {k: v for k, v in self.tokens.items() if v > now}
+        self.stops = {k: v for k, v in self.stops.items() if v[1] > now}
 
 
 class FeedState:
@@ -110,6 +112,10 @@ class FeedState:
             dead.sessions[frame.session] = max(dead.sessions.get(frame.session, 0), until)
         elif frame.kind == "token":
             dead.tokens[frame.jti] = max(dead.tokens.get(frame.jti, 0), until)
+        elif frame.kind in ("user", "agent", "audience"):
+            key = (frame.kind, frame.name, frame.sid)
+            not_before, kept = dead.stops.get(key, (0, 0))
+            dead.stops[key] = (max(not_before, frame.not_before), max(kept, until))
         elif frame.kind == "keys":
             self.keys = frame.keys
         else:
@@ -154,3 +160,21 @@ class FeedState:
             raise Refused("the workload session has ended", code="session_ended", hint="a new process needs a new task")
         if jti in dead.tokens:
             raise Refused("the token was revoked", code="token_revoked", hint="ask for a new token")
+
+    def require_going(self, *, user: str, user_session: str | None, agent: str, audience: str, issued_at: int) -> None:
+        """Refuse a token that was issued before its user, agent or audience was stopped; ``issued_at`` is its ``iat``.
+
+        Raises:
+            Refused: the user was stopped, or the session; the agent; or all that is done at the audience.
+        """
+        stops = self._dead.stops
+        if not stops:
+            return
+        names = [("user", user, ""), ("agent", agent, ""), ("audience", audience, "")]
+        if user_session is not None:
+            names.append(("user", user, user_session))
+        for name in names:
+            if issued_at < stops.get(name, (0, 0))[0]:
+                raise Refused(
+                    f"what the {name[0]} had until then was stopped", code=f"{name[0]}_stopped", hint="start a new task"
+                )

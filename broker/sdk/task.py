@@ -72,6 +72,16 @@ class Task:
         return self._state.state
 
     @property
+    def agent(self) -> str:
+        """The SPIFFE ID that acts."""
+        return self._state.agent
+
+    @property
+    def created_at(self) -> int:
+        """The start, in seconds since 1970."""
+        return self._state.created_at
+
+    @property
     def expires_at(self) -> int:
         """The end at the latest, in seconds since 1970."""
         return self._state.expires_at

@@ -180,6 +180,14 @@ class TokenVerifier:
             session=verified.claims.cnf.session,
             jti=verified.jti,
         )
+        claims = verified.claims
+        self.feed.require_going(
+            user=claims.sub,
+            user_session=claims.sid,
+            agent=str(claims.client_id),
+            audience=claims.aud.text,
+            issued_at=claims.iat,
+        )
         evidence = self._evidence_of(connection)
         if known.caller is None or known.evidence is not evidence:
             # The binding is a matter of these two values alone: for the same two it is the same answer.

@@ -61,13 +61,14 @@ def start_child(
 ) -> Task:
     """Begin a task below another, for the same user and within its authority; raises Refused, PolicyDenied.
 
-    ``ancestors`` are the parent's own. ``max_depth`` is the most agents in one chain.
+    ``ancestors`` are the parent's own. ``max_depth`` is the most agents in one chain; the user's delegation may
+    permit fewer.
     """
     require_lineage_active(parent, ancestors, now)
     chain = act_chain(parent, ancestors)
     if agent in chain:
         raise PolicyDenied("the agent is in the chain already", code="act_chain_cycle")
-    if len(chain) >= min(max_depth, MAX_ACT_DEPTH):
+    if len(chain) >= min(max_depth, parent.delegation.max_hops or MAX_ACT_DEPTH, MAX_ACT_DEPTH):
         raise PolicyDenied("the chain of agents is too long", code="act_chain_depth")
     lineage = (parent, *ancestors)
     return Task(

@@ -36,6 +36,7 @@ from broker.server.store.table_ports import (
     TrailReads,
     TrailWrites,
 )
+from broker.server.store.user_ports import UserReads, UserWrites
 
 T = TypeVar("T")
 
@@ -66,6 +67,7 @@ class Reader(
     FrameReads,
     RevocationReads,
     PolicyReads,
+    UserReads,
     Protocol,
 ):
     """All that a read may ask, from one snapshot."""
@@ -84,6 +86,7 @@ class Writer(
     IdempotencyWrites,
     RevocationWrites,
     PolicyWrites,
+    UserWrites,
     Housekeeping,
     Protocol,
 ):
@@ -171,5 +174,7 @@ __all__ = [
     "TokenWrites",
     "TrailReads",
     "TrailWrites",
+    "UserReads",
+    "UserWrites",
     "Writer",
 ]

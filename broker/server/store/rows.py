@@ -167,6 +167,9 @@ class NewFrame:
     jti: str = ""
     keys: str = ""
     cause: str = ""
+    name: str = ""
+    sid: str = ""
+    not_before: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,12 +6,11 @@ given anew: the caller chose the key, and may choose another.
 
 from collections.abc import Mapping
 from datetime import datetime, timedelta
-from typing import Final
+from typing import Final, Protocol
 
 from broker.errors import Conflict
 from broker.server.store.ports import Writer
 from broker.server.tasks.records import sha256
-from broker.server.tasks.subjects import Subject
 from broker.spiffe import jose, strictjson
 from broker.spiffe.strictjson import JsonValue
 
@@ -54,7 +53,14 @@ class Answers:
         return payload
 
 
-def digest_of(what: str, subject: Subject | None, *parts: str | int | None) -> str:
+class _Presented(Protocol):
+    """A user's word, known by its hash."""
+
+    @property
+    def token_hash(self) -> str: ...
+
+
+def digest_of(what: str, subject: _Presented | None, *parts: str | int | None) -> str:
     """Give the digest of a request: its kind, the user's token, and every part that shapes the answer."""
     return sha256(strictjson.canonical([what, None if subject is None else subject.token_hash, *parts]))
 

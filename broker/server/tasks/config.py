@@ -23,6 +23,8 @@ MAX_TOKEN_TTL: Final = 300
 DEFAULT_TOKEN_TTL: Final = 180
 MAX_TASK_TTL: Final = 30 * 86400
 """Seconds: no user's word is taken for longer than a month."""
+DEFAULT_DELEGATION_AGE: Final = 300
+"""Seconds since the user signed in: a standing delegation is the word of somebody who is there."""
 BINDINGS: Final = frozenset({"x5t", "session", "dpop"})
 """How a token may be tied to its holder. There is no bearer token in this version."""
 RISKS: Final = frozenset({"high", "normal", "low"})
@@ -120,7 +122,9 @@ class SubjectIssuer:
 
     ``audiences``: what stands for us in ``aud``. ``clients``: other clients whose tokens we take (``azp``, ``client_id``).
     ``namespace`` is put before every ``sub``, so that two issuers cannot name the same user. ``required_claims`` must be in
-    each token with just these values (a tenant, a hosted domain).
+    each token with just these values (a tenant, a hosted domain). ``session_lease`` (seconds, 0: none): how long after the
+    issuer's last word of a session it counts. ``delegation_clients``: those whose tokens may make a standing delegation, within
+    ``delegation_max_age`` seconds of the sign-in.
     """
 
     issuer: str
@@ -129,10 +133,15 @@ class SubjectIssuer:
     namespace: str = ""
     ca_path: Path | None = None
     required_claims: tuple[tuple[str, str], ...] = ()
+    session_lease: int = 0
+    delegation_clients: frozenset[str] = frozenset()
+    delegation_max_age: int = DEFAULT_DELEGATION_AGE
 
     def __post_init__(self) -> None:
         """Check each field."""
         check_https(self.issuer, "the subject issuer")
+        if self.session_lease < 0 or self.delegation_max_age < 1:
+            raise Misconfigured(f"a time of the subject issuer {self.issuer} is not one", code="subject_times")
         if not self.audiences or "" in self.audiences:
             raise Misconfigured(
                 f"the subject issuer {self.issuer} has no audiences",

@@ -15,6 +15,7 @@ from broker.server.tasks.config import Audience, Audiences, TaskDefaults
 from broker.server.tasks.detail_types import DetailTypes
 from broker.server.tasks.policy.rules import Rules
 from broker.server.tasks.requests import IssueRequest, StartRequest, unmetered
+from broker.server.tasks.standing import StandingWord
 from broker.server.tasks.subjects import Subject
 from broker.tasks import Authority
 from broker.tasks.lineage import require_lineage_active, start_task
@@ -43,7 +44,13 @@ class Grant:
 
 
 def decide_start(
-    policy: Policy, admitted: Admitted, subject: Subject, request: StartRequest, *, task_id: str, now: datetime
+    policy: Policy,
+    admitted: Admitted,
+    subject: Subject | StandingWord,
+    request: StartRequest,
+    *,
+    task_id: str,
+    now: datetime,
 ) -> Task:
     """Give the task that may start, not written yet; raises Refused, PolicyDenied, Invalid."""
     if subject.expires_at <= now:
@@ -69,7 +76,10 @@ def decide_start(
         authority=authority,
         delegation=subject.delegation(),
         now=start,
-        ttl=_task_ttl(policy.defaults, admitted, request, start, supervision),
+        ttl=min(
+            _task_ttl(policy.defaults, admitted, request, start, supervision),
+            timedelta(seconds=subject.max_task_ttl or policy.defaults.max_task_ttl),
+        ),
         supervision=supervision,
     )
 
@@ -121,6 +131,12 @@ def require_same_user(task: Task, subject: Subject) -> None:
     """Refuse a user token that is not of the task's user (X04); raises PolicyDenied."""
     if (subject.user, subject.issuer) != (task.delegation.user, task.delegation.issuer):
         raise PolicyDenied("the user token is not of the task's user", code="subject_mismatch")
+
+
+def require_same_delegation(task: Task, delegation_id: str) -> None:
+    """Refuse a standing delegation that is not the task's own; raises PolicyDenied."""
+    if task.delegation.standing != delegation_id:
+        raise PolicyDenied("the delegation is not the task's", code="subject_mismatch")
 
 
 def task_unknown() -> NotFound:

@@ -23,11 +23,20 @@ from broker.server.store.rows import TokenRow
 from broker.server.tasks import records
 from broker.server.tasks.admission import Admitted, Claim, Starters, Vouching, admit, claim
 from broker.server.tasks.answers import Answers, digest_of, spent
-from broker.server.tasks.decision import Grant, Policy, decide_issue, decide_start, own_task, require_same_user
+from broker.server.tasks.decision import (
+    Grant,
+    Policy,
+    decide_issue,
+    decide_start,
+    own_task,
+    require_same_delegation,
+    require_same_user,
+)
 from broker.server.tasks.ids import Ids
 from broker.server.tasks.policy.decision import Decision
 from broker.server.tasks.refusals import Refusals
 from broker.server.tasks.requests import Actor, IssuedToken, IssueRequest, StartRequest
+from broker.server.tasks.standing import Standing, StandingWord
 from broker.server.tasks.subjects import Subject, Subjects
 from broker.spiffe import jose
 from broker.spiffe.jose import PublicKey
@@ -79,6 +88,7 @@ class Exchange:
         refusals: Refusals,
         policy: Policy,
         issuer: str,
+        standing: Standing | None = None,
         count: Callable[[str, str], None] | None = None,
     ) -> None:
         """``issuer`` is the ``iss`` of every token; ``count`` is told (``issued`` or ``refused``, the code) of each exchange."""
@@ -92,6 +102,7 @@ class Exchange:
         self._refusals = refusals
         self._policy = policy
         self._issuer = issuer
+        self._standing = standing or Standing()
         self._count = count
 
     async def start(self, actor: Actor, request: StartRequest) -> Task:
@@ -105,7 +116,7 @@ class Exchange:
         """
         async with self._refusals.recorded(Event.TASK_REFUSED, actor, ""):
             claimed = claim(actor, self._vouching, self._starters)
-            subject = await self._subjects.verify(request.user_token, request.kind)
+            subject = await self._presented(request)
             return await self._store.write(lambda writer: self._start(writer, claimed, subject, request))
 
     async def issue(self, actor: Actor, request: IssueRequest) -> IssuedToken:
@@ -119,15 +130,20 @@ class Exchange:
         """Start a task and issue its first token in one transaction: the one-step exchange of RFC 8693."""
         async with self._counted(actor, issue.resource.text):
             claimed = claim(actor, self._vouching, self._starters)
-            subject = await self._subjects.verify(start.user_token, start.kind)
+            subject = await self._presented(start)
             committed = await self._store.write(lambda writer: self._both(writer, claimed, subject, start, issue))
             return self._sign(committed)
 
+    async def _presented(self, request: StartRequest) -> Subject | None:
+        """Judge the user's token; None where the request names a standing delegation, judged in the transaction."""
+        return None if request.delegation_id else await self._subjects.verify(request.user_token, request.kind)
+
     # ---- inside the transaction
 
-    def _start(self, writer: Writer, claimed: Claim, subject: Subject, request: StartRequest) -> Task:
+    def _start(self, writer: Writer, claimed: Claim, presented: Subject | None, request: StartRequest) -> Task:
         now = self._clock.now()
         admitted = admit(writer, claimed, now)
+        subject = self._word(writer, admitted, presented, request, now)
         digest = digest_of("start", subject, *_parts(request))
         answers = Answers(writer, owner=admitted.owner, key=request.idempotency_key, digest=digest, now=now)
         if (kept := answers.recall()) is not None:
@@ -147,8 +163,12 @@ class Exchange:
         lineage = writer.lineage(request.task_id)
         if subject is not None:
             require_same_user(own_task(lineage, admitted), subject)
+            self._standing.hear(writer, subject, now)
+        elif request.delegation_id:
+            require_same_delegation(own_task(lineage, admitted), request.delegation_id)
         # The state is judged before the key: a repeated request gets nothing from a task that has ended since.
         grant = decide_issue(self._policy, admitted, lineage, request, now=now)
+        self._require_standing(writer, lineage[-1], admitted, request, now)
         decision = self._permitted(lineage[-1], grant, now)
         digest = digest_of("issue", subject, request.task_id, *_token_parts(request))
         answers = Answers(writer, owner=admitted.owner, key=request.idempotency_key, digest=digest, now=now)
@@ -159,27 +179,46 @@ class Exchange:
         return committed
 
     def _both(
-        self, writer: Writer, claimed: Claim, subject: Subject, start: StartRequest, issue: IssueRequest
+        self, writer: Writer, claimed: Claim, presented: Subject | None, start: StartRequest, issue: IssueRequest
     ) -> _Committed:
         now = self._clock.now()
         admitted = admit(writer, claimed, now)
+        subject = self._word(writer, admitted, presented, start, now)
         digest = digest_of("both", subject, *_parts(start), *_token_parts(issue))
         answers = Answers(writer, owner=admitted.owner, key=start.idempotency_key, digest=digest, now=now)
         if (kept := answers.recall_claims()) is not None:
             again = _Committed(TaskClaims.parse(kept), kept)
             lineage = writer.lineage(again.claims.task.id)
-            self._permitted(lineage[-1], decide_issue(self._policy, admitted, lineage, issue, now=now), now)
+            grant = decide_issue(self._policy, admitted, lineage, issue, now=now)
+            self._require_standing(writer, lineage[-1], admitted, issue, now)
+            self._permitted(lineage[-1], grant, now)
             return again
         task = self._new_task(writer, admitted, subject, start, now)
         grant = decide_issue(self._policy, admitted, (task,), issue, now=now)
+        self._require_standing(writer, task, admitted, issue, now)
         committed = self._new_token(
             writer, admitted, (task,), grant, answers, decision=self._permitted(task, grant, now)
         )
         failpoints.reach("exchange.before_commit")
         return committed
 
+    def _word(
+        self, writer: Writer, admitted: Admitted, presented: Subject | None, request: StartRequest, now: datetime
+    ) -> Subject | StandingWord:
+        """Give the user's word that a task starts on, if it counts at this moment."""
+        if presented is not None:
+            self._standing.hear(writer, presented, now)
+            return presented
+        return self._standing.recall(writer, request.delegation_id, admitted.actor.spiffe_id, now)
+
+    def _require_standing(
+        self, writer: Writer, task: Task, admitted: Admitted, request: IssueRequest, now: datetime
+    ) -> None:
+        agent, audience = admitted.actor.spiffe_id, request.resource
+        self._standing.require(writer, task.delegation, now, agent=agent, audience=audience)
+
     def _new_task(
-        self, writer: Writer, admitted: Admitted, subject: Subject, request: StartRequest, now: datetime
+        self, writer: Writer, admitted: Admitted, subject: Subject | StandingWord, request: StartRequest, now: datetime
     ) -> Task:
         task_id = self._ids.new("tsk", now)
         task = decide_start(self._policy, admitted, subject, request, task_id=task_id, now=now)

@@ -51,6 +51,7 @@ def task_started(task: Task, actor: Actor, entry_id: str, at: datetime, *, decis
         "issuer": delegation.issuer,
         "client": delegation.client,
         "user_session": delegation.session,
+        "delegation": delegation.standing,
         "subject_hash": delegation.token_hash,
         "purpose_hash": purpose_hash(task.purpose),
         "authorization_details": task.authority.text(),

@@ -67,12 +67,16 @@ class StartRequest:
     limits: str = ""
     kind: SubjectKind = SubjectKind.ANY
     idempotency_key: str = ""
+    delegation_id: str = ""
 
     def __post_init__(self) -> None:
         """Check each field; raises Invalid."""
-        if not self.user_token:
+        check_delegation(self.delegation_id, self.user_token)
+        if not self.user_token and not self.delegation_id:
             raise Invalid(
-                "the user's token is missing", code="user_token_missing", hint="a task acts on a user's word: send it"
+                "the user's token is missing",
+                code="user_token_missing",
+                hint="a task acts on a user's word: send it, or name a standing delegation",
             )
         if self.ttl < 0:
             raise Invalid("the ttl is negative", code="invalid_ttl")
@@ -96,6 +100,7 @@ class IssueRequest:
     user_token: str = field(default="", repr=False)
     kind: SubjectKind = SubjectKind.ANY
     idempotency_key: str = ""
+    delegation_id: str = ""
 
     def __post_init__(self) -> None:
         """Check each field; raises Invalid."""
@@ -103,6 +108,7 @@ class IssueRequest:
             check_id(self.task_id, "task id")
         check_scope(self.scope)
         check_key(self.idempotency_key)
+        check_delegation(self.delegation_id, self.user_token)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +130,14 @@ def check_scope(scope: str) -> None:
         return
     if len(scope) > MAX_SCOPE or scope.count(" ") >= MAX_SCOPES or _SCOPE.fullmatch(scope) is None:
         raise Invalid("the scope is too long or not a list of scope tokens", code="invalid_scope")
+
+
+def check_delegation(delegation_id: str, user_token: str) -> None:
+    """Refuse what is no delegation's id, and an id beside a user's token: one word at a time; raises Invalid."""
+    if delegation_id and user_token:
+        raise Invalid("there are a user's token and a delegation: send one", code="subject_ambiguous")
+    if delegation_id:
+        check_id(delegation_id, "delegation's id")
 
 
 def check_key(key: str) -> None:

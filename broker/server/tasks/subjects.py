@@ -54,7 +54,8 @@ class Subject:
     """A user and the word they gave, verified. Only :class:`Subjects` makes one.
 
     ``user`` is the issuer's namespace and ``sub``; ``ceiling`` is what the token itself limits the delegation to (its own
-    ``authorization_details``), if it does.
+    ``authorization_details``), if it does; ``party`` is the client that the token was given to: the one that it names, else
+    its only audience.
     """
 
     user: str
@@ -66,12 +67,19 @@ class Subject:
     expires_at: datetime
     token_hash: str
     ceiling: Authority | None
+    issued_at: datetime
+    party: str
     _made_by: object = field(repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Refuse any other maker."""
         if self._made_by is not _VERIFIED:
             raise TypeError("a Subject comes from Subjects.verify only")
+
+    @property
+    def max_task_ttl(self) -> None:
+        """No limit of a task's life but its own end."""
+        return
 
     def delegation(self) -> Delegation:
         """Give the delegation that this token is."""
@@ -84,6 +92,7 @@ class Subject:
             auth_time=self.auth_time,
             expires_at=self.expires_at,
             token_hash=self.token_hash,
+            issued_at=self.issued_at,
         )
 
 
@@ -100,6 +109,15 @@ class Subjects:
         """Close the connections to the issuers."""
         for _, keys in self._issuers.values():
             await keys.aclose()
+
+    def issuer(self, name: str) -> SubjectIssuer | None:
+        """Give what is set for an issuer, None for one that is not trusted."""
+        known = self._issuers.get(name)
+        return None if known is None else known[0]
+
+    async def find_key(self, issuer: str, kid: str | None) -> IssuerKey:
+        """Give a key of a trusted issuer, for another kind of document of it; raises InvalidToken, Unavailable."""
+        return await self._issuers[issuer][1].find(kid)
 
     async def verify(self, token: str, kind: SubjectKind = SubjectKind.ANY) -> Subject:
         """Judge a user's token. May ask the issuer for its keys: never call it within a transaction.
@@ -152,7 +170,7 @@ def _check_type(jws: UnverifiedJws, kind: SubjectKind) -> None:
 def _judge(payload: Mapping[str, JsonValue], issuer: SubjectIssuer, *, now: int, token: str) -> Subject:
     _refuse_foreign_kinds(payload)
     expires_at = _check_dates(payload, now)
-    client = _check_audience(payload, issuer)
+    client, party = _check_audience(payload, issuer)
     for name, wanted in issuer.required_claims:
         if payload.get(name) != wanted:
             raise InvalidToken(f"the user token's claim {name} is not the required one", code="subject_claim")
@@ -171,6 +189,8 @@ def _judge(payload: Mapping[str, JsonValue], issuer: SubjectIssuer, *, now: int,
         token_hash="sha-256:" + jose.b64url_encode(hashlib.sha256(token.encode("ascii")).digest()),
         # What we cannot read does not limit less: an unknown type refuses the token.
         ceiling=None if details is None else Authority.parse(details),
+        issued_at=_moment(jose.numeric_date(payload, "iat", required=True)),
+        party=party,
         _made_by=_VERIFIED,
     )
 
@@ -202,8 +222,11 @@ def _check_dates(payload: Mapping[str, JsonValue], now: int) -> int:
     return expires_at
 
 
-def _check_audience(payload: Mapping[str, JsonValue], issuer: SubjectIssuer) -> str | None:
-    """Refuse a token that is not for us, or was given to a client we do not know (OpenID Connect Core §3.1.3.7)."""
+def _check_audience(payload: Mapping[str, JsonValue], issuer: SubjectIssuer) -> tuple[str | None, str]:
+    """Refuse a token that is not for us, or was given to a client we do not know (OpenID Connect Core §3.1.3.7).
+
+    Gives the client that it names, if any, and the one that it was given to.
+    """
     aud = payload.get("aud")
     audiences = [aud] if isinstance(aud, str) else aud
     if not isinstance(audiences, list) or not 0 < len(audiences) <= MAX_AUDIENCES:
@@ -226,7 +249,7 @@ def _check_audience(payload: Mapping[str, JsonValue], issuer: SubjectIssuer) -> 
             code="subject_client",
             hint="an operator adds it to clients under [[server.subjects]]",
         )
-    return client
+    return client, client or str(audiences[0])
 
 
 @overload

@@ -1,7 +1,7 @@
 """Our own tokens, read back: is this one alive, as a whole?
 
 *Alive* is the conjunction of everything that can end it: signature, time, its own row, its task and every ancestor, the
-tree's epoch, the user's delegation, the policy, the workload session, the entry behind it (RFC 7662 §2.2, tokens.md 7.2). Any one of
+tree's epoch, the user's word and what was stopped, the policy, the workload session, the entry behind it (RFC 7662 §2.2, tokens.md 7.2). Any one of
 them that fails gives the same answer, without a reason.
 """
 
@@ -18,6 +18,7 @@ from broker.server.tasks.config import Audiences
 from broker.server.tasks.exchange import TaskKeys
 from broker.server.tasks.policy.asked import Action
 from broker.server.tasks.policy.rules import Rules
+from broker.server.tasks.standing import Standing
 from broker.spiffe import SpiffeId, jose
 from broker.tasks import Authority, Resource, TaskClaims, require_lineage_active, verify_task_token
 
@@ -42,6 +43,7 @@ class TaskTokens:
         *,
         issuer: str,
         rules: Rules,
+        standing: Standing | None = None,
     ) -> None:
         self._store = store
         self._keys = keys
@@ -50,6 +52,7 @@ class TaskTokens:
         self._audiences = audiences
         self._issuer = issuer
         self.rules = rules
+        self._standing = standing or Standing()
 
     def verify(self, token: str) -> TaskClaims:
         """Check form, signature and issuer of one of our tokens, whatever its audience; raises InvalidToken."""
@@ -109,6 +112,7 @@ class TaskTokens:
             return False
         try:
             require_lineage_active(lineage[-1], tuple(reversed(lineage[:-1])), now)
+            self._standing.require_token(reader, lineage[-1].delegation, claims, now)
             # What the policy of this moment would not issue is not alive, whoever holds it.
             self.rules.may_issue(lineage[-1], Resource(row.resource), authority, now, action).require()
         except BrokerError:

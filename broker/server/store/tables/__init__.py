@@ -3,6 +3,7 @@
 from typing_extensions import override
 
 from broker.server.store.tables.authorities import AuthorityReading, AuthorityWriting
+from broker.server.store.tables.delegations import DelegationReading, DelegationWriting
 from broker.server.store.tables.entries import EntryReading, EntryWriting
 from broker.server.store.tables.federation import FederationReading, FederationWriting
 from broker.server.store.tables.frames import FrameReading, FrameWriting
@@ -12,9 +13,10 @@ from broker.server.store.tables.nodes import NodeReading, NodeWriting
 from broker.server.store.tables.policies import PolicyReading, PolicyWriting
 from broker.server.store.tables.revocations import RevocationReading, RevocationWriting
 from broker.server.store.tables.sessions import SessionReading, SessionWriting
-from broker.server.store.tables.tasks import TaskReading, TaskWriting
+from broker.server.store.tables.tasks import TaskWriting
 from broker.server.store.tables.tokens import TokenReading, TokenWriting
 from broker.server.store.tables.trail import TrailReading
+from broker.server.store.tables.users import UserReading, UserWriting
 
 
 class SqlReader(
@@ -24,7 +26,8 @@ class SqlReader(
     NodeReading,
     AuthorityReading,
     SessionReading,
-    TaskReading,
+    UserReading,
+    DelegationReading,
     TokenReading,
     FrameReading,
     RevocationReading,
@@ -40,6 +43,8 @@ class SqlWriter(
     NodeWriting,
     AuthorityWriting,
     SessionWriting,
+    UserWriting,
+    DelegationWriting,
     TaskWriting,
     TokenWriting,
     IdempotencyWriting,

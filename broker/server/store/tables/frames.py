@@ -18,7 +18,7 @@ _NAMES: Final = tuple(field.name for field in fields(NewFrame))
 _COLUMNS: Final = ", ".join(("seq", *_NAMES))
 _SINCE: Final = f"SELECT {_COLUMNS} FROM frames WHERE seq > ? ORDER BY seq"
 _LIVE: Final = f"SELECT {_COLUMNS} FROM frames WHERE forget_at > ? ORDER BY seq"
-_ADD: Final = f"INSERT INTO frames ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_ADD: Final = f"INSERT INTO frames ({_COLUMNS}) VALUES (?{', ?' * len(_NAMES)})"
 
 
 class FrameReading(SqlTables):
@@ -39,7 +39,7 @@ class FrameWriting(FrameReading, TrailWriting):
     def add_frame(self, frame: NewFrame) -> int:
         """Append a frame and its change; give their one number."""
         body = strictjson.canonical(asdict(frame)).decode()
-        seq = self.change(KIND, frame.root or frame.task or frame.session or frame.jti, body)
+        seq = self.change(KIND, frame.root or frame.task or frame.session or frame.jti or frame.name, body)
         self._sql.run(_ADD, (seq, *(getattr(frame, name) for name in _NAMES)))
         return seq
 

@@ -14,9 +14,23 @@ _EXPIRED: Final = (
     "DELETE FROM join_tokens WHERE token_hash IN (SELECT token_hash FROM join_tokens WHERE expires_at <= ? LIMIT ?)",
     "DELETE FROM idempotency WHERE (owner, key) IN (SELECT owner, key FROM idempotency WHERE expires_at <= ? LIMIT ?)",
 )
+STOPS_KEPT: Final = timedelta(days=365)
+"""How long a stop that disables nobody is kept: longer than any word that was given before it can still be shown."""
+USER_SESSIONS_KEPT: Final = timedelta(days=31)
+"""How long after the last start a user's session is kept: no task of it lives longer."""
+
 # Frames say in seconds, as on the wire, until when they matter.
 _FRAMES: Final = "DELETE FROM frames WHERE seq IN (SELECT seq FROM frames WHERE forget_at <= ? LIMIT ?)"
 _SESSIONS: Final = "DELETE FROM sessions WHERE id IN (SELECT id FROM sessions WHERE not_after <= ? LIMIT ?)"
+_STOPS: Final = (
+    "DELETE FROM stops WHERE (kind, name, source) IN (SELECT kind, name, source FROM stops"
+    " WHERE disabled = 0 AND unfinished = 0 AND changed_at <= ? LIMIT ?)"
+)
+_USER_SESSIONS: Final = (
+    "DELETE FROM user_sessions WHERE (issuer, sid, user_id) IN"
+    " (SELECT issuer, sid, user_id FROM user_sessions WHERE seen_at <= ? LIMIT ?)"
+)
+_DELEGATIONS: Final = "DELETE FROM delegations WHERE id IN (SELECT id FROM delegations WHERE expires_at <= ? LIMIT ?)"
 _ISSUED: Final = "DELETE FROM issued_svids WHERE seq IN (SELECT seq FROM issued_svids WHERE not_after <= ? LIMIT ?)"
 # A revoked certificate stays on its list until one was signed after its end (RFC 5280 §3.3).
 _REVOKED: Final = (
@@ -58,6 +72,9 @@ class Sweeping(SqlTables):
         gone += self._sql.run(_FRAMES, (int(now.timestamp()), limit))
         gone += self._sql.run(_SESSIONS, (long_over, limit))
         gone += self._sql.run(_ISSUED, (over, limit))
+        gone += self._sql.run(_STOPS, (micros(now - STOPS_KEPT), limit))
+        gone += self._sql.run(_USER_SESSIONS, (micros(now - USER_SESSIONS_KEPT), limit))
+        gone += self._sql.run(_DELEGATIONS, (long_over, limit))
         gone += sum(self._sql.run(text, (long_over, limit)) for text in _REVOKED)
         gone += self._sql.run(_CHANGES, (CHANGES_KEPT, limit))
         for (root,) in self._sql.rows(_DEAD_TREES, (long_over, long_over, over, limit)):

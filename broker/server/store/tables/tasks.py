@@ -38,6 +38,8 @@ _COLUMNS: Final = (
     "id, root, parent, depth, user_id, agent, session, purpose, authority, delegation, created_at, expires_at,"
     " supervision, state, version, epoch, cause, ended_at"
 )
+SELECT_TASKS: Final = f"SELECT {_COLUMNS} FROM tasks"
+"""For a search of another table's: its rows are read as tasks."""
 _VERSION: Final = "SELECT version FROM tasks WHERE id = ?"
 _ONE: Final = f"SELECT {_COLUMNS} FROM tasks WHERE id = ?"
 _UP: Final = (

@@ -43,7 +43,7 @@ class FeedSnapshot(_message.Message):
     def __init__(self, issuer: _Optional[str] = ..., keys: _Optional[str] = ..., frames: _Optional[_Iterable[_Union[Frame, _Mapping[str, _Anything]]]] = ..., more: _Optional[bool] = ...) -> None: ...
 
 class Frame(_message.Message):
-    __slots__ = ("seq", "kind", "root", "task", "epoch", "state", "session", "jti", "keys", "cause", "committed_at", "forget_at")
+    __slots__ = ("seq", "kind", "root", "task", "epoch", "state", "session", "jti", "keys", "cause", "committed_at", "forget_at", "name", "sid", "not_before")
     SEQ_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     ROOT_FIELD_NUMBER: _ClassVar[int]
@@ -56,6 +56,9 @@ class Frame(_message.Message):
     CAUSE_FIELD_NUMBER: _ClassVar[int]
     COMMITTED_AT_FIELD_NUMBER: _ClassVar[int]
     FORGET_AT_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SID_FIELD_NUMBER: _ClassVar[int]
+    NOT_BEFORE_FIELD_NUMBER: _ClassVar[int]
     seq: int
     kind: str
     root: str
@@ -68,7 +71,10 @@ class Frame(_message.Message):
     cause: str
     committed_at: int
     forget_at: int
-    def __init__(self, seq: _Optional[int] = ..., kind: _Optional[str] = ..., root: _Optional[str] = ..., task: _Optional[str] = ..., epoch: _Optional[int] = ..., state: _Optional[str] = ..., session: _Optional[str] = ..., jti: _Optional[str] = ..., keys: _Optional[str] = ..., cause: _Optional[str] = ..., committed_at: _Optional[int] = ..., forget_at: _Optional[int] = ...) -> None: ...
+    name: str
+    sid: str
+    not_before: int
+    def __init__(self, seq: _Optional[int] = ..., kind: _Optional[str] = ..., root: _Optional[str] = ..., task: _Optional[str] = ..., epoch: _Optional[int] = ..., state: _Optional[str] = ..., session: _Optional[str] = ..., jti: _Optional[str] = ..., keys: _Optional[str] = ..., cause: _Optional[str] = ..., committed_at: _Optional[int] = ..., forget_at: _Optional[int] = ..., name: _Optional[str] = ..., sid: _Optional[str] = ..., not_before: _Optional[int] = ...) -> None: ...
 
 class FeedHeartbeat(_message.Message):
     __slots__ = ()

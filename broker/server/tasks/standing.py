@@ -1,0 +1,154 @@
+"""Whether a user's word still counts at this moment: judged by committed rows, wherever it is about to be used.
+
+One question for every door: the start of a task, each of its tokens, the start of a child, an introspection. A task's own
+state may lag behind a stop of many; this never does. Where an issuer says nothing of ends, its sessions count only for so
+long after its last word of them (``session_lease``).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from types import MappingProxyType
+from typing import Final
+
+from broker.errors import Refused
+from broker.server.store.ports import Reader, Writer
+from broker.server.store.user_rows import UserSession
+from broker.server.tasks.records import sha256
+from broker.server.tasks.subjects import Subject
+from broker.spiffe import SpiffeId
+from broker.tasks import Authority, Delegation, Resource, TaskClaims
+from broker.tasks.standing import StandingDelegation, not_named
+from broker.tasks.stop import StopKind, names_of, require_going
+
+_NO_LEASES: Final[Mapping[str, timedelta]] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
+class StandingWord:
+    """What a user left standing, in the place of a token of theirs. Only :meth:`Standing.recall` gives one."""
+
+    standing: StandingDelegation
+
+    @property
+    def user(self) -> str:
+        """Whose word it is."""
+        return self.standing.user
+
+    @property
+    def issuer(self) -> str:
+        """Whose user they are."""
+        return self.standing.issuer
+
+    @property
+    def expires_at(self) -> datetime:
+        """Until when it stands."""
+        return self.standing.expires_at
+
+    @property
+    def ceiling(self) -> Authority:
+        """The most that a task may have."""
+        return self.standing.authority
+
+    @property
+    def max_task_ttl(self) -> int:
+        """The longest life of a task, in seconds."""
+        return self.standing.max_task_ttl
+
+    @property
+    def token_hash(self) -> str:
+        """What stands for it in the digest of a request."""
+        return sha256(self.standing.id.encode())
+
+    def delegation(self) -> Delegation:
+        """Give what a task of it carries."""
+        return self.standing.delegation()
+
+
+class Standing:
+    """Judges users' words. ``leases``: how long a session counts after its issuer's last word, by issuer."""
+
+    def __init__(self, leases: Mapping[str, timedelta] = _NO_LEASES) -> None:
+        self.leases = leases
+
+    def require(
+        self,
+        reader: Reader,
+        delegation: Delegation,
+        now: datetime,
+        *,
+        agent: SpiffeId | None = None,
+        audience: Resource | None = None,
+    ) -> None:
+        """Refuse when the user, the session or the standing delegation was stopped, or is not confirmed any more.
+
+        ``agent`` and ``audience`` are of a token that is to be issued. Raises Refused, Unavailable.
+        """
+        names = [*names_of(delegation)]
+        if agent is not None:
+            names.append((StopKind.AGENT, str(agent)))
+        if audience is not None:
+            names.append((StopKind.AUDIENCE, audience.text))
+        stops = reader.stops(names)
+        if stops:
+            require_going(stops, delegation, now)
+        self._require_confirmed(reader, delegation, now)
+
+    def require_token(self, reader: Reader, delegation: Delegation, claims: TaskClaims, now: datetime) -> None:
+        """Refuse a token that was issued before its user, agent or audience was stopped; raises Refused."""
+        names = (
+            *names_of(delegation),
+            (StopKind.AGENT, str(claims.client_id)),
+            (StopKind.AUDIENCE, claims.aud.text),
+        )
+        stops = reader.stops(names)
+        if any(claims.iat < stop.tokens_from for stop in stops):
+            raise Refused("what was issued until then was stopped", code="token_stopped")
+        if stops:
+            require_going((each for each in stops if each.tokens_from <= now.timestamp()), delegation, now)
+        self._require_confirmed(reader, delegation, now)
+
+    def hear(self, writer: Writer, subject: Subject, now: datetime) -> None:
+        """Take a user's token at its word: its session is confirmed by it. Raises Refused where the word was stopped."""
+        stops = writer.stops(names_of(subject.delegation()))
+        if stops:
+            require_going(stops, subject.delegation(), now)
+        self._see(writer, subject, now)
+        self._require_confirmed(writer, subject.delegation(), now)
+
+    def recall(self, reader: Reader, delegation_id: str, agent: SpiffeId, now: datetime) -> StandingWord:
+        """Give a standing delegation's word to an agent that it names; raises Refused, PolicyDenied.
+
+        One that is not there and one that names others are told apart by nobody: ids are not secrets.
+        """
+        delegation = reader.delegation(delegation_id)
+        if delegation is None:
+            raise not_named()
+        delegation.require_agent(agent)
+        delegation.require_live(now)
+        self.require(reader, delegation.delegation(), now)
+        return StandingWord(delegation)
+
+    def _see(self, writer: Writer, subject: Subject, now: datetime) -> None:
+        """Note the session that a user's token is of: what an end of it will be looked up by."""
+        if subject.session is not None or subject.issuer in self.leases:
+            writer.see_user_session(
+                UserSession(subject.issuer, subject.session or "", subject.user, subject.issued_at, now)
+            )
+
+    def unconfirmed(self, reader: Reader, delegation: Delegation, now: datetime) -> bool:
+        """Tell whether nothing was heard of the delegation's session for longer than its lease."""
+        lease = self.leases.get(delegation.issuer)
+        if lease is None or delegation.standing is not None:
+            return False
+        known = reader.user_session(delegation.issuer, delegation.session or "", delegation.user)
+        confirmed_at = delegation.issued_at if known is None else known.confirmed_at
+        return confirmed_at is None or now >= confirmed_at + lease
+
+    def _require_confirmed(self, reader: Reader, delegation: Delegation, now: datetime) -> None:
+        if self.unconfirmed(reader, delegation, now):
+            raise Refused(
+                "nothing was heard of the user's session for too long",
+                code="user_session_unconfirmed",
+                hint="show a user token of the same session that its issuer gave lately",
+            )
