@@ -6,7 +6,7 @@ Misconfigured what must not be.
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
@@ -150,6 +150,64 @@ class SubjectIssuer:
             )
         if _NAMESPACE.fullmatch(self.namespace) is None:
             raise Misconfigured(f"the namespace of {self.issuer} is not short printable text", code="subject_namespace")
+
+
+@dataclass(frozen=True, slots=True)
+class Transmitter:
+    """Who sends security events (Shared Signals Framework 1.0), of the users of one subject issuer; raises Misconfigured.
+
+    ``audiences``: what stands for us in ``aud``. Events are pushed to us (RFC 8935) unless ``poll_url`` says where to fetch them
+    (RFC 8936), every ``poll_every`` seconds. ``token`` is the bearer token of either: expected of a pusher, shown to the polled.
+    ``jwks_url`` is where its keys are, if they are not to be looked up.
+    """
+
+    issuer: str
+    audiences: frozenset[str]
+    subject_issuer: str
+    ca_path: Path | None = None
+    jwks_url: str = ""
+    poll_url: str = ""
+    poll_every: float = 5.0
+    token: str = field(default="", repr=False)
+
+    def __post_init__(self) -> None:
+        """Check each field."""
+        check_https(self.issuer, "the transmitter")
+        for url in (self.jwks_url, self.poll_url):
+            if url:
+                check_https(url.partition("?")[0], f"an address of the transmitter {self.issuer}")
+        if not self.audiences or "" in self.audiences:
+            raise Misconfigured(
+                f"the transmitter {self.issuer} has no audiences",
+                code="ssf_audiences",
+                hint="name what this broker is called in the aud of its events",
+            )
+        if self.poll_every <= 0:
+            raise Misconfigured(f"poll_every of the transmitter {self.issuer} is not a time", code="ssf_times")
+
+    @property
+    def discovery(self) -> str:
+        """Where its configuration lies (SSF 1.0 §7.2.1): the well-known part comes before the issuer's path."""
+        parts = urlsplit(self.issuer)
+        return f"{parts.scheme}://{parts.netloc}/.well-known/ssf-configuration{parts.path.rstrip('/')}"
+
+
+def check_transmitters(
+    transmitters: Iterable[Transmitter], issuers: Iterable[SubjectIssuer]
+) -> tuple[Transmitter, ...]:
+    """Refuse transmitters that are there twice, or speak of users whose tokens nobody takes; raises Misconfigured."""
+    known = tuple(transmitters)
+    if len({one.issuer for one in known}) != len(known):
+        raise Misconfigured("a transmitter is there twice", code="ssf_twice")
+    subjects = {one.issuer for one in issuers}
+    for one in known:
+        if one.subject_issuer not in subjects:
+            raise Misconfigured(
+                f"the transmitter {one.issuer} speaks of the users of {one.subject_issuer}, which is no subject issuer",
+                code="ssf_subject",
+                hint="set subject_issuer to an issuer under [[server.subjects]]",
+            )
+    return known
 
 
 def check_issuers(issuers: Iterable[SubjectIssuer]) -> tuple[SubjectIssuer, ...]:

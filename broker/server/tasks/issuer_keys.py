@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from broker.clock import Clock
 from broker.errors import InvalidJson, InvalidToken, Misconfigured, Unavailable
-from broker.server.tasks.config import SubjectIssuer, check_https
+from broker.server.tasks.config import SubjectIssuer, Transmitter, check_https
 from broker.spiffe import jose, strictjson
 from broker.spiffe.jose import PublicKey
 from broker.spiffe.strictjson import JsonValue
@@ -58,12 +58,20 @@ class _Kept:
 class IssuerKeys:
     """One issuer's keys. Close it with :meth:`aclose`."""
 
-    def __init__(self, issuer: SubjectIssuer, clock: Clock) -> None:
-        """Prepare the client; nothing is fetched yet. Raises Misconfigured for an unreadable ``ca_path``."""
+    def __init__(
+        self, issuer: SubjectIssuer | Transmitter, clock: Clock, *, discovery: str = "", address: str = ""
+    ) -> None:
+        """Prepare the client; nothing is fetched yet. Raises Misconfigured for an unreadable ``ca_path``.
+
+        ``discovery`` is where the document that names the keys lies, if not where OpenID Connect says; ``address`` that of
+        the keys, where nothing has to be looked up.
+        """
         self._issuer = issuer.issuer
+        self._discovery = discovery or issuer.issuer.rstrip("/") + "/.well-known/openid-configuration"
+        self._address = address
         self._clock = clock
         self._client = httpx2.AsyncClient(
-            verify=_trust(issuer),
+            verify=trust_of(issuer),
             follow_redirects=False,
             trust_env=False,
             timeout=FETCH_SECONDS,
@@ -137,7 +145,9 @@ class IssuerKeys:
         self._kept = _Kept(keys, self._clock.monotonic())
 
     async def _fetch_keys(self) -> Mapping[str, IssuerKey]:
-        discovery = await self._document(self._issuer.rstrip("/") + "/.well-known/openid-configuration")
+        if self._address:
+            return _read_keys(await self._document(self._address))
+        discovery = await self._document(self._discovery)
         # OpenID Connect Discovery §4.3: exactly the issuer that was asked.
         if discovery.get("issuer") != self._issuer:
             raise Unavailable("the discovery document is another issuer's", code="issuer_mismatch")
@@ -214,7 +224,8 @@ def _algorithm(key: PublicKey, declared: JsonValue) -> str | None:
     return declared if isinstance(declared, str) and declared in _RSA else None
 
 
-def _trust(issuer: SubjectIssuer) -> ssl.SSLContext:
+def trust_of(issuer: SubjectIssuer | Transmitter) -> ssl.SSLContext:
+    """Give what its certificate is judged by; raises Misconfigured for an unreadable ``ca_path``."""
     try:
         context = ssl.create_default_context(cafile=None if issuer.ca_path is None else str(issuer.ca_path))
     except (OSError, ssl.SSLError):

@@ -5,7 +5,7 @@ were left out before it. A refusal whose record cannot be written is refused all
 """
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Final
 
@@ -47,6 +47,16 @@ class Refusals:
         except BrokerError as error:
             await self._record(event, actor, subject, error)
             raise
+
+    async def note(self, make: Callable[[int], Record]) -> None:
+        """Record a refusal of another form; ``make`` is told how many were left out before it."""
+        if not self._may_write():
+            self._left_out += 1
+            return
+        left_out, self._left_out = self._left_out, 0
+        record = make(left_out)
+        with contextlib.suppress(Unavailable):
+            await self._store.write(lambda writer: writer.record(record))
 
     async def _record(self, event: Event, actor: Actor, subject: str, error: BrokerError) -> None:
         if not self._may_write():

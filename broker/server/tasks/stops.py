@@ -176,7 +176,10 @@ class Stops:
         def now(writer: Writer) -> Stopped:
             return act(writer, self._clock.now())
 
-        stopped = await self._store.write(now)
+        return await self.finished(await self._store.write(now))
+
+    async def finished(self, stopped: Stopped) -> Stopped:
+        """Write down what a committed stop ends and its transaction did not; give what it came to. Raises Unavailable."""
         if self._count is not None:
             self._count(stopped.stop.cause.value)
         return await self._finish(stopped)

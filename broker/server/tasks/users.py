@@ -108,7 +108,7 @@ def _enable(
     known = [each for each in writer.stops([(StopKind.USER, user)]) if each.source == source]
     if not known or not known[0].disabled:
         return Outcome(Effect.NONE)
-    if source != OPERATOR and at <= known[0].not_before:
+    if source != OPERATOR and at < known[0].not_before:
         return Outcome(Effect.STALE)
     lifted = writer.lift_stop(known[0], at)
     writer.record(user_records.user_enabled(lifted, by, now, reason))

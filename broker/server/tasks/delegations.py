@@ -1,0 +1,312 @@
+"""Standing delegations: made, shown and withdrawn by the user who gives them, and by nobody for them.
+
+Invariants: it is made by a token that the issuer gave to a client which is there for that (``delegation_clients``), shortly
+after the user signed in; no identity of a workload makes one, whatever token it holds. Nothing in it goes beyond what the
+token itself permits. Its end is one row, and a stop that ends its tasks.
+"""
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Final
+
+from broker.clock import Clock
+from broker.errors import BrokerError, Invalid, InvalidToken, NotFound, PolicyDenied, Refused, Unavailable
+from broker.server.store.ports import Store, Writer
+from broker.server.store.user_rows import DelegationPage
+from broker.server.tasks import user_records
+from broker.server.tasks.answers import Answers, digest_of, spent
+from broker.server.tasks.decision import Policy
+from broker.server.tasks.ids import Ids
+from broker.server.tasks.refusals import Refusals
+from broker.server.tasks.requests import check_key, unmetered
+from broker.server.tasks.standing import Standing
+from broker.server.tasks.stops import Stopped, Stops, stop
+from broker.server.tasks.subjects import LEEWAY, Subject, Subjects
+from broker.spiffe import strictjson
+from broker.spiffe.strictjson import JsonValue
+from broker.tasks import Authority, Cause
+from broker.tasks.standing import AgentPattern, StandingDelegation, read_agents
+from broker.tasks.stop import Stop, StopKind
+from broker.tasks.task import MAX_ACT_DEPTH
+from broker.tasks.texts import ID, check_purpose
+
+MAX_LIFE: Final = 366 * 86400
+"""Seconds: a year. What nobody has looked at for longer is nobody's wish any more."""
+MAX_STANDING: Final = 100
+"""Delegations of one user that stand at once: more can be looked through by nobody."""
+PREFIX: Final = "dlg"
+
+_MEMBERS: Final = frozenset({"agents", "authorization_details", "expires_in", "max_task_ttl", "max_hops", "purpose"})
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What a user wants to leave standing; times in seconds, ``max_task_ttl`` 0 for the server's longest."""
+
+    agents: tuple[AgentPattern, ...]
+    authority: Authority
+    expires_in: int
+    purpose: str
+    max_task_ttl: int = 0
+    max_hops: int = 1
+
+    def __post_init__(self) -> None:
+        """Check each field; raises Invalid."""
+        check_purpose(self.purpose)
+        if not 1 <= self.expires_in <= MAX_LIFE:
+            raise Invalid(f"expires_in is not 1 to {MAX_LIFE} seconds", code="invalid_delegation")
+        if self.max_task_ttl < 0 or not 1 <= self.max_hops <= MAX_ACT_DEPTH:
+            raise Invalid(f"max_task_ttl is negative, or max_hops not 1 to {MAX_ACT_DEPTH}", code="invalid_delegation")
+
+    @classmethod
+    def parse(cls, value: JsonValue) -> "Terms":
+        """Read a JSON object; raises Invalid for an unknown or missing member."""
+        if not isinstance(value, dict) or not value.keys() <= _MEMBERS:
+            raise Invalid(
+                "the delegation is no object, or has a member that is not known",
+                code="invalid_delegation",
+                hint="its members are " + ", ".join(sorted(_MEMBERS)),
+            )
+        missing = {"agents", "authorization_details", "expires_in", "purpose"} - value.keys()
+        if missing:
+            raise Invalid(f"the delegation has no {min(missing)}", code="invalid_delegation")
+        purpose = value["purpose"]
+        if not isinstance(purpose, str):
+            raise Invalid("the purpose is not text", code="invalid_delegation")
+        return cls(
+            agents=read_agents(value["agents"]),
+            authority=Authority.parse(value["authorization_details"]),
+            expires_in=_whole(value["expires_in"]),
+            purpose=purpose,
+            max_task_ttl=_whole(value.get("max_task_ttl", 0)),
+            max_hops=_whole(value.get("max_hops", 1)),
+        )
+
+    def digest(self, subject: Subject) -> str:
+        """Give the digest of the request, for its idempotency key."""
+        agents = strictjson.canonical([pattern.text for pattern in self.agents]).decode()
+        numbers = (self.expires_in, self.max_task_ttl, self.max_hops)
+        return digest_of("delegate", subject, self.authority.text(), agents, self.purpose, *numbers)
+
+
+class Delegations:
+    """The use cases, for every door."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        clock: Clock,
+        subjects: Subjects,
+        standing: Standing,
+        stops: Stops,
+        refusals: Refusals,
+        ids: Ids,
+        policy: Policy,
+    ) -> None:
+        self._store = store
+        self._clock = clock
+        self._subjects = subjects
+        self._standing = standing
+        self._stops = stops
+        self._refusals = refusals
+        self._ids = ids
+        self._policy = policy
+
+    # ---- for users
+
+    async def create(self, token: str, terms: Terms, *, by: str = "", key: str = "") -> StandingDelegation:
+        """Make one; the same request under the same idempotency key gives the same. ``by``: who brings the token, if known.
+
+        Raises:
+            InvalidToken: the token does not verify.
+            Refused: it was given to another client, its sign-in is too long ago, or the user's word is over.
+            PolicyDenied: the authority reaches beyond the registered audiences, or the token.
+            Conflict: too many stand, or the idempotency key was used for another request.
+        """
+        check_key(key)
+        user = ""
+        try:
+            subject = await self._subjects.verify(token)
+            user = subject.user
+            self._require_maker(subject, fresh=True)
+            return await self._store.write(lambda writer: self._create(writer, subject, terms, key))
+        except BrokerError as error:
+            await self._refused(user, error, by)
+            raise
+
+    async def withdraw(self, token: str, delegation_id: str, *, by: str = "") -> StandingDelegation:
+        """End one of the user's own, with its tasks; ending it twice is fine. Raises NotFound, and as :meth:`create`."""
+        user = ""
+        try:
+            subject = await self._maker(token)
+            user = subject.user
+            return await self._end(delegation_id, by=user, user=user, issuer=subject.issuer)
+        except BrokerError as error:
+            await self._refused(user, error, by)
+            raise
+
+    async def own(self, token: str, delegation_id: str) -> StandingDelegation:
+        """Give one of the user's own; raises NotFound, and as :meth:`create`."""
+        subject = await self._maker(token)
+        found = await self._store.read(lambda reader: reader.delegation(_id(delegation_id)))
+        return _owned(found, subject.user, subject.issuer)
+
+    async def list_own(self, token: str, *, after: str | None = None, limit: int = 100) -> DelegationPage:
+        """Give a page of the user's own, oldest first; raises Invalid, and as :meth:`create`."""
+        subject = await self._maker(token)
+        return await self._store.read(lambda reader: reader.list_delegations(subject.user, after=after, limit=limit))
+
+    # ---- for operators
+
+    async def get(self, delegation_id: str) -> StandingDelegation:
+        """Give one; raises NotFound."""
+        found = await self._store.read(lambda reader: reader.delegation(_id(delegation_id)))
+        if found is None:
+            raise _unknown()
+        return found
+
+    async def list(self, user: str | None, *, after: str | None = None, limit: int = 100) -> DelegationPage:
+        """Give a page, of one user or of all, oldest first; raises Invalid."""
+        return await self._store.read(lambda reader: reader.list_delegations(user, after=after, limit=limit))
+
+    async def revoke(self, delegation_id: str, *, by: str, reason: str = "") -> StandingDelegation:
+        """End one, with its tasks, because an operator says so; raises NotFound, Invalid."""
+        if reason:
+            check_purpose(reason)
+        return await self._end(delegation_id, by=by, reason=reason)
+
+    # ---- inside
+
+    async def _maker(self, token: str) -> Subject:
+        subject = await self._subjects.verify(token)
+        self._require_maker(subject, fresh=False)
+        return subject
+
+    def _require_maker(self, subject: Subject, *, fresh: bool) -> None:
+        """Refuse a token that was given to a client which makes no delegations, or long after the sign-in."""
+        issuer = self._subjects.issuer(subject.issuer)
+        if issuer is None or subject.party not in issuer.delegation_clients:
+            raise Refused(
+                "a token of this client makes no standing delegations",
+                code="delegation_client",
+                hint="only a client named in delegation_clients under [[server.subjects]] does: never an agent's",
+            )
+        if not fresh:
+            return
+        now = self._clock.now()
+        oldest = now - timedelta(seconds=issuer.delegation_max_age)
+        if subject.auth_time is None or not oldest <= subject.auth_time <= now + timedelta(seconds=LEEWAY):
+            # RFC 9470: what the application asks the issuer for.
+            raise Refused(
+                "the user has not signed in just now",
+                code="insufficient_user_authentication",
+                hint=f"have the user sign in again, with max_age={issuer.delegation_max_age}",
+            )
+        if subject.expires_at <= now:
+            raise InvalidToken("the user token has expired", code="subject_expired", hint="get a new one")
+
+    def _create(self, writer: Writer, subject: Subject, terms: Terms, key: str) -> StandingDelegation:
+        now = self._clock.now()
+        self._standing.hear(writer, subject, now)
+        digest = terms.digest(subject)
+        answers = Answers(writer, owner=f"user {subject.issuer} {subject.user}", key=key, digest=digest, now=now)
+        if (kept := answers.recall()) is not None:
+            known = writer.delegation(kept)
+            if known is None or known.ended_at is not None:
+                raise spent()
+            return known
+        if sum(each.expires_at > now for each in writer.standing_of(subject.user)) >= MAX_STANDING:
+            raise PolicyDenied(
+                f"{MAX_STANDING} delegations of this user stand already",
+                code="too_many_delegations",
+                hint="withdraw those that are no longer needed",
+            )
+        made = self._made(subject, terms, now)
+        writer.add_delegation(made)
+        writer.record(user_records.delegation_created(made, now))
+        answers.keep(made.id)
+        return made
+
+    def _made(self, subject: Subject, terms: Terms, now: datetime) -> StandingDelegation:
+        authority = terms.authority if subject.ceiling is None else subject.ceiling.narrow(terms.authority)
+        if authority.metered():
+            raise unmetered()
+        for location in authority.resources():
+            self._policy.audiences.require_holding(location)
+        assert subject.auth_time is not None
+        longest = self._policy.defaults.max_task_ttl
+        return StandingDelegation(
+            id=self._ids.new(PREFIX, now),
+            issuer=subject.issuer,
+            user=subject.user,
+            client=subject.party,
+            token_hash=subject.token_hash,
+            auth_time=subject.auth_time,
+            authority=authority,
+            agents=terms.agents,
+            purpose=terms.purpose,
+            max_task_ttl=min(terms.max_task_ttl or longest, longest),
+            max_hops=terms.max_hops,
+            created_at=now.replace(microsecond=0),
+            expires_at=now.replace(microsecond=0) + timedelta(seconds=terms.expires_in),
+            session=subject.session,
+            acr=subject.acr,
+        )
+
+    async def _end(
+        self, delegation_id: str, *, by: str, reason: str = "", user: str = "", issuer: str = ""
+    ) -> StandingDelegation:
+        def act(writer: Writer) -> tuple[StandingDelegation, Stopped | None]:
+            now = self._clock.now()
+            known = writer.delegation(_id(delegation_id))
+            if known is None or (user and (known.user, known.issuer) != (user, issuer)):
+                raise _unknown()
+            ended = writer.end_delegation(known.id, Cause.DELEGATION_WITHDRAWN, now)
+            if ended is None:
+                return known, None
+            writer.record(user_records.delegation_ended(ended, by, now, reason))
+            wanted = Stop(
+                kind=StopKind.DELEGATION,
+                name=ended.id,
+                source=ended.issuer,
+                not_before=now,
+                cause=Cause.DELEGATION_WITHDRAWN,
+                changed_at=now,
+            )
+            return ended, stop(writer, wanted, by=by, now=now, reason=reason)
+
+        ended, stopped = await self._store.write(act)
+        if stopped is not None:
+            await self._stops.finished(stopped)
+        return ended
+
+    async def _refused(self, user: str, error: BrokerError, by: str) -> None:
+        if isinstance(error, Unavailable):
+            return
+        now = self._clock.now()
+        who = by or user or "anonymous"
+        await self._refusals.note(lambda _: user_records.delegation_refused(user, error.reason, who, now))
+
+
+def _owned(found: StandingDelegation | None, user: str, issuer: str) -> StandingDelegation:
+    if found is None or (found.user, found.issuer) != (user, issuer):
+        raise _unknown()
+    return found
+
+
+def _id(text: str) -> str:
+    if ID.fullmatch(text) is None:
+        raise _unknown()
+    return text
+
+
+def _unknown() -> NotFound:
+    """Give the one answer for a delegation that is not there and for one that is another's."""
+    return NotFound("no such delegation", code="delegation_unknown")
+
+
+def _whole(value: JsonValue) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise Invalid("a time or number of the delegation is not a whole number", code="invalid_delegation")
+    return value
