@@ -128,6 +128,43 @@ class SubjectSettings(Table):
     clients: tuple[str, ...] = Field(default=(), description="other clients whose tokens are taken (azp, client_id)")
     namespace: str = Field(default="", description="put before the user, to keep two issuers' users apart")
     required_claims: dict[str, str] = Field(default={}, description="claims that each user token must have so")
+    session_lease: Duration | None = Field(
+        default=None,
+        description="how long a user's session counts after the newest token that was shown of it, where the issuer tells"
+        " of no sign-out; unset: until the tokens and tasks themselves are over",
+    )
+    delegation_clients: tuple[str, ...] = Field(
+        default=(),
+        description="clients (azp, or the only aud) whose user tokens may make standing delegations: the users' own"
+        " application, never one whose tokens reach an agent; none: there are no standing delegations",
+    )
+    delegation_max_age: Duration = Field(
+        default=timedelta(minutes=5), description="how long after the sign-in (auth_time) one may be made"
+    )
+
+
+class TransmitterSettings(Table):
+    """One transmitter of security events (Shared Signals Framework 1.0)."""
+
+    issuer: str = Field(description="the iss of its events, exactly")
+    audiences: tuple[str, ...] = Field(min_length=1, description="an event must be meant for one of these")
+    subject_issuer: str = Field(default="", description="whose users it speaks of, a subject issuer; empty: its own")
+    ca_path: Path | None = Field(default=None, description="PEM roots for its addresses; unset: the machine's own")
+    jwks_url: str = Field(default="", description="where its keys are; empty: as its configuration document says")
+    poll_url: str = Field(
+        default="",
+        description="where its events are fetched (RFC 8936); empty: it pushes them to /ssf/events (RFC 8935)",
+    )
+    poll_every: Duration = Field(default=timedelta(seconds=5), description="how often they are fetched")
+    token_file: Path | None = Field(
+        default=None, description="a bearer token: what it must show when it pushes, or what is shown where we fetch"
+    )
+
+
+class SsfSettings(Table):
+    """Security events about users."""
+
+    streams: tuple[TransmitterSettings, ...] = Field(default=(), description="who is heard; none: nobody")
 
 
 class TaskSettings(Table):
@@ -319,6 +356,7 @@ class ServerSettings(ProgramSettings):
     subjects: tuple[SubjectSettings, ...] = Field(
         default=(), description="whose user tokens are accepted; none: no task starts"
     )
+    ssf: SsfSettings = Field(default=SsfSettings(), description="security events about users")
     tasks: TaskSettings = Field(default=TaskSettings(), description="tasks and their tokens")
     policy: PolicySettings = Field(default=PolicySettings(), description="the rules that narrow all of it")
     audiences: tuple[AudienceSettings, ...] = Field(

@@ -43,6 +43,7 @@ from broker.server.tasks.refusals import Refusals
 from broker.server.tasks.sessions import Sessions
 from broker.server.tasks.subjects import Subjects
 from broker.server.tasks.tokens import TaskTokens
+from broker.server.user_ends import UserEnds, standing_of, user_ends
 from broker.spiffe import TrustDomain
 from broker.tasks import Resource, Supervision
 from broker.tasks.authority import OPTIONAL_MEMBERS
@@ -72,6 +73,7 @@ class TasksHalf:
     feed: Feed
     refusals: Refusals
     http: HttpServices
+    ends: UserEnds
     policies: policies_api.Policies
     rejudge: Rejudge
     stop_policy: Callable[[], None]
@@ -96,19 +98,20 @@ class TasksHalf:
 
     def loops(self) -> Iterable[Coroutine[Any, Any, None]]:
         """Give what has to run for as long as the server does."""
-        return (self._sweep(), self.rejudge.run())
+        return (self._sweep(), self.rejudge.run(), *self.ends.loops())
 
     async def close(self) -> None:
         """Let go of the issuers' connections and of the change log."""
         self.feed.stop()
         self.stop_policy()
+        await self.ends.aclose()
         await self.subjects.aclose()
 
     async def _sweep(self) -> None:
         stillness = Stillness(self.store, self.clock)
         while True:
             try:
-                if stillness.may_have_ended() and not await self.lifecycle.sweep():
+                if stillness.may_have_ended() and not await self.lifecycle.sweep() + await self.ends.stops.sweep():
                     stillness.looked(await self.store.read(lambda reader: reader.earliest_end()))
             except BrokerError as error:
                 log.warning("tasks_not_swept", code=error.reason, error=error.message)
@@ -145,7 +148,21 @@ async def tasks_half(
     def count(outcome: str, reason: str) -> None:
         metrics.exchanges.labels(outcome, reason).inc()
 
-    tokens = TaskTokens(store, authorities, clock, starters, audiences, issuer=settings.issuer, rules=rules)
+    standing = standing_of(settings)
+    tokens = TaskTokens(
+        store, authorities, clock, starters, audiences, issuer=settings.issuer, rules=rules, standing=standing
+    )
+    ends = user_ends(
+        settings,
+        store,
+        clock,
+        subjects=subjects,
+        standing=standing,
+        refusals=refusals,
+        ids=ids,
+        policy=policy,
+        count=lambda cause: metrics.ends.labels(cause).inc(),
+    )
     exchange = Exchange(
         store=store,
         subjects=subjects,
@@ -157,6 +174,7 @@ async def tasks_half(
         refusals=refusals,
         policy=policy,
         issuer=settings.issuer,
+        standing=standing,
         count=count,
     )
     assertions = Assertions(
@@ -188,6 +206,10 @@ async def tasks_half(
         keys=authorities,
         refusals=refusals,
         bundles=lambda: authorities.bundles,
+        delegations=ends.delegations,
+        logout_tokens=ends.logout_tokens,
+        events=ends.events,
+        signals=ends.signals,
         audiences=audiences,
         detail_types=detail_types,
     )
@@ -203,6 +225,7 @@ async def tasks_half(
         feed=feed,
         refusals=refusals,
         http=http,
+        ends=ends,
         policies=policies_api.Policies(
             bundles, Explain(store, rules, clock, tokens), rules, audiences, [one.issuer for one in settings.subjects]
         ),
@@ -251,6 +274,9 @@ def _issuer(settings: SubjectSettings) -> SubjectIssuer:
         namespace=settings.namespace,
         ca_path=settings.ca_path,
         required_claims=tuple(sorted(settings.required_claims.items())),
+        session_lease=0 if settings.session_lease is None else int(settings.session_lease.total_seconds()),
+        delegation_clients=frozenset(settings.delegation_clients),
+        delegation_max_age=int(settings.delegation_max_age.total_seconds()),
     )
 
 

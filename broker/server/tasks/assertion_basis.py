@@ -86,6 +86,7 @@ class Bases:
         task = own_task(lineage, admitted)
         if asked.user is not None:
             require_same_user(task, asked.user)
+            self._tokens.standing.hear(writer, asked.user, now)
         resource = self._resource(asked.request)
         epoch = min(each.epoch for each in lineage)
         return Basis(admitted, admitted, lineage, resource, None, (), self._ids.new("txn", now), epoch)

@@ -142,6 +142,8 @@ class Assertions:
         basis = self._bases.find(writer, asked, now)
         request = asked.request
         grant = self._decide(basis, request, now)
+        agent, resource = basis.admitted.actor.spiffe_id, basis.resource
+        self._tokens.standing.require(writer, basis.lineage[-1].delegation, now, agent=agent, audience=resource)
         decision = self._permitted(basis, request, grant, now)
         digest = digest_of(request.kind, asked.user, asked.subject_hash, *request.parts())
         answers = Answers(writer, owner=basis.caller.owner, key=request.idempotency_key, digest=digest, now=now)

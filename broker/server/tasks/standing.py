@@ -13,11 +13,12 @@ from typing import Final
 
 from broker.errors import Refused
 from broker.server.store.ports import Reader, Writer
+from broker.server.store.rows import TokenRow
 from broker.server.store.user_rows import UserSession
 from broker.server.tasks.records import sha256
 from broker.server.tasks.subjects import Subject
 from broker.spiffe import SpiffeId
-from broker.tasks import Authority, Delegation, Resource, TaskClaims
+from broker.tasks import Authority, Delegation, Resource
 from broker.tasks.standing import StandingDelegation, not_named
 from broker.tasks.stop import StopKind, names_of, require_going
 
@@ -94,15 +95,15 @@ class Standing:
             require_going(stops, delegation, now)
         self._require_confirmed(reader, delegation, now)
 
-    def require_token(self, reader: Reader, delegation: Delegation, claims: TaskClaims, now: datetime) -> None:
+    def require_token(self, reader: Reader, delegation: Delegation, row: TokenRow, now: datetime) -> None:
         """Refuse a token that was issued before its user, agent or audience was stopped; raises Refused."""
         names = (
             *names_of(delegation),
-            (StopKind.AGENT, str(claims.client_id)),
-            (StopKind.AUDIENCE, claims.aud.text),
+            (StopKind.AGENT, str(row.agent)),
+            (StopKind.AUDIENCE, row.resource),
         )
         stops = reader.stops(names)
-        if any(claims.iat < stop.tokens_from for stop in stops):
+        if any(row.issued_at.timestamp() < stop.tokens_from for stop in stops):
             raise Refused("what was issued until then was stopped", code="token_stopped")
         if stops:
             require_going((each for each in stops if each.tokens_from <= now.timestamp()), delegation, now)

@@ -52,7 +52,7 @@ class TaskTokens:
         self._audiences = audiences
         self._issuer = issuer
         self.rules = rules
-        self._standing = standing or Standing()
+        self.standing = standing or Standing()
 
     def verify(self, token: str) -> TaskClaims:
         """Check form, signature and issuer of one of our tokens, whatever its audience; raises InvalidToken."""
@@ -112,7 +112,7 @@ class TaskTokens:
             return False
         try:
             require_lineage_active(lineage[-1], tuple(reversed(lineage[:-1])), now)
-            self._standing.require_token(reader, lineage[-1].delegation, claims, now)
+            self.standing.require_token(reader, lineage[-1].delegation, row, now)
             # What the policy of this moment would not issue is not alive, whoever holds it.
             self.rules.may_issue(lineage[-1], Resource(row.resource), authority, now, action).require()
         except BrokerError:

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from broker.server.api.http import errors, tasks
+from broker.server.api.http import delegations, errors, signals, tasks
 from broker.server.api.http.discovery import Discovery
 from broker.server.api.http.introspect import introspect
 from broker.server.api.http.keys import keys
@@ -59,4 +59,10 @@ def _task_routes(services: HttpServices) -> Sequence[Route]:
         Route(METADATA + below, errors.plain(bound(metadata)), methods=["GET"]),
         Route(f"{below}/tasks/{{task_id}}", errors.plain(bound(tasks.show)), methods=["GET"]),
         Route(f"{below}/tasks/{{task_id}}/complete", errors.plain(bound(tasks.complete)), methods=["POST"]),
+        Route(f"{below}/delegations", errors.plain(bound(delegations.create)), methods=["POST"]),
+        Route(f"{below}/delegations", errors.plain(bound(delegations.list_own)), methods=["GET"]),
+        Route(f"{below}/delegations/{{delegation_id}}", errors.plain(bound(delegations.show)), methods=["GET"]),
+        Route(f"{below}/delegations/{{delegation_id}}", errors.plain(bound(delegations.withdraw)), methods=["DELETE"]),
+        Route(f"{below}/backchannel-logout", errors.oauth(bound(signals.logout)), methods=["POST"]),
+        Route(f"{below}/ssf/events", errors.plain(bound(signals.event)), methods=["POST"]),
     )

@@ -24,6 +24,8 @@ class Vocabulary(StrEnum):
     """RFC 6749 §5.2, RFC 8693 §2.2.2."""
     PLAIN = "plain"
     """Our own codes, by the status that fits."""
+    SET = "set"
+    """RFC 8935 §2.3."""
     NONE = "none"
     """It refuses nothing: a public document."""
 

@@ -56,7 +56,12 @@ class Form:
 
 
 async def read_form(
-    request: Request, *, allowed: frozenset[str], repeatable: frozenset[str] = frozenset(), body_optional: bool = False
+    request: Request,
+    *,
+    allowed: frozenset[str],
+    repeatable: frozenset[str] = frozenset(),
+    body_optional: bool = False,
+    ignore_unknown: bool = False,
 ) -> Form:
     """Read a request's form; raises Invalid for everything that does not have exactly one meaning."""
     body = await read_body(request)
@@ -67,7 +72,7 @@ async def read_form(
     types = request.headers.getlist("content-type")
     if len(types) != 1 or _CONTENT_TYPE.fullmatch(types[0].strip()) is None:
         raise Invalid("the content type must be application/x-www-form-urlencoded", code="content_type")
-    return parse_form(body, allowed=allowed, repeatable=repeatable)
+    return parse_form(body, allowed=allowed, repeatable=repeatable, ignore_unknown=ignore_unknown)
 
 
 async def read_body(request: Request) -> bytes:
@@ -90,8 +95,17 @@ async def read_body(request: Request) -> bytes:
     return b"".join(chunks)
 
 
-def parse_form(body: bytes, *, allowed: frozenset[str], repeatable: frozenset[str] = frozenset()) -> Form:
-    """Read the parameters; raises Invalid for unknown, empty, repeated or badly encoded ones."""
+def parse_form(
+    body: bytes,
+    *,
+    allowed: frozenset[str],
+    repeatable: frozenset[str] = frozenset(),
+    ignore_unknown: bool = False,
+) -> Form:
+    """Read the parameters; raises Invalid for unknown, empty, repeated or badly encoded ones.
+
+    ``ignore_unknown`` is for the one endpoint whose standard says so.
+    """
     if body.count(b"&") >= MAX_PARAMETERS:
         raise Invalid(f"more than {MAX_PARAMETERS} parameters", code="too_many_parameters")
     single: dict[str, str] = {}
@@ -100,6 +114,8 @@ def parse_form(body: bytes, *, allowed: frozenset[str], repeatable: frozenset[st
         raw_name, equals, raw_value = pair.partition(b"=")
         name, value = _decoded(raw_name), _decoded(raw_value)
         if name not in allowed:
+            if ignore_unknown:
+                continue
             # The name is the caller's text: it is not repeated in the answer.
             raise Invalid("a parameter is not known here", code="parameter_unknown")
         if not equals or not value:

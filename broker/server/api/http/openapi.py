@@ -33,9 +33,15 @@ _REFUSALS: Final[Mapping[Vocabulary, Mapping[int, str]]] = {
         500: "a defect, under a reference number",
         503: "ask again after Retry-After",
     },
+    Vocabulary.SET: {
+        400: "the event is refused",
+        401: "the transmitter did not show its token",
+        403: "this transmitter's events are fetched",
+        503: "send it again after Retry-After",
+    },
     Vocabulary.NONE: {},
 }
-_SCHEMAS: Final = {Vocabulary.OAUTH: "OAuthError", Vocabulary.PLAIN: "Error"}
+_SCHEMAS: Final = {Vocabulary.OAUTH: "OAuthError", Vocabulary.PLAIN: "Error", Vocabulary.SET: "SetError"}
 
 
 def document(routes: Iterable[BaseRoute], issuer: str) -> dict[str, Any]:

@@ -7,11 +7,13 @@ from broker.clock import Clock
 from broker.server.store.ports import Store
 from broker.server.tasks.assertions import Assertions
 from broker.server.tasks.config import Audiences
+from broker.server.tasks.delegations import Delegations
 from broker.server.tasks.detail_types import DetailTypes
 from broker.server.tasks.exchange import Exchange, TaskKeys
 from broker.server.tasks.feed import Feed
 from broker.server.tasks.lifecycle import Lifecycle
 from broker.server.tasks.refusals import Refusals
+from broker.server.tasks.signals import LogoutTokens, SecurityEvents, Signals
 from broker.server.tasks.tokens import TaskTokens
 from broker.spiffe import BundleSet, TrustDomain
 
@@ -32,5 +34,9 @@ class HttpServices:
     keys: TaskKeys
     refusals: Refusals
     bundles: Callable[[], BundleSet]
+    delegations: Delegations
+    logout_tokens: LogoutTokens
+    events: SecurityEvents
+    signals: Signals
     audiences: Audiences = field(default_factory=Audiences)
     detail_types: DetailTypes = field(default_factory=DetailTypes)

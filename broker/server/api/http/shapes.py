@@ -38,6 +38,9 @@ KEY_SET: Final = ref("KeySet")
 METADATA: Final = ref("Metadata")
 OPENID_CONFIGURATION: Final = ref("OpenIdConfiguration")
 TASK: Final = ref("Task")
+DELEGATION: Final = ref("Delegation")
+DELEGATIONS: Final = ref("Delegations")
+NEW_DELEGATION: Final = ref("NewDelegation")
 DOCUMENT: Final = {"type": "object", "required": ["openapi", "info", "paths"], "additionalProperties": True}
 
 COMPONENTS: Final[Mapping[str, Any]] = {
@@ -174,6 +177,50 @@ COMPONENTS: Final[Mapping[str, Any]] = {
                 }
             )
         },
+    ),
+    "NewDelegation": _object(
+        {
+            "agents": {"type": "array", "minItems": 1, "items": _SPIFFE_ID},
+            "authorization_details": ref("AuthorizationDetails"),
+            "expires_in": {"type": "integer", "minimum": 1},
+            "purpose": _TEXT,
+        },
+        {"max_task_ttl": _SECONDS, "max_hops": {"type": "integer", "minimum": 1}},
+        additionalProperties=False,
+    ),
+    "Delegation": _object(
+        {
+            "id": _TEXT,
+            "user": _TEXT,
+            "issuer": _URI,
+            "client": _TEXT,
+            "state": {"enum": ["standing", "withdrawn", "expired"]},
+            "agents": {"type": "array", "items": _SPIFFE_ID},
+            "authorization_details": ref("AuthorizationDetails"),
+            "purpose": _TEXT,
+            "max_task_ttl": _SECONDS,
+            "max_hops": _COUNT,
+            "created_at": _TIME,
+            "expires_at": _TIME,
+            "ended_at": {"anyOf": [_TIME, {"type": "null"}]},
+            "cause": {"type": ["string", "null"]},
+        }
+    ),
+    "Delegations": _object({"delegations": {"type": "array", "items": ref("Delegation")}}, {"next": _TEXT}),
+    "SetError": _object(
+        {
+            "err": {
+                "enum": [
+                    "invalid_request",
+                    "invalid_key",
+                    "invalid_issuer",
+                    "invalid_audience",
+                    "authentication_failed",
+                    "access_denied",
+                ]
+            },
+            "description": _TEXT,
+        }
     ),
     "Error": _object(
         {"error": {"type": "string", "description": "a stable code"}},

@@ -22,6 +22,7 @@ from broker.server.api.http.peers import CLIENT_AUTHENTICATION, actor_of, check_
 from broker.server.api.http.services import HttpServices
 from broker.server.api.http.token_formats import (
     ACCESS_TOKEN,
+    DELEGATION,
     GRANT_TYPE,
     ID_JAG,
     JWT,
@@ -34,6 +35,7 @@ from broker.server.api.http.token_formats import (
 )
 from broker.server.tasks.config import MAX_TOKEN_TTL
 from broker.server.tasks.requests import Actor, IssuedToken, IssueRequest, StartRequest, check_scope
+from broker.server.tasks.subjects import SubjectKind
 from broker.spiffe import verify_jwt_svid
 from broker.spiffe.strictjson import JsonValue
 from broker.tasks import Authority, Resource
@@ -78,8 +80,12 @@ _OPERATION: Final = Operation(
     vocabulary=Vocabulary.OAUTH,
     form=(
         Parameter("grant_type", "token exchange", {"const": GRANT_TYPE}, required=True),
-        Parameter("subject_token", "the user's token, a task token, or a transaction token", required=True),
-        Parameter("subject_token_type", "what it is", {"enum": sorted({*SUBJECT_KINDS, TXN_TOKEN})}, required=True),
+        Parameter(
+            "subject_token", "the user's token, a task or transaction token, or a delegation's id", required=True
+        ),
+        Parameter(
+            "subject_token_type", "what it is", {"enum": sorted({*SUBJECT_KINDS, TXN_TOKEN, DELEGATION})}, required=True
+        ),
         Parameter("requested_token_type", "default: a task token", {"enum": [ACCESS_TOKEN, JWT, TXN_TOKEN, ID_JAG]}),
         Parameter("resource", "the service (RFC 8707)", repeats=True),
         Parameter("audience", "the service, the trust domain, or a remote server's issuer", repeats=True),
@@ -122,7 +128,9 @@ async def token(request: Request, services: HttpServices) -> Response:
 def _read(form: Form, actor: Actor, key: str, services: HttpServices) -> _Asked:
     require_only(form, _OF_TASK_TOKENS)
     subject_token = form.require("subject_token")
-    kind = SUBJECT_KINDS.get(form.require("subject_token_type"))
+    sent_kind = form.require("subject_token_type")
+    kind = SubjectKind.ANY if sent_kind == DELEGATION else SUBJECT_KINDS.get(sent_kind)
+    user_token, delegation_id = ("", subject_token) if sent_kind == DELEGATION else (subject_token, "")
     if kind is None:
         raise Invalid("the subject token's type is not accepted", code="subject_token_type")
     issued_type = form.get("requested_token_type") or ACCESS_TOKEN
@@ -139,15 +147,23 @@ def _read(form: Form, actor: Actor, key: str, services: HttpServices) -> _Asked:
         if form.get("purpose") is not None:
             raise Invalid("the purpose of a running task cannot be changed", code="purpose_fixed")
         issue = IssueRequest(
-            resource, task_id, scope, authority, user_token=subject_token, kind=kind, idempotency_key=key
+            resource,
+            task_id,
+            scope,
+            authority,
+            user_token=user_token,
+            kind=kind,
+            idempotency_key=key,
+            delegation_id=delegation_id,
         )
         return _Asked(None, issue, issued_type)
     start = StartRequest(
-        subject_token,
+        user_token,
         form.get("purpose") or f"access to {resource.text}"[:1024],
         _authority(resource, scope) if authority is None else authority,
         kind=kind,
         idempotency_key=key,
+        delegation_id=delegation_id,
     )
     return _Asked(start, IssueRequest(resource, scope=scope), issued_type)
 
@@ -168,6 +184,9 @@ def offered(services: HttpServices) -> Mapping[str, JsonValue]:
         "requested_token_types_supported": [*formats, *(one for one in outward if one not in formats)],
         "access_token_signing_alg_values_supported": [ALGORITHM],
         "access_token_max_seconds": MAX_TOKEN_TTL,
+        "delegations_endpoint": f"{services.issuer}/delegations",
+        "backchannel_logout_uri": f"{services.issuer}/backchannel-logout",
+        "security_events_endpoint": f"{services.issuer}/ssf/events",
     }
     if outward:
         # draft-ietf-oauth-identity-chaining, "Authorization Server Metadata".

@@ -33,6 +33,8 @@ ACCESS_TOKEN: Final = TOKEN_TYPES + "access_token"
 JWT: Final = TOKEN_TYPES + GrantFormat.JWT.value
 ID_JAG: Final = TOKEN_TYPES + GrantFormat.ID_JAG.value
 TXN_TOKEN: Final = TOKEN_TYPES + TRANSACTION
+DELEGATION: Final = "urn:broker:token-type:delegation"
+"""Ours: the subject token is the id of a standing delegation."""
 SUBJECT_KINDS: Final = {TOKEN_TYPES + kind.value: kind for kind in SubjectKind}
 
 _ALWAYS: Final = frozenset(

@@ -1,7 +1,7 @@
 """A task half to test with: a real store, a real directory of entries, a real OpenID issuer, a clock that a test moves."""
 
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -18,8 +18,16 @@ from broker.server.store.rows import Node
 from broker.server.store.sqlite import SqliteStore
 from broker.server.tasks.admission import Starters
 from broker.server.tasks.assertions import Assertions
-from broker.server.tasks.config import Audience, Audiences, SubjectIssuer, TaskDefaults
+from broker.server.tasks.config import (
+    Audience,
+    Audiences,
+    SubjectIssuer,
+    TaskDefaults,
+    Transmitter,
+    check_transmitters,
+)
 from broker.server.tasks.decision import Policy
+from broker.server.tasks.delegations import Delegations
 from broker.server.tasks.exchange import Exchange
 from broker.server.tasks.feed import Feed
 from broker.server.tasks.ids import Ids
@@ -29,8 +37,14 @@ from broker.server.tasks.policy.rules import Rules
 from broker.server.tasks.refusals import Refusals
 from broker.server.tasks.requests import Actor, Door, IssuedToken, IssueRequest, StartRequest
 from broker.server.tasks.sessions import ReportedSession, Sessions
+from broker.server.tasks.signal_poll import Poller
+from broker.server.tasks.signals import LogoutTokens, SecurityEvents, Signals
+from broker.server.tasks.standing import Standing
+from broker.server.tasks.stops import Stops
 from broker.server.tasks.subjects import Subjects
 from broker.server.tasks.tokens import TaskTokens
+from broker.server.tasks.users import Users
+from broker.server.user_ends import UserEnds
 from broker.spiffe import Selector, SpiffeId
 from broker.spiffe.jose import PublicKey
 from broker.tasks import Authority, Resource, Task, VerifiedToken, verify_task_token
@@ -127,6 +141,7 @@ class Estate:
     tokens: TaskTokens
     audiences: Audiences
     counted: list[tuple[str, str]]
+    ends: UserEnds
 
     def actor(self, **fields: Any) -> Actor:
         """The workload, as its node agent vouches for it."""
@@ -226,7 +241,13 @@ def _furnish(writer: Writer) -> None:
 
 @asynccontextmanager
 async def running(
-    directory: Path, oidc: OidcIssuer, *, defaults: TaskDefaults | None = None, **subject: Any
+    directory: Path,
+    oidc: OidcIssuer,
+    *,
+    defaults: TaskDefaults | None = None,
+    leases: Mapping[str, timedelta] | None = None,
+    transmitters: Sequence[Transmitter] = (),
+    **subject: Any,
 ) -> AsyncIterator[Estate]:
     """Open the store in a directory (made at first) and wire the task half as the server does."""
     clock, keys, starters = ManualClock(), Keys(), Starters()
@@ -266,10 +287,25 @@ async def running(
             "issuer": ISSUER,
             "count": lambda outcome, reason: counted.append((outcome, reason)),
         }
-        exchange = Exchange(**parts)
+        exchange = Exchange(**parts, standing=Standing(leases or {}))
         feed = Feed(store, keys, clock, issuer=ISSUER, heartbeat=0.05)
         await feed.start()
-        tokens = TaskTokens(store, keys, clock, starters, audiences, issuer=ISSUER, rules=rules)
+        standing = Standing(leases or {})
+        parts_of_users = {"store": store, "clock": clock, "subjects": subjects, "refusals": refusals}
+        tokens = TaskTokens(store, keys, clock, starters, audiences, issuer=ISSUER, rules=rules, standing=standing)
+        stops = Stops(store, clock)
+        events = SecurityEvents(check_transmitters(transmitters, [SubjectIssuer(**trusted)]), subjects, clock)
+        ends = UserEnds(
+            stops=stops,
+            users=Users(store, clock, stops),
+            delegations=Delegations(
+                **parts_of_users, standing=standing, stops=stops, ids=parts["ids"], policy=parts["policy"]
+            ),
+            logout_tokens=LogoutTokens(subjects, clock),
+            events=events,
+            signals=(signals := Signals(store, clock, stops, refusals)),
+            pollers=tuple(Poller(one, events, signals) for one in transmitters if one.poll_url),
+        )
         formats = frozenset(GrantFormat)
         assertions = Assertions(
             **parts,
@@ -282,8 +318,9 @@ async def running(
         try:
             yield Estate(
                 store, clock, oidc, keys, known, starters, subjects, exchange, assertions, Lifecycle(store, clock),
-                Sessions(store, clock, known), feed, refusals, tokens, audiences, counted,
+                Sessions(store, clock, known), feed, refusals, tokens, audiences, counted, ends,
             )  # fmt: skip
         finally:
             feed.stop()
+            await ends.aclose()
             await subjects.aclose()

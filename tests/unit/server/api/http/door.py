@@ -111,6 +111,10 @@ async def open_door(estate: Estate) -> AsyncIterator[HttpDoorway]:
         keys=estate.keys,
         refusals=estate.refusals,
         bundles=lambda: bundles,
+        delegations=estate.ends.delegations,
+        logout_tokens=estate.ends.logout_tokens,
+        events=estate.ends.events,
+        signals=estate.ends.signals,
         audiences=estate.audiences,
     )
     app = create_app(services)
