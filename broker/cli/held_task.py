@@ -40,6 +40,7 @@ class StartRequest:
     ttl: int
     supervision: str
     spiffe_id: str
+    delegation: str = ""
 
 
 def hold(settings: Settings, request: StartRequest) -> int:
@@ -73,6 +74,7 @@ async def _hold(settings: Settings, request: StartRequest) -> int:
             tasks_pb2.StartTaskRequest(
                 spiffe_id=request.spiffe_id,
                 user_token=request.user_token,
+                delegation_id=request.delegation,
                 purpose=request.purpose,
                 authorization_details=request.authorization_details,
                 ttl=request.ttl,

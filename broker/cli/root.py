@@ -18,6 +18,7 @@ NOUNS: Final[Mapping[str, tuple[str, str]]] = {
     "authority": ("broker.cli.authority", "The keys that sign: seen, and rotated by hand."),
     "bundle": ("broker.cli.bundle", "Trust bundles: the own, and those of other trust domains."),
     "config": ("broker.cli.config", "The settings of server and agent."),
+    "delegation": ("broker.cli.delegation", "Delegations that users leave standing, and the users themselves."),
     "demo": ("broker.cli.demo", "The whole story with real processes, in seconds."),
     "dev": ("broker.cli.dev", "A development estate on this machine."),
     "entry": ("broker.cli.entry", "Registration entries: which process gets which identity."),

@@ -33,7 +33,8 @@ COMMAND = noun("task", "Tasks: start, see and end them.")
 
 
 @COMMAND.command("start")
-@option("--user-token-file", required=True, metavar="FILE|-", help="The user's token, by a file or standard input.")
+@option("--user-token-file", metavar="FILE|-", help="The user's token, by a file or standard input.")
+@option("--delegation", default="", metavar="ID", help="Instead: a delegation that the user left standing.")
 @option("--purpose", required=True, help="What it is for, for people who look at it later.")
 @option("--authorization-details", required=True, metavar="JSON|@FILE", help="What it may do (RFC 9396).")
 @option("--ttl", type=DURATION, default=0, help="Its end at the latest. Default: the server's.")
@@ -41,7 +42,8 @@ COMMAND = noun("task", "Tasks: start, see and end them.")
 @option("--spiffe-id", spire=["spiffeID"], type=SPIFFE_ID, help="Which of this process's identities acts.")
 def start(
     *,
-    user_token_file: str,
+    user_token_file: str | None,
+    delegation: str,
     purpose: str,
     authorization_details: str,
     ttl: int,
@@ -54,9 +56,11 @@ def start(
     """
     from broker.tasks import Authority  # noqa: PLC0415 - imports cryptography
 
+    if bool(user_token_file) == bool(delegation):
+        raise click.UsageError("name --user-token-file or --delegation")
     here = settings()
     details = Authority.parse(read_text(authorization_details, "--authorization-details")).text()
-    user_token = read_file(user_token_file, "the user's token")
+    user_token = read_file(user_token_file, "the user's token") if user_token_file else ""
     if here.dry_run:
         wanted = {"purpose": purpose, "authorization_details": _parsed(details), "ttl": ttl, "supervision": supervision}
         here.shown.one(SHAPE, wanted)
@@ -73,6 +77,7 @@ def start(
             ttl=ttl,
             supervision=supervision or "",
             spiffe_id=spiffe_id or "",
+            delegation=delegation,
         ),
     )
 
@@ -187,11 +192,23 @@ def complete(task_id: str, spiffe_id: str | None) -> None:
 
 
 @COMMAND.command("revoke")
-@click.argument("task_id", metavar="ID")
+@click.argument("task_id", metavar="[ID]", required=False)
+@option("--user", default="", help="Instead: all that this user gave until now; they may sign in and give anew.")
+@option("--agent", type=SPIFFE_ID, help="Instead: all that this SPIFFE ID does now.")
+@option("--audience", default="", metavar="URI", help="Instead: every token for this service, and every task there.")
 @option("--reason", default="", help="For the record.")
-def revoke(task_id: str, reason: str) -> None:
-    """End a task and all below it at once, as an operator."""
+def revoke(task_id: str | None, user: str, agent: str | None, audience: str, reason: str) -> None:
+    """End a task and all below it at once, as an operator; or all of a user, an agent or a service."""
+    wanted = {"user": user, "agent": agent or "", "audience": audience}
+    named = {name: value for name, value in wanted.items() if value}
+    if len(named) + bool(task_id) != 1:
+        raise click.UsageError("name one task, or one of --user, --agent, --audience")
     here = settings()
+    if not task_id:
+        from broker.cli.task_stop import stop  # noqa: PLC0415 - rarely needed
+
+        stop(here, named, reason)
+        return
     here.confirm(f"End the task {task_id} and all below it?")
     if here.dry_run:
         here.shown.one(SHAPE, {"id": task_id, "cause": reason or None})

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from broker.client.authorities import Authorities
     from broker.client.bundles import Bundles
     from broker.client.calls import Caller
+    from broker.client.delegations import Delegations, Stops
     from broker.client.dial import dial_socket
     from broker.client.entries import Entries
     from broker.client.federation import Relationships
@@ -25,12 +26,14 @@ __all__ = [
     "Authorities",
     "Bundles",
     "Caller",
+    "Delegations",
     "Entries",
     "Health",
     "Nodes",
     "Policies",
     "Relationships",
     "Revocations",
+    "Stops",
     "Svids",
     "Tasks",
     "dial_socket",
@@ -40,12 +43,14 @@ _MODULES = {
     "Authorities": "authorities",
     "Bundles": "bundles",
     "Caller": "calls",
+    "Delegations": "delegations",
     "Entries": "entries",
     "Health": "health",
     "Nodes": "nodes",
     "Policies": "policies",
     "Relationships": "federation",
     "Revocations": "revocations",
+    "Stops": "delegations",
     "Svids": "svids",
     "Tasks": "tasks",
     "dial_socket": "dial",

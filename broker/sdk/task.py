@@ -184,6 +184,7 @@ class TaskBlock:
         workload: "Workload",
         *,
         user_token: str,
+        delegation: str = "",
         purpose: str,
         authorization_details: Sequence[Mapping[str, object]],
         ttl: int,
@@ -198,6 +199,7 @@ class TaskBlock:
         self._request = tasks_pb2.StartTaskRequest(
             spiffe_id=_chosen(workload),
             user_token=user_token,
+            delegation_id=delegation,
             purpose=purpose,
             authorization_details=_json(authorization_details),
             ttl=ttl,

@@ -169,7 +169,8 @@ class Workload:
     def task(
         self,
         *,
-        user_token: str,
+        user_token: str = "",
+        delegation: str = "",
         purpose: str,
         authorization_details: Sequence[Mapping[str, object]],
         ttl: int = 0,
@@ -179,11 +180,12 @@ class Workload:
     ) -> TaskBlock:
         """Prepare a task; ``async with`` starts it, leaving the block ends it, and every token of it dies.
 
-        ``ttl`` is in seconds; 0 takes the server's default. ``supervision`` empty takes the server's default.
+        It acts on a user's token, or on a standing ``delegation`` (its id). ``ttl`` is in seconds; 0 takes the server's default. ``supervision`` empty takes the server's default.
         """
         return TaskBlock(
             self,
             user_token=user_token,
+            delegation=delegation,
             purpose=purpose,
             authorization_details=authorization_details,
             ttl=ttl,

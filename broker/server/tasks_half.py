@@ -9,6 +9,7 @@ from typing import Any, Final
 from broker._proto.service import ServiceBinding
 from broker.clock import Clock
 from broker.errors import BrokerError
+from broker.server.api.grpc import delegations as delegations_api
 from broker.server.api.grpc import feed as feed_api
 from broker.server.api.grpc import policies as policies_api
 from broker.server.api.grpc import sessions as sessions_api
@@ -94,6 +95,8 @@ class TasksHalf:
             (feed_api.BINDING, feed_api.Feed(self.feed, self.trust_domain)),
             (sessions_api.BINDING, sessions_api.Sessions(self.sessions)),
             (policies_api.BINDING, self.policies),
+            (delegations_api.BINDING, delegations_api.Delegations(self.ends.delegations, self.clock)),
+            (delegations_api.STOPS, delegations_api.Stops(self.ends.users)),
         )
 
     def loops(self) -> Iterable[Coroutine[Any, Any, None]]:

@@ -90,6 +90,12 @@ class StandingDelegation:
         if self.expires_at <= self.created_at:
             raise _invalid("it ends before it starts")
 
+    def state(self, now: datetime) -> str:
+        """Say how it stands: ``standing``, ``withdrawn`` or ``expired``."""
+        if self.ended_at is not None:
+            return "withdrawn"
+        return "expired" if now >= self.expires_at else "standing"
+
     def require_live(self, now: datetime) -> None:
         """Refuse when it is over; raises Refused (``delegation_withdrawn``, ``delegation_expired``)."""
         if self.ended_at is not None:

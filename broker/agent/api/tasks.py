@@ -48,6 +48,7 @@ class TasksApi:
             limits=request.limits,
             supervision=request.supervision,
             idempotency_key=request.idempotency_key,
+            delegation_id=request.delegation_id,
         )
         task: server_pb2.Task = await self._forward(self._upstream.tasks.StartTask, forwarded, context, caller)
         return task

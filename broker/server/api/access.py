@@ -108,6 +108,11 @@ METHODS: Final[Mapping[str, frozenset[Role]]] = {
     **_lines("broker.server.v1.Tasks", _AGENTS, "StartTask", "IssueToken", "CompleteTask"),
     **_lines("broker.server.v1.Tasks", _OPERATORS, "GetTask", "ListTasks", "RevokeTask"),
     **_lines("broker.server.v1.Policies", _OPERATORS, "GetPolicy", "PushPolicy", "ExplainDecision"),
+    **_lines(
+        "broker.server.v1.Delegations", _OPERATORS,
+        "CreateDelegation", "GetDelegation", "ListDelegations", "RevokeDelegation",
+    ),
+    **_lines("broker.server.v1.Stops", _OPERATORS, "StopTasks", "DisableUser", "EnableUser"),
     **_lines("broker.server.v1.Feed", _LISTENERS, "Subscribe"),
     **_lines("spire.api.server.debug.v1.Debug", _LOCAL, "GetInfo"),
     **_lines("spire.api.server.logger.v1.Logger", _LOCAL, "GetLogger", "SetLogLevel", "ResetLogLevel"),

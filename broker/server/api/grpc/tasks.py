@@ -71,6 +71,7 @@ class Tasks:
                 supervision=_supervision(request.supervision),
                 limits=request.limits,
                 idempotency_key=request.idempotency_key,
+                delegation_id=request.delegation_id,
             )
         return self._written(await self._exchange.start(actor, start), 0)
 

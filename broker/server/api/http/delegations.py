@@ -99,15 +99,12 @@ async def withdraw(request: Request, services: HttpServices) -> Response:
 
 def shown(delegation: StandingDelegation, now: datetime) -> dict[str, JsonValue]:
     """Write one for people and programs."""
-    state = (
-        "withdrawn" if delegation.ended_at is not None else "expired" if now >= delegation.expires_at else "standing"
-    )
     return {
         "id": delegation.id,
         "user": delegation.user,
         "issuer": delegation.issuer,
         "client": delegation.client,
-        "state": state,
+        "state": delegation.state(now),
         "agents": [pattern.text for pattern in delegation.agents],
         "authorization_details": delegation.authority.to_json(),
         "purpose": delegation.purpose,

@@ -4,28 +4,29 @@ from broker._proto.pool import load as _load
 
 DESCRIPTOR = _load(
     b'\n\x1bbroker/agent/v1/tasks.proto\x12\x0fbroker.agent.v1\x1a\x1c'
-    b'broker/server/v1/tasks.proto"\x92\x02\n\x10StartTaskReques'
+    b'broker/server/v1/tasks.proto"\xb7\x02\n\x10StartTaskReques'
     b't\x12\x1b\n\tspiffe_id\x18\x01 \x01(\tR\x08spiffeId\x12\x1d\n\nuser_token\x18\x02 \x01'
     b'(\tR\tuserToken\x12\x18\n\x07purpose\x18\x03 \x01(\tR\x07purpose\x123\n\x15autho'
     b'rization_details\x18\x04 \x01(\tR\x14authorizationDetails\x12\x10\n\x03'
     b'ttl\x18\x05 \x01(\x03R\x03ttl\x12\x16\n\x06limits\x18\x06 \x01(\tR\x06limits\x12 \n\x0bsuperv'
     b"ision\x18\x07 \x01(\tR\x0bsupervision\x12'\n\x0fidempotency_key\x18\x08 \x01("
-    b'\tR\x0eidempotencyKey"\xf9\x02\n\x11IssueTokenRequest\x12\x1b\n\tspiff'
-    b'e_id\x18\x01 \x01(\tR\x08spiffeId\x12\x17\n\x07task_id\x18\x02 \x01(\tR\x06taskId\x12\x1a\n'
-    b'\x08resource\x18\x03 \x01(\tR\x08resource\x12\x14\n\x05scope\x18\x04 \x01(\tR\x05scope\x12'
-    b'3\n\x15authorization_details\x18\x05 \x01(\tR\x14authorizationDet'
-    b"ails\x12'\n\x0fidempotency_key\x18\x06 \x01(\tR\x0eidempotencyKey\x120\n"
-    b'\x14requested_token_type\x18F \x01(\tR\x12requestedTokenType\x12'
-    b"\x1a\n\x08audience\x18G \x01(\tR\x08audience\x12'\n\x0frequest_context\x18H"
-    b" \x01(\tR\x0erequestContext\x12'\n\x0frequest_details\x18I \x01(\tR\x0er"
-    b'equestDetails"\x9f\x01\n\x13CompleteTaskRequest\x12\x1b\n\tspiffe_'
-    b'id\x18\x01 \x01(\tR\x08spiffeId\x12\x17\n\x07task_id\x18\x02 \x01(\tR\x06taskId\x12)\n\x10e'
-    b"xpected_version\x18\x03 \x01(\x03R\x0fexpectedVersion\x12'\n\x0fidempo"
-    b'tency_key\x18\x04 \x01(\tR\x0eidempotencyKey2\xee\x01\n\x05Tasks\x12F\n\tSta'
-    b'rtTask\x12!.broker.agent.v1.StartTaskRequest\x1a\x16.brok'
-    b'er.server.v1.Task\x12O\n\nIssueToken\x12".broker.agent.v'
-    b'1.IssueTokenRequest\x1a\x1d.broker.server.v1.IssuedTok'
-    b'en\x12L\n\x0cCompleteTask\x12$.broker.agent.v1.CompleteTas'
-    b'kRequest\x1a\x16.broker.server.v1.Taskb\x06proto3',
+    b'\tR\x0eidempotencyKey\x12#\n\rdelegation_id\x182 \x01(\tR\x0cdelega'
+    b'tionId"\xf9\x02\n\x11IssueTokenRequest\x12\x1b\n\tspiffe_id\x18\x01 \x01(\tR'
+    b'\x08spiffeId\x12\x17\n\x07task_id\x18\x02 \x01(\tR\x06taskId\x12\x1a\n\x08resource\x18\x03'
+    b' \x01(\tR\x08resource\x12\x14\n\x05scope\x18\x04 \x01(\tR\x05scope\x123\n\x15authoriz'
+    b"ation_details\x18\x05 \x01(\tR\x14authorizationDetails\x12'\n\x0fide"
+    b'mpotency_key\x18\x06 \x01(\tR\x0eidempotencyKey\x120\n\x14requested_'
+    b'token_type\x18F \x01(\tR\x12requestedTokenType\x12\x1a\n\x08audience'
+    b"\x18G \x01(\tR\x08audience\x12'\n\x0frequest_context\x18H \x01(\tR\x0ereque"
+    b"stContext\x12'\n\x0frequest_details\x18I \x01(\tR\x0erequestDetai"
+    b'ls"\x9f\x01\n\x13CompleteTaskRequest\x12\x1b\n\tspiffe_id\x18\x01 \x01(\tR\x08s'
+    b'piffeId\x12\x17\n\x07task_id\x18\x02 \x01(\tR\x06taskId\x12)\n\x10expected_ver'
+    b"sion\x18\x03 \x01(\x03R\x0fexpectedVersion\x12'\n\x0fidempotency_key\x18\x04"
+    b' \x01(\tR\x0eidempotencyKey2\xee\x01\n\x05Tasks\x12F\n\tStartTask\x12!.br'
+    b'oker.agent.v1.StartTaskRequest\x1a\x16.broker.server.v'
+    b'1.Task\x12O\n\nIssueToken\x12".broker.agent.v1.IssueToke'
+    b'nRequest\x1a\x1d.broker.server.v1.IssuedToken\x12L\n\x0cCompl'
+    b'eteTask\x12$.broker.agent.v1.CompleteTaskRequest\x1a\x16.'
+    b'broker.server.v1.Taskb\x06proto3',
     globals(),
 )

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class StartTaskRequest(_message.Message):
-    __slots__ = ("spiffe_id", "user_token", "purpose", "authorization_details", "ttl", "limits", "supervision", "idempotency_key")
+    __slots__ = ("spiffe_id", "user_token", "purpose", "authorization_details", "ttl", "limits", "supervision", "idempotency_key", "delegation_id")
     SPIFFE_ID_FIELD_NUMBER: _ClassVar[int]
     USER_TOKEN_FIELD_NUMBER: _ClassVar[int]
     PURPOSE_FIELD_NUMBER: _ClassVar[int]
@@ -16,6 +16,7 @@ class StartTaskRequest(_message.Message):
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     SUPERVISION_FIELD_NUMBER: _ClassVar[int]
     IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
+    DELEGATION_ID_FIELD_NUMBER: _ClassVar[int]
     spiffe_id: str
     user_token: str
     purpose: str
@@ -24,7 +25,8 @@ class StartTaskRequest(_message.Message):
     limits: str
     supervision: str
     idempotency_key: str
-    def __init__(self, spiffe_id: _Optional[str] = ..., user_token: _Optional[str] = ..., purpose: _Optional[str] = ..., authorization_details: _Optional[str] = ..., ttl: _Optional[int] = ..., limits: _Optional[str] = ..., supervision: _Optional[str] = ..., idempotency_key: _Optional[str] = ...) -> None: ...
+    delegation_id: str
+    def __init__(self, spiffe_id: _Optional[str] = ..., user_token: _Optional[str] = ..., purpose: _Optional[str] = ..., authorization_details: _Optional[str] = ..., ttl: _Optional[int] = ..., limits: _Optional[str] = ..., supervision: _Optional[str] = ..., idempotency_key: _Optional[str] = ..., delegation_id: _Optional[str] = ...) -> None: ...
 
 class IssueTokenRequest(_message.Message):
     __slots__ = ("spiffe_id", "task_id", "resource", "scope", "authorization_details", "idempotency_key", "requested_token_type", "audience", "request_context", "request_details")

@@ -48,7 +48,7 @@ class Task(_message.Message):
     def __init__(self, id: _Optional[str] = ..., root: _Optional[str] = ..., parent: _Optional[str] = ..., depth: _Optional[int] = ..., user: _Optional[str] = ..., agent: _Optional[str] = ..., purpose: _Optional[str] = ..., authorization_details: _Optional[str] = ..., state: _Optional[str] = ..., version: _Optional[int] = ..., cause: _Optional[str] = ..., supervision: _Optional[str] = ..., created_at: _Optional[int] = ..., expires_at: _Optional[int] = ..., ended_at: _Optional[int] = ..., tokens_issued: _Optional[int] = ..., ended_seq: _Optional[int] = ...) -> None: ...
 
 class StartTaskRequest(_message.Message):
-    __slots__ = ("workload", "user_token", "purpose", "authorization_details", "ttl", "limits", "supervision", "idempotency_key")
+    __slots__ = ("workload", "user_token", "purpose", "authorization_details", "ttl", "limits", "supervision", "idempotency_key", "delegation_id")
     WORKLOAD_FIELD_NUMBER: _ClassVar[int]
     USER_TOKEN_FIELD_NUMBER: _ClassVar[int]
     PURPOSE_FIELD_NUMBER: _ClassVar[int]
@@ -57,6 +57,7 @@ class StartTaskRequest(_message.Message):
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     SUPERVISION_FIELD_NUMBER: _ClassVar[int]
     IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
+    DELEGATION_ID_FIELD_NUMBER: _ClassVar[int]
     workload: _sessions_pb2.WorkloadSession
     user_token: str
     purpose: str
@@ -65,7 +66,8 @@ class StartTaskRequest(_message.Message):
     limits: str
     supervision: str
     idempotency_key: str
-    def __init__(self, workload: _Optional[_Union[_sessions_pb2.WorkloadSession, _Mapping[str, _Anything]]] = ..., user_token: _Optional[str] = ..., purpose: _Optional[str] = ..., authorization_details: _Optional[str] = ..., ttl: _Optional[int] = ..., limits: _Optional[str] = ..., supervision: _Optional[str] = ..., idempotency_key: _Optional[str] = ...) -> None: ...
+    delegation_id: str
+    def __init__(self, workload: _Optional[_Union[_sessions_pb2.WorkloadSession, _Mapping[str, _Anything]]] = ..., user_token: _Optional[str] = ..., purpose: _Optional[str] = ..., authorization_details: _Optional[str] = ..., ttl: _Optional[int] = ..., limits: _Optional[str] = ..., supervision: _Optional[str] = ..., idempotency_key: _Optional[str] = ..., delegation_id: _Optional[str] = ...) -> None: ...
 
 class IssueTokenRequest(_message.Message):
     __slots__ = ("workload", "task_id", "resource", "scope", "authorization_details", "idempotency_key", "requested_token_type", "audience", "request_context", "request_details")
