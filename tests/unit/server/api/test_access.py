@@ -14,6 +14,7 @@ from broker.server.api.grpc import (
     authorities,
     bundle,
     debug,
+    delegations,
     entries,
     entry,
     feed,
@@ -49,6 +50,7 @@ SERVED = {
     local_authority: local_authority.LocalAuthority,
     logger: logger.Logger,
     policies: policies.Policies,
+    delegations: delegations.Delegations,
     revocations: revocations.Revocations,
     sessions: sessions.Sessions,
     svid: svid.Svid,
@@ -57,14 +59,14 @@ SERVED = {
     watch: watch.Watch,
 }
 TOOLS = (reflection.V1, reflection.V1ALPHA)
-BINDINGS: list[ServiceBinding] = [*(module.BINDING for module in SERVED), *TOOLS]
+BINDINGS: list[ServiceBinding] = [*(module.BINDING for module in SERVED), delegations.STOPS, *TOOLS]
 PATHS = {method.path for binding in BINDINGS for method in binding.methods.values()}
 SERVED_PATHS = {
     method.path
     for module, servicer in SERVED.items()
     for method in module.BINDING.methods.values()
     if hasattr(servicer, method.name)
-} | {method.path for binding in TOOLS for method in binding.methods.values()}
+} | {method.path for binding in (delegations.STOPS, *TOOLS) for method in binding.methods.values()}
 
 
 @pytest.fixture
