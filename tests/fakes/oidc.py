@@ -77,6 +77,9 @@ class OidcIssuer:
         self.fault = ""
         self.claimed_issuer: str | None = None
         self.extra_jwks: list[dict[str, Any]] = []
+        self.events: dict[str, str] = {}
+        self.polled: list[dict[str, Any]] = []
+        self.poll_token = ""
         self.ca_path = directory / "oidc-ca.pem"
         context = self._tls()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler_of(self))
@@ -205,6 +208,19 @@ def _handler_of(issuer: OidcIssuer) -> type[BaseHTTPRequestHandler]:
                     self._send(200, body.replace(b'"jwks_uri": "https:', b'"jwks_uri": "http:'))
                 else:
                     self._send(200, body)
+
+        def do_POST(self) -> None:
+            """As a transmitter of security events: give those that were not acknowledged (RFC 8936)."""
+            asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            issuer.polled.append(asked)
+            for jti in (*asked["ack"], *asked.get("setErrs", {})):
+                issuer.events.pop(jti, None)
+            if issuer.fault == "status" or self.headers.get("authorization", "") != issuer.poll_token:
+                self._send(401, b"{}")
+                return
+            first = dict(itertools.islice(issuer.events.items(), asked["maxEvents"]))
+            more = len(first) < len(issuer.events)
+            self._send(200, json.dumps({"sets": first, "moreAvailable": more}).encode())
 
         def _send(self, status: int, body: bytes, **headers: str) -> None:
             self.send_response(status)
