@@ -130,6 +130,8 @@ class TestLivingTasks:
         def end(w: Writer) -> int:
             return w.end_tasks_of("alice", Cause.USER_DISABLED, NOW + SECOND, 10)
 
+        for count, has in ((3, True), (4, False)):
+            assert await store.read(lambda r, n=count: r.has_tasks("alice", n)) is has
         assert await store.write(end) == 3
         assert await store.write(end) == 0
         states = [await store.read(lambda r, one=one: r.task(one)) for one in ("tsk_1", "tsk_2", "tsk_3", "tsk_4")]

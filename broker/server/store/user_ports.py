@@ -33,6 +33,10 @@ class UserReads(Protocol):
         """Give a page of tasks that have not ended, oldest first; Invalid for a search without a limit."""
         ...
 
+    def has_tasks(self, user: str, count: int) -> bool:
+        """Tell whether at least so many tasks of a user live."""
+        ...
+
     def delegation(self, delegation_id: str) -> StandingDelegation | None:
         """Give one standing delegation, or None."""
         ...

@@ -55,6 +55,7 @@ _END_OF_USER: Final = (
     " ended_at = CASE WHEN expires_at <= ? THEN expires_at WHEN created_at > ? THEN created_at ELSE ? END"
     " WHERE ended_at IS NULL AND id IN (SELECT id FROM tasks WHERE user_id = ? AND ended_at IS NULL LIMIT ?)"
 )
+_HAS: Final = "SELECT 1 FROM tasks WHERE user_id = ? AND ended_at IS NULL LIMIT 1 OFFSET ?"
 _PLACE: Final = re.compile(r"(?P<created>[0-9]{1,17})\.(?P<id>.{1,255})", re.DOTALL)
 
 
@@ -80,6 +81,10 @@ class UserReading(TaskReading):
         """Give one session, or None."""
         row = self._sql.row(_ONE_SESSION, (issuer, sid, user))
         return None if row is None else _read_session(row)
+
+    def has_tasks(self, user: str, count: int) -> bool:
+        """Tell whether at least so many tasks of a user live."""
+        return self._sql.row(_HAS, (user, count - 1)) is not None
 
     def living_tasks(self, wanted: LivingTasks, *, after: str | None = None, limit: int) -> LivingPage:
         """Give a page of tasks that have not ended, oldest first; Invalid for a search without a limit."""
