@@ -6,7 +6,7 @@ now (keys, store) is left to come again. Only https, no redirect, a bounded answ
 """
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
 
 import httpx2
@@ -33,8 +33,16 @@ log = get_logger("signals")
 class Poller:
     """Fetches the events of one transmitter. Close it with :meth:`aclose`."""
 
-    def __init__(self, transmitter: Transmitter, events: SecurityEvents, signals: Signals) -> None:
-        """Prepare the client; raises Misconfigured for an unreadable ``ca_path``."""
+    def __init__(
+        self,
+        transmitter: Transmitter,
+        events: SecurityEvents,
+        signals: Signals,
+        *,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        """Prepare the client; ``sleep`` waits between two fetches. Raises Misconfigured for an unreadable ``ca_path``."""
+        self._sleep = sleep
         self._transmitter = transmitter
         self._events = events
         self._signals = signals
@@ -66,7 +74,7 @@ class Poller:
             except BrokerError as error:
                 log.warning("events_not_fetched", transmitter=self._transmitter.issuer, code=error.reason)
                 pause = min(2 * pause, max(SECONDS_AT_MOST, self._transmitter.poll_every))
-            await asyncio.sleep(pause)
+            await self._sleep(pause)
 
     async def fetch(self) -> bool:
         """Ask once, take in what comes, and tell whether more waits there; raises Unavailable."""

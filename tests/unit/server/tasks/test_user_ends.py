@@ -12,6 +12,7 @@ import pytest
 from broker.audit.events import Event
 from broker.errors import Misconfigured, Unavailable
 from broker.server.tasks.config import SubjectIssuer, Transmitter, check_transmitters
+from broker.server.tasks.signal_poll import Poller
 from broker.server.tasks.stops import ENDED_AT_ONCE
 from broker.spiffe import SpiffeId
 from broker.tasks import Cause, Resource, State
@@ -119,10 +120,19 @@ class TestFetchedEvents:
         (poller,) = scene.estate.ends.pollers
         with pytest.raises(Unavailable):
             await poller.fetch()
-        loop = asyncio.create_task(poller.run())
-        await asyncio.sleep(0)
-        assert not loop.done()
-        loop.cancel()
+        pauses: list[float] = []
+
+        async def sleep(seconds: float) -> None:
+            pauses.append(seconds)
+            if len(pauses) == 6:
+                raise asyncio.CancelledError
+
+        events, signals = scene.estate.ends.events, scene.estate.ends.signals
+        again = Poller(polled(scene.oidc), events, signals, sleep=sleep)
+        with pytest.raises(asyncio.CancelledError):
+            await again.run()
+        await again.aclose()
+        assert pauses == [10, 20, 40, 60, 60, 60]
 
     async def test_its_events_are_not_taken_when_they_are_pushed(self, scene: Scene) -> None:
         answer = await scene.push(scene.event(CAEP + "session-revoked"))
@@ -158,14 +168,14 @@ class TestTransmitters:
 class TestLeases:
     @pytest.fixture
     async def scene(self, tmp_path: Path, oidc: OidcIssuer) -> AsyncIterator[Scene]:
-        leases = {oidc.issuer: timedelta(minutes=10)}
+        leases = {oidc.issuer: timedelta(seconds=200)}
         async with playing(tmp_path, oidc, leases=leases) as open_scene:
             yield open_scene
 
     async def test_a_session_of_which_nothing_is_heard_gives_nothing_more(self, scene: Scene) -> None:
         work = await scene.work(lifetime=3600)
         old = scene.user_token(lifetime=3600)
-        scene.estate.clock.advance(599)
+        scene.estate.clock.advance(199)
         assert await work.renewal() == "done"
         work.token = await scene.estate.issue(work.task)
         scene.estate.clock.advance(1)
@@ -176,23 +186,23 @@ class TestLeases:
 
     async def test_a_fresh_token_of_the_same_session_confirms_it(self, scene: Scene) -> None:
         work = await scene.work(lifetime=3600)
-        scene.estate.clock.advance(700)
-        other = scene.user_token(sid="s-2", auth_time=scene.now() - 700)
+        scene.estate.clock.advance(300)
+        other = scene.user_token(sid="s-2", auth_time=scene.now() - 300)
         assert await outcome(scene.estate.issue(work.task, user_token=other)) == "user_session_unconfirmed"
-        fresh = scene.user_token(auth_time=scene.now() - 700)
+        fresh = scene.user_token(auth_time=scene.now() - 300)
         assert await outcome(scene.estate.issue(work.task, user_token=fresh)) == "done"
-        scene.estate.clock.advance(599)
+        scene.estate.clock.advance(199)
         assert await work.renewal() == "done"
 
     async def test_an_issuer_that_tells_no_session_is_heard_by_its_user(self, scene: Scene) -> None:
         work = await scene.work(sid=None, lifetime=3600)
-        scene.estate.clock.advance(601)
+        scene.estate.clock.advance(201)
         assert await work.renewal() == "user_session_unconfirmed"
         assert await outcome(scene.estate.issue(work.task, user_token=scene.user_token(sid=None))) == "done"
 
     async def test_a_standing_delegation_needs_no_session(self, scene: Scene) -> None:
         made = (await scene.delegate()).json()
-        scene.estate.clock.advance(1200)
+        scene.estate.clock.advance(400)
         read = authority(detail(actions=["ticket.read"]))
         task = await scene.estate.start(user_token="", delegation_id=made["id"], authority=read)
         assert await outcome(scene.estate.issue(task)) == "done"
