@@ -7,7 +7,7 @@ nothing; a withdrawn one permits nothing.
 
 import re
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Final, Self
 
 from broker.errors import BrokerError, Invalid, PolicyDenied, Refused
@@ -109,10 +109,6 @@ class StandingDelegation:
         """Refuse an agent that the user did not name; raises PolicyDenied (``delegation_agent``)."""
         if not any(pattern.covers(agent) for pattern in self.agents):
             raise not_named()
-
-    def longest_task(self, now: datetime) -> timedelta:
-        """Give how long a task that starts now may last at most."""
-        return min(timedelta(seconds=self.max_task_ttl), self.expires_at - now)
 
     def delegation(self) -> Delegation:
         """Give what a task of it carries. It is of no session: it is made to outlive the one it was made in."""
