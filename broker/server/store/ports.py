@@ -16,6 +16,7 @@ from broker.server.store.federation_ports import FederationReads, FederationWrit
 from broker.server.store.policy_ports import PolicyReads, PolicyWrites
 from broker.server.store.revocation_ports import RevocationReads, RevocationWrites
 from broker.server.store.rows import Change
+from broker.server.store.supervision_ports import SupervisionReads, SupervisionWrites
 from broker.server.store.table_ports import (
     AuthorityReads,
     AuthorityWrites,
@@ -66,6 +67,7 @@ class Reader(
     FrameReads,
     RevocationReads,
     PolicyReads,
+    SupervisionReads,
     Protocol,
 ):
     """All that a read may ask, from one snapshot."""
@@ -84,6 +86,7 @@ class Writer(
     IdempotencyWrites,
     RevocationWrites,
     PolicyWrites,
+    SupervisionWrites,
     Housekeeping,
     Protocol,
 ):
@@ -165,6 +168,8 @@ __all__ = [
     "SessionReads",
     "SessionWrites",
     "Store",
+    "SupervisionReads",
+    "SupervisionWrites",
     "TaskReads",
     "TaskWrites",
     "TokenReads",

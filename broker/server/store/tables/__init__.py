@@ -12,12 +12,14 @@ from broker.server.store.tables.nodes import NodeReading, NodeWriting
 from broker.server.store.tables.policies import PolicyReading, PolicyWriting
 from broker.server.store.tables.revocations import RevocationReading, RevocationWriting
 from broker.server.store.tables.sessions import SessionReading, SessionWriting
+from broker.server.store.tables.supervision import SupervisionReading, SupervisionWriting
 from broker.server.store.tables.tasks import TaskReading, TaskWriting
 from broker.server.store.tables.tokens import TokenReading, TokenWriting
 from broker.server.store.tables.trail import TrailReading
 
 
 class SqlReader(
+    SupervisionReading,
     TrailReading,
     FederationReading,
     EntryReading,
@@ -42,6 +44,7 @@ class SqlWriter(
     SessionWriting,
     TaskWriting,
     TokenWriting,
+    SupervisionWriting,
     IdempotencyWriting,
     RevocationWriting,
     PolicyWriting,
