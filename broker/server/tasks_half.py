@@ -42,6 +42,7 @@ from broker.server.tasks.policy.rules import Rules
 from broker.server.tasks.refusals import Refusals
 from broker.server.tasks.sessions import Sessions
 from broker.server.tasks.subjects import Subjects
+from broker.server.tasks.supervisor import SupervisionRules, Supervisor
 from broker.server.tasks.tokens import TaskTokens
 from broker.spiffe import TrustDomain
 from broker.tasks import Resource, Supervision
@@ -75,6 +76,7 @@ class TasksHalf:
     policies: policies_api.Policies
     rejudge: Rejudge
     stop_policy: Callable[[], None]
+    supervisor: Supervisor
 
     def services(self) -> Iterable[Service]:
         """Give each service with what serves it."""
@@ -86,17 +88,18 @@ class TasksHalf:
             lifecycle=self.lifecycle,
             feed=self.feed,
             refusals=self.refusals,
+            supervisor=self.supervisor,
         )
         return (
             (tasks_api.BINDING, tasks),
             (feed_api.BINDING, feed_api.Feed(self.feed, self.trust_domain)),
-            (sessions_api.BINDING, sessions_api.Sessions(self.sessions)),
             (policies_api.BINDING, self.policies),
+            (sessions_api.BINDING, sessions_api.Sessions(self.sessions, self.supervisor.agent_lease)),
         )
 
     def loops(self) -> Iterable[Coroutine[Any, Any, None]]:
         """Give what has to run for as long as the server does."""
-        return (self._sweep(), self.rejudge.run())
+        return (self._sweep(), self.rejudge.run(), self.supervisor.run())
 
     async def close(self) -> None:
         """Let go of the issuers' connections and of the change log."""
@@ -146,6 +149,8 @@ async def tasks_half(
         metrics.exchanges.labels(outcome, reason).inc()
 
     tokens = TaskTokens(store, authorities, clock, starters, audiences, issuer=settings.issuer, rules=rules)
+    supervisor = Supervisor(store, clock, _supervision(settings), count=lambda cause: metrics.ends.labels(cause).inc())
+    await supervisor.start()
     exchange = Exchange(
         store=store,
         subjects=subjects,
@@ -187,6 +192,7 @@ async def tasks_half(
         feed=feed,
         keys=authorities,
         refusals=refusals,
+        supervisor=supervisor,
         bundles=lambda: authorities.bundles,
         audiences=audiences,
         detail_types=detail_types,
@@ -199,7 +205,7 @@ async def tasks_half(
         exchange=exchange,
         assertions=assertions,
         lifecycle=lifecycle,
-        sessions=Sessions(store, clock, directory),
+        sessions=Sessions(store, clock, directory, supervisor.agent_heard),
         feed=feed,
         refusals=refusals,
         http=http,
@@ -208,6 +214,7 @@ async def tasks_half(
         ),
         rejudge=rejudge,
         stop_policy=stop_policy,
+        supervisor=supervisor,
     )
 
 
@@ -263,3 +270,8 @@ def _defaults(settings: ServerSettings) -> TaskDefaults:
         supervision=Supervision(tasks.supervision),
         allow_unsupervised=tasks.allow_unsupervised,
     )
+
+
+def _supervision(settings: ServerSettings) -> SupervisionRules:
+    tasks = settings.tasks
+    return SupervisionRules(tasks.lease_ttl, tasks.lapsed_ttl, tasks.agent_lease_ttl, tasks.agent_lost == "end")

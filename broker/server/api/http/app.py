@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from broker.server.api.http import errors, tasks
+from broker.server.api.http import errors, lease, tasks
 from broker.server.api.http.discovery import Discovery
 from broker.server.api.http.introspect import introspect
 from broker.server.api.http.keys import keys
@@ -59,4 +59,5 @@ def _task_routes(services: HttpServices) -> Sequence[Route]:
         Route(METADATA + below, errors.plain(bound(metadata)), methods=["GET"]),
         Route(f"{below}/tasks/{{task_id}}", errors.plain(bound(tasks.show)), methods=["GET"]),
         Route(f"{below}/tasks/{{task_id}}/complete", errors.plain(bound(tasks.complete)), methods=["POST"]),
+        Route(f"{below}/tasks/{{task_id}}/lease", errors.plain(bound(lease.renew)), methods=["PUT"]),
     )

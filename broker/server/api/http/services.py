@@ -12,6 +12,7 @@ from broker.server.tasks.exchange import Exchange, TaskKeys
 from broker.server.tasks.feed import Feed
 from broker.server.tasks.lifecycle import Lifecycle
 from broker.server.tasks.refusals import Refusals
+from broker.server.tasks.supervisor import Supervisor
 from broker.server.tasks.tokens import TaskTokens
 from broker.spiffe import BundleSet, TrustDomain
 
@@ -31,6 +32,7 @@ class HttpServices:
     feed: Feed
     keys: TaskKeys
     refusals: Refusals
+    supervisor: Supervisor
     bundles: Callable[[], BundleSet]
     audiences: Audiences = field(default_factory=Audiences)
     detail_types: DetailTypes = field(default_factory=DetailTypes)

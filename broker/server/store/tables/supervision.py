@@ -29,9 +29,7 @@ _OF_AGENT: Final = "SELECT id FROM tasks WHERE agent = ? AND ended_at IS NULL OR
 _OF_DOMAIN: Final = "SELECT id FROM tasks WHERE agent > ? AND agent < ? AND ended_at IS NULL ORDER BY created_at, id"
 _AFTER_SLASH: Final = "0"
 _AGENTS: Final = "SELECT DISTINCT agent FROM sessions WHERE ended_at IS NULL ORDER BY agent"
-_OTHER_RUNS: Final = (
-    "SELECT id FROM sessions WHERE agent = ? AND run <> ? AND ended_at IS NULL ORDER BY started_at, id"
-)
+_OTHER_RUNS: Final = "SELECT id FROM sessions WHERE agent = ? AND run <> ? AND ended_at IS NULL ORDER BY started_at, id"
 _EARLIER_LEAVES: Final = (
     "SELECT x5t, not_after, serial FROM session_leaves WHERE session = ? AND not_after > ? ORDER BY not_after DESC, x5t"
 )
@@ -89,9 +87,7 @@ class SupervisionReading(EntryReading, SessionReading, TaskReading, TokenReading
 
     def sessions_signed_by(self, authority: str, now: datetime) -> tuple[SessionRow, ...]:
         """Give the living sessions that hold a valid leaf of this X.509 authority."""
-        signed = {
-            one[0] for (batch,) in self._sql.rows(_SIGNED, (authority, micros(now))) for one in json.loads(batch)
-        }
+        signed = {one[0] for (batch,) in self._sql.rows(_SIGNED, (authority, micros(now))) for one in json.loads(batch)}
         held = self._sql.rows(_LIVING_HELD, (micros(now),))
         return self._sessions_by_id(dict.fromkeys(session_id for session_id, serial in held if serial in signed))
 

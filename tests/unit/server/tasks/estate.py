@@ -30,6 +30,7 @@ from broker.server.tasks.refusals import Refusals
 from broker.server.tasks.requests import Actor, Door, IssuedToken, IssueRequest, StartRequest
 from broker.server.tasks.sessions import ReportedSession, Sessions
 from broker.server.tasks.subjects import Subjects
+from broker.server.tasks.supervisor import SupervisionRules, Supervisor
 from broker.server.tasks.tokens import TaskTokens
 from broker.spiffe import Selector, SpiffeId
 from broker.spiffe.jose import PublicKey
@@ -127,6 +128,7 @@ class Estate:
     tokens: TaskTokens
     audiences: Audiences
     counted: list[tuple[str, str]]
+    supervisor: Supervisor
 
     def actor(self, **fields: Any) -> Actor:
         """The workload, as its node agent vouches for it."""
@@ -226,7 +228,12 @@ def _furnish(writer: Writer) -> None:
 
 @asynccontextmanager
 async def running(
-    directory: Path, oidc: OidcIssuer, *, defaults: TaskDefaults | None = None, **subject: Any
+    directory: Path,
+    oidc: OidcIssuer,
+    *,
+    defaults: TaskDefaults | None = None,
+    supervision: SupervisionRules | None = None,
+    **subject: Any,
 ) -> AsyncIterator[Estate]:
     """Open the store in a directory (made at first) and wire the task half as the server does."""
     clock, keys, starters = ManualClock(), Keys(), Starters()
@@ -269,6 +276,8 @@ async def running(
         exchange = Exchange(**parts)
         feed = Feed(store, keys, clock, issuer=ISSUER, heartbeat=0.05)
         await feed.start()
+        supervisor = Supervisor(store, clock, supervision or SupervisionRules())
+        await supervisor.start()
         tokens = TaskTokens(store, keys, clock, starters, audiences, issuer=ISSUER, rules=rules)
         formats = frozenset(GrantFormat)
         assertions = Assertions(
@@ -282,7 +291,8 @@ async def running(
         try:
             yield Estate(
                 store, clock, oidc, keys, known, starters, subjects, exchange, assertions, Lifecycle(store, clock),
-                Sessions(store, clock, known), feed, refusals, tokens, audiences, counted,
+                Sessions(store, clock, known, supervisor.agent_heard), feed, refusals, tokens, audiences, counted,
+                supervisor,
             )  # fmt: skip
         finally:
             feed.stop()

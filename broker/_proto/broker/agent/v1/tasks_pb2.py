@@ -21,11 +21,19 @@ DESCRIPTOR = _load(
     b'equestDetails"\x9f\x01\n\x13CompleteTaskRequest\x12\x1b\n\tspiffe_'
     b'id\x18\x01 \x01(\tR\x08spiffeId\x12\x17\n\x07task_id\x18\x02 \x01(\tR\x06taskId\x12)\n\x10e'
     b"xpected_version\x18\x03 \x01(\x03R\x0fexpectedVersion\x12'\n\x0fidempo"
-    b'tency_key\x18\x04 \x01(\tR\x0eidempotencyKey2\xee\x01\n\x05Tasks\x12F\n\tSta'
-    b'rtTask\x12!.broker.agent.v1.StartTaskRequest\x1a\x16.brok'
-    b'er.server.v1.Task\x12O\n\nIssueToken\x12".broker.agent.v'
-    b'1.IssueTokenRequest\x1a\x1d.broker.server.v1.IssuedTok'
-    b'en\x12L\n\x0cCompleteTask\x12$.broker.agent.v1.CompleteTas'
-    b'kRequest\x1a\x16.broker.server.v1.Taskb\x06proto3',
+    b'tency_key\x18\x04 \x01(\tR\x0eidempotencyKey"I\n\x11RenewLeaseReq'
+    b'uest\x12\x1b\n\tspiffe_id\x18\x01 \x01(\tR\x08spiffeId\x12\x17\n\x07task_id\x18\x02 \x01'
+    b'(\tR\x06taskId"Y\n\rAttachRequest\x12\x1b\n\tspiffe_id\x18\x01 \x01(\tR\x08'
+    b'spiffeId\x12\x17\n\x07task_id\x18\x02 \x01(\tR\x06taskId\x12\x12\n\x04beat\x18\x03 \x01(\x04R'
+    b'\x04beat"6\n\x0eAttachResponse\x12\x12\n\x04beat\x18\x01 \x01(\x04R\x04beat\x12\x10\n\x03t'
+    b'tl\x18\x02 \x01(\x01R\x03ttl2\x88\x03\n\x05Tasks\x12F\n\tStartTask\x12!.broker.ag'
+    b'ent.v1.StartTaskRequest\x1a\x16.broker.server.v1.Task\x12'
+    b'O\n\nIssueToken\x12".broker.agent.v1.IssueTokenReques'
+    b't\x1a\x1d.broker.server.v1.IssuedToken\x12L\n\x0cCompleteTask'
+    b'\x12$.broker.agent.v1.CompleteTaskRequest\x1a\x16.broker.'
+    b'server.v1.Task\x12I\n\nRenewLease\x12".broker.agent.v1.R'
+    b'enewLeaseRequest\x1a\x17.broker.server.v1.Lease\x12M\n\x06Att'
+    b'ach\x12\x1e.broker.agent.v1.AttachRequest\x1a\x1f.broker.age'
+    b'nt.v1.AttachResponse(\x010\x01b\x06proto3',
     globals(),
 )
