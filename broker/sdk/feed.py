@@ -157,7 +157,7 @@ class FeedState:
         known = dead.epochs.get(root)
         own = dead.tasks.get(task)
         if (known is not None and epoch < known[0]) or (own is not None and epoch < own[0]):
-            raise Refused("the task has ended", code="task_ended", hint="start a new task")
+            raise Refused("the task has ended, or was suspended", code="task_ended", hint="start a new task")
         if session is not None and session in dead.sessions:
             raise Refused("the workload session has ended", code="session_ended", hint="a new process needs a new task")
         if jti in dead.tokens:

@@ -179,7 +179,8 @@ class Workload:
     ) -> TaskBlock:
         """Prepare a task; ``async with`` starts it, leaving the block ends it, and every token of it dies.
 
-        ``ttl`` is in seconds; 0 takes the server's default. ``supervision`` empty takes the server's default.
+        ``ttl`` is in seconds; 0 takes the server's default. ``supervision`` is ``attached``, ``lease`` or
+        ``none``; empty takes the server's default.
         """
         return TaskBlock(
             self,
