@@ -152,7 +152,9 @@ class SessionReports:
                 except NotServed:
                     self._forget()
                 except BrokerError as error:
-                    _log.warning("sessions_not_reported", code=error.reason, count=len(self._ended))
+                    # Of a mere sign of life that was not heard there is nothing to say: that the server is away, others do.
+                    log = _log.debug if self.is_settled else _log.warning
+                    log("sessions_not_reported", code=error.reason, count=len(self._ended))
                     await asyncio.sleep(backoff.next())
 
     def _forget(self) -> None:

@@ -44,6 +44,7 @@ from broker.server.tasks.sessions import Sessions
 from broker.server.tasks.subjects import Subjects
 from broker.server.tasks.supervisor import SupervisionRules, Supervisor
 from broker.server.tasks.tokens import TaskTokens
+from broker.server.tasks.withdrawals import Distrust
 from broker.spiffe import TrustDomain
 from broker.tasks import Resource, Supervision
 from broker.tasks.authority import OPTIONAL_MEMBERS
@@ -151,6 +152,8 @@ async def tasks_half(
     tokens = TaskTokens(store, authorities, clock, starters, audiences, issuer=settings.issuer, rules=rules)
     supervisor = Supervisor(store, clock, _supervision(settings), count=lambda cause: metrics.ends.labels(cause).inc())
     await supervisor.start()
+    tainted = (row.id for row in authorities.x509_keys if row.tainted)
+    await Distrust(store, clock).settle(tainted, (audience.resource.text for audience in audiences))
     exchange = Exchange(
         store=store,
         subjects=subjects,
