@@ -131,7 +131,7 @@ async def test_entries_by_their_spiffe_id(store: Store) -> None:
     assert await store.read(lambda r: r.entries_of(SpiffeId("spiffe://example.org/none"))) == ()
 
 
-async def test_living_tokens_by_their_resource(store: Store) -> None:
+async def test_tokens_for_by_their_resource(store: Store) -> None:
     await store.write(lambda w: w.add_task(task()))
     rows = [
         token("jti_1"),
@@ -143,5 +143,5 @@ async def test_living_tokens_by_their_resource(store: Store) -> None:
     await store.write(lambda w: [w.add_token(row) for row in rows])
     first = rows[0].resource
     assert set(await store.read(lambda r: r.living_resources(NOW))) == {first, "https://other.example"}
-    assert await store.read(lambda r: r.living_tokens(first, NOW, 10)) == (rows[0], rows[1])
-    assert await store.read(lambda r: r.living_tokens(first, NOW, 1)) == (rows[0],)
+    assert await store.read(lambda r: r.tokens_for(first, NOW, 10)) == (rows[0], rows[1])
+    assert await store.read(lambda r: r.tokens_for(first, NOW, 1)) == (rows[0],)

@@ -52,7 +52,7 @@ class SupervisionReads(Protocol):
         """Give the resources for which there is a token that has neither expired nor been revoked. Looks at every token."""
         ...
 
-    def living_tokens(self, resource: str, now: datetime, limit: int) -> tuple[TokenRow, ...]:
+    def tokens_for(self, resource: str, now: datetime, limit: int) -> tuple[TokenRow, ...]:
         """Give up to ``limit`` tokens for a resource that have neither expired nor been revoked. Looks at every token."""
         ...
 

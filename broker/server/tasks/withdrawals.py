@@ -103,7 +103,7 @@ class Distrust:
     async def _revoke_tokens(self, resource: str) -> None:
         def act(writer: Writer) -> int:
             now = self._clock.now()
-            tokens = writer.living_tokens(resource, now, AT_ONCE)
+            tokens = writer.tokens_for(resource, now, AT_ONCE)
             return sum(revoke_token(writer, token, by=SERVER, now=now) > 0 for token in tokens)
 
         revoked = 0

@@ -109,7 +109,7 @@ class SupervisionReading(EntryReading, SessionReading, TaskReading, TokenReading
         """Give the resources for which there is a token that has neither expired nor been revoked."""
         return tuple(row[0] for row in self._sql.rows(_RESOURCES, (micros(now),)))
 
-    def living_tokens(self, resource: str, now: datetime, limit: int) -> tuple[TokenRow, ...]:
+    def tokens_for(self, resource: str, now: datetime, limit: int) -> tuple[TokenRow, ...]:
         """Give up to ``limit`` tokens for a resource that have neither expired nor been revoked."""
         found = (self.token(row[0]) for row in self._sql.rows(_TOKENS, (micros(now), resource, limit)))
         return tuple(token for token in found if token is not None)

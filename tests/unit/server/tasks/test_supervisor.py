@@ -107,12 +107,12 @@ async def test_after_a_restart_every_lease_begins_anew(tmp_path: Path, oidc: Oid
 
 async def test_a_lapsed_task_ends_when_nobody_lets_it_go_on(tmp_path: Path, oidc: OidcIssuer) -> None:
     rules = SupervisionRules(lapsed=timedelta(seconds=60))
-    async with running(tmp_path, oidc, rules=rules) as before:
+    async with running(tmp_path, oidc, supervision=rules) as before:
         task = await leased(before)
         await pass_time(before, LEASE + 1)
         await pass_time(before, 50)
         assert (await task_of(before, task.id)).state is State.SUSPENDED
-    async with running(tmp_path, oidc, rules=rules) as estate:
+    async with running(tmp_path, oidc, supervision=rules) as estate:
         await pass_time(estate, 59)
         assert (await task_of(estate, task.id)).state is State.SUSPENDED
         await pass_time(estate, 2)
@@ -246,7 +246,7 @@ async def test_a_silent_node_agent_stops_none_of_anothers_and_no_leased_one(esta
 
 async def test_a_silent_node_agent_may_end_them_and_their_sessions(tmp_path: Path, oidc: OidcIssuer) -> None:
     rules = SupervisionRules(ends_with_agent=True)
-    async with running(tmp_path, oidc, rules=rules) as estate:
+    async with running(tmp_path, oidc, supervision=rules) as estate:
         task = await told(estate)
         verified = estate.verify(await estate.issue(task))
         await pass_time(estate, LEASE + 1)
