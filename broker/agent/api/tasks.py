@@ -5,7 +5,8 @@ session that shares a spare SVID is not vouched for. What the server answers, er
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
 from typing import Any, Final
 
 from broker._proto.broker.agent.v1 import tasks_pb2
@@ -135,15 +136,16 @@ class TasksApi:
         ):
             reader = asyncio.create_task(_answers(requests, held, bell), name="attached-answers")
             try:
-                async for beat in self._beats(held, bell, reader, session):
-                    yield tasks_pb2.AttachResponse(beat=beat, ttl=lease.ttl)
+                async with aclosing(self._beats(held, bell, reader, session)) as beats:
+                    async for beat in beats:
+                        yield tasks_pb2.AttachResponse(beat=beat, ttl=lease.ttl)
             finally:
                 reader.cancel()
                 await asyncio.gather(reader, return_exceptions=True)
 
     async def _beats(
         self, held: Held, bell: Bell, reader: "asyncio.Task[None]", session: WorkloadSession
-    ) -> AsyncIterator[int]:
+    ) -> AsyncGenerator[int, None]:
         """Give the beats as they are due; ends when the caller has closed its half, raises when it does not answer."""
         loop = asyncio.get_running_loop()
         while not reader.done():
