@@ -21,6 +21,7 @@ from broker.agent.api.sds import SdsApi
 from broker.agent.api.secrets import SecretNames
 from broker.agent.api.tasks import TasksApi
 from broker.agent.api.workload import WorkloadApi
+from broker.agent.attachments import Attachments
 from broker.agent.bootstrap import Condition, NodeIdentity, join
 from broker.agent.cache import EstateCache
 from broker.agent.denials import Denials
@@ -49,7 +50,7 @@ from broker.agent.redaction import Redaction
 from broker.agent.refusal_log import RefusalLog
 from broker.agent.reports import SessionReports
 from broker.agent.rounds import Rounds
-from broker.agent.sessions import Sessions
+from broker.agent.sessions import Identity, Sessions
 from broker.agent.settings import AgentSettings, SdsSettings
 from broker.agent.signing import Signing
 from broker.agent.svids import SvidKeeper
@@ -75,6 +76,7 @@ CLOCK_LOOK: Final = 5.0  # seconds between looks for a stepped clock
 CLOCK_STEP: Final = 2.0  # seconds of difference that count as a step
 ENDING: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # settings are read at the start: none says read again
 STOPPED: Final = 15.0  # seconds without a turn of the loop that count as sleep
+FAREWELL: Final = 1.0  # seconds to tell the server of the end
 GRACE: Final = 3.0  # seconds for calls in progress at the end; all of it stays below the ten that operators expect
 
 _log = get_logger("agent.app")
@@ -149,6 +151,8 @@ class Agent:
         """Stop serving and let go of everything, within a few seconds."""
         await asyncio.gather(self._socket.stop(GRACE), self._admin.stop(GRACE))
         self.sessions.end_all()
+        self.attachments.close()
+        await self._farewell()
         await self.svids.close()
         await self._signing.close()
         await self._dialer.__aexit__(kind, error, trace)
@@ -246,8 +250,9 @@ class Agent:
     ) -> None:
         settings, cache, clock = self._settings, self.cache, self._clock
         self.upstream = upstream = Upstream(channel, lambda: self._dialer.lost)
-        self.reports = SessionReports(upstream)
-        self.sessions = sessions = Sessions(cache, clock, on_identities_ended=self.reports.ended)
+        self.reports = SessionReports(upstream, on_over=self._over)
+        self.attachments = Attachments(self.reports.detached)
+        self.sessions = sessions = Sessions(cache, clock, on_identities_ended=self._identities_ended)
         self.sync = Sync(
             upstream,
             cache,
@@ -265,7 +270,7 @@ class Agent:
             is_online=lambda: self.sync.is_online,
             share_when_offline=settings.share_when_offline,
             on_new_leaf=self.reports.leaf,
-            on_revoked=lambda identity: self.reports.ended([identity], SessionEnd.SVID_REVOKED),
+            on_revoked=lambda identity: self._identities_ended([identity], SessionEnd.SVID_REVOKED),
             on_spares=self.keeping.note,
         )
         self.offline.svids = self.keeping.svids = svids
@@ -285,7 +290,15 @@ class Agent:
             workloads,
             {
                 WORKLOAD.name: WorkloadApi(entitlement, svids, cache, clock),
-                TASKS.name: TasksApi(entitlement, svids, upstream, self.reports),
+                TASKS.name: TasksApi(
+                    entitlement,
+                    svids,
+                    upstream,
+                    cache=cache,
+                    reports=self.reports,
+                    attachments=self.attachments,
+                    on_over=self._over,
+                ),
                 FEED.name: FeedApi(entitlement, self.relay, cache),
                 SDS.name: SdsApi(entitlement, svids, cache, _secret_names(settings.sds)),
             },
@@ -355,6 +368,30 @@ class Agent:
         self.svids.forget()
         for session in self.sessions:
             self.sessions.entries(session)
+
+    async def _farewell(self) -> None:
+        """Tell the server at once what has ended with this run; where that fails, the next run says it, or our silence."""
+        if self.reports.is_settled:
+            return
+        with suppress(BrokerError, TimeoutError):
+            async with asyncio.timeout(FAREWELL):
+                await self.reports.tell()
+
+    def _identities_ended(self, identities: list[Identity], cause: SessionEnd) -> None:
+        self.attachments.ended([identity.id for identity in identities])
+        self.reports.ended(identities, cause)
+
+    def _over(self, session_ids: frozenset[str]) -> None:
+        for session in self.sessions:
+            gone = [one for one in session.identities.values() if one.id in session_ids]
+            for identity in gone:
+                _log.info("session_over", session=identity.id, spiffe_id=str(identity.entry.spiffe_id))
+                del session.identities[identity.entry.id]
+                self.attachments.ended([identity.id])
+            if gone:
+                # Its streams look again, and get a new key under a new session.
+                for bell in session.bells:
+                    bell.ring()
 
     def _online(self) -> None:
         self.reports.again(identity for session in self.sessions for identity in session.identities.values())

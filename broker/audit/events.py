@@ -167,6 +167,7 @@ _TASK: Final = frozenset(
         "subject_hash",
         "frame_seq",
         "tasks_ended",
+        "tasks_below",
         "resource",
     }
 )

@@ -23,6 +23,7 @@ from broker.cli.task import SHAPE, row
 from broker.clock import SystemClock
 from broker.errors import Refused
 from broker.sdk.feed import FeedState
+from broker.sdk.keeping import Keeper
 from broker.sdk.subscription import FeedSubscription
 
 _TASKS = ServiceBinding.of(tasks_pb2.DESCRIPTOR, "Tasks")
@@ -83,13 +84,17 @@ async def _hold(settings: Settings, request: StartRequest) -> int:
             ),
             timeout=settings.timeout,
         )
-        with _stop_signals() as stopped:
+        async with contextlib.AsyncExitStack() as stack:
+            stopped = stack.enter_context(_stop_signals())
             _show(settings, task)
             if task.supervision == "none":
                 settings.shown.next(f"broker task show {task.id}")
                 return EXIT_OK
             settings.shown.talk("the task lives as long as this command; Ctrl-C ends it")
             settings.shown.next(f"broker task show {task.id}   (elsewhere)")
+            keeper = Keeper(channel, task, request.spiffe_id)
+            await keeper.start()
+            stack.push_async_callback(keeper.stop)
             async with following(channel) as feed:
                 return await _stay(settings, channel, task, request.spiffe_id, feed=feed, stopped=stopped)
 

@@ -20,6 +20,8 @@ SHAPE = Shape(
         Column("expires", "expires_at"),
         Column("cause", "cause"),
         Column("supervision", "supervision", wide=True),
+        Column("lease", "lease_ttl", wide=True),
+        Column("left", "lease_left", wide=True),
         Column("root", "root", wide=True),
         Column("version", "version", wide=True),
         Column("tokens", "tokens_issued", wide=True),
@@ -38,7 +40,7 @@ COMMAND = noun("task", "Tasks: start, see and end them.")
 @option("--purpose", required=True, help="What it is for, for people who look at it later.")
 @option("--authorization-details", required=True, metavar="JSON|@FILE", help="What it may do (RFC 9396).")
 @option("--ttl", type=DURATION, default=0, help="Its end at the latest. Default: the server's.")
-@option("--supervision", type=click.Choice(["attached", "none"]), default=None, help="Default: the server's.")
+@option("--supervision", type=click.Choice(["attached", "lease", "none"]), default=None, help="Default: the server's.")
 @option("--spiffe-id", spire=["spiffeID"], type=SPIFFE_ID, help="Which of this process's identities acts.")
 def start(
     *,
@@ -52,7 +54,8 @@ def start(
 ) -> int:
     """Start a task as this process, for a user.
 
-    While the task is attached it lives as long as this command: Ctrl-C ends it. With supervision none it goes on.
+    While the task is attached it lives as long as this command, which also sends the heartbeats of a leased one: Ctrl-C
+    ends it. With supervision none it goes on.
     """
     from broker.tasks import Authority  # noqa: PLC0415 - imports cryptography
 
@@ -237,6 +240,8 @@ def row(task: Any) -> dict[str, Any]:
         "version": task.version,
         "cause": task.cause,
         "supervision": task.supervision,
+        "lease_ttl": task.lease_ttl or None,
+        "lease_left": round(task.lease_left, 1) if task.lease_ttl else None,
         "created_at": moment(task.created_at),
         "expires_at": moment(task.expires_at),
         "ended_at": moment(task.ended_at),

@@ -23,6 +23,9 @@ class Plan:
     first_identity_wait: str = "2s"
     workload_attestors: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Beside ``unix``: each one's settings."""
+    server: Mapping[str, str] = field(default_factory=dict)
+    """Further settings of the server, and (``tasks``) of its tasks."""
+    tasks: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,7 @@ def server_toml(layout: Layout, ports: Ports, plan: Plan) -> str:
         f"data_dir = {_text(layout.data('server'))}",
         f"runtime_dir = {_text(layout.runtime / 'server')}",
         'log_format = "json"',
+        *_settings(plan.server),
         "",
         "[server.operations]",
         "enabled = false",
@@ -65,6 +69,7 @@ def server_toml(layout: Layout, ports: Ports, plan: Plan) -> str:
         "[server.tasks]",
         'supervision = "attached"',
         "allow_unsupervised = true",
+        *_settings(plan.tasks),
         "",
         "[[server.subjects]]",
         f"issuer = {_text(ports.issuer_url)}",
@@ -99,8 +104,12 @@ def agent_toml(layout: Layout, ports: Ports, plan: Plan) -> str:
     ]
     for name, table in plan.workload_attestors.items():
         lines += ["", f"[agent.attestors.workload.{name}]"]
-        lines += [f"{setting} = {_text(value)}" for setting, value in table.items()]
+        lines += _settings(table)
     return "\n".join(lines) + "\n"
+
+
+def _settings(table: Mapping[str, str]) -> list[str]:
+    return [f"{setting} = {_text(value)}" for setting, value in table.items()]
 
 
 def _text(value: object) -> str:

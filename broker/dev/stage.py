@@ -111,12 +111,20 @@ class Stage:
     programs: dict[str, Path] = field(default_factory=dict)
     processes: list[Process] = field(default_factory=list)
     kept: dict[str, Any] = field(default_factory=dict)
+    server: Mapping[str, str] = field(default_factory=dict)
+    """Settings of the server and of its tasks that differ from the usual ones."""
+    tasks: Mapping[str, str] = field(default_factory=dict)
 
     async def __aenter__(self) -> Self:
         """Make the directory; nothing runs yet."""
         self.directory = _temporary_directory()
         self.service_port = _free_port()
-        plan = Plan(audiences=(self.service_url, OTHER_AUDIENCE), first_identity_wait=FIRST_IDENTITY_WAIT)
+        plan = Plan(
+            audiences=(self.service_url, OTHER_AUDIENCE),
+            first_identity_wait=FIRST_IDENTITY_WAIT,
+            server=self.server,
+            tasks=self.tasks,
+        )
         self.estate = Estate(self.directory / "estate", plan=plan, python=self.python)
         return self
 

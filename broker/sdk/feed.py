@@ -5,6 +5,7 @@ replaces it; a frame is forgotten only when no token that it kills can still be 
 :meth:`FeedState.liveness` turns it into STALE and PARTITIONED.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -17,6 +18,9 @@ STALE_AFTER = 3.0
 
 PARTITIONED_AFTER = 30.0
 """Seconds without a message after which nothing is accepted, whatever its risk."""
+
+SUSPENDED = "suspended"
+"""The state in a frame of a task that may go on: its tokens are dead, later ones need not be."""
 
 FORGET_EVERY = 256
 """Frames between two sweeps of what may be forgotten."""
@@ -42,14 +46,14 @@ class Risk(StrEnum):
 @dataclass(slots=True)
 class _Dead:
     epochs: dict[str, tuple[int, int]] = field(default_factory=dict)  # root -> (first living epoch, forget_at)
-    tasks: dict[str, int] = field(default_factory=dict)
+    tasks: dict[str, tuple[float, int]] = field(default_factory=dict)  # task -> (first living epoch, forget_at)
     sessions: dict[str, int] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     stops: dict[tuple[str, str, str], tuple[int, int]] = field(default_factory=dict)  # -> (first iat, forget_at)
 
     def sweep(self, now: int) -> None:
         self.epochs = {k: v for k, v in self.epochs.items() if v[1] > now}
-        self.tasks = {k: v for k, v in self.tasks.items() if v > now}
+        self.tasks = {k: v for k, v in self.tasks.items() if v[1] > now}
         self.sessions = {k: v for k, v in self.sessions.items() if v > now}
         self.tokens = {k: v for k, v in self.tokens.items() if v > now}
         self.stops = {k: v for k, v in self.stops.items() if v[1] > now}
@@ -107,7 +111,10 @@ class FeedState:
             epoch, kept = dead.epochs.get(frame.root, (0, 0))
             dead.epochs[frame.root] = (max(epoch, frame.epoch), max(kept, until))
         elif frame.kind == "task":
-            dead.tasks[frame.task] = max(dead.tasks.get(frame.task, 0), until)
+            # A task that is over has no living epoch; one that is suspended may go on, with tokens of a later one.
+            first = frame.epoch if frame.state == SUSPENDED else math.inf
+            living, kept = dead.tasks.get(frame.task, (0, 0))
+            dead.tasks[frame.task] = (max(living, first), max(kept, until))
         elif frame.kind == "session":
             dead.sessions[frame.session] = max(dead.sessions.get(frame.session, 0), until)
         elif frame.kind == "token":
@@ -154,8 +161,9 @@ class FeedState:
         """
         dead = self._dead
         known = dead.epochs.get(root)
-        if (known is not None and epoch < known[0]) or task in dead.tasks:
-            raise Refused("the task has ended", code="task_ended", hint="start a new task")
+        own = dead.tasks.get(task)
+        if (known is not None and epoch < known[0]) or (own is not None and epoch < own[0]):
+            raise Refused("the task has ended, or was suspended", code="task_ended", hint="start a new task")
         if session is not None and session in dead.sessions:
             raise Refused("the workload session has ended", code="session_ended", hint="a new process needs a new task")
         if jti in dead.tokens:

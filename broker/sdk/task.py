@@ -1,7 +1,8 @@
 """A task as a block: entering starts it, leaving ends it, and every token of it dies.
 
 Tokens are bound to this process's X.509-SVID. They are kept until shortly before they expire or until the SVID rotates, then
-asked for anew; there is nothing to refresh by hand.
+asked for anew; there is nothing to refresh by hand. While the block lasts the task is kept alive in the background: its
+supervision is the server's default, ``attached`` (this process holds a stream), or ``lease`` (it sends a heartbeat).
 """
 
 import asyncio
@@ -19,6 +20,7 @@ from broker._proto.service import ServiceBinding, Stub
 from broker.clock import Clock, SystemClock
 from broker.errors import BrokerError, PolicyDenied, Unavailable
 from broker.sdk.endpoint import CALL_SECONDS, SECURITY_HEADER
+from broker.sdk.keeping import Keeper
 from broker.spiffe import strictjson
 from broker.tasks import Authority, Resource
 from broker.tasks.verify import unverified_confirmation
@@ -49,6 +51,8 @@ class Task:
         self._api = Stub(workload.channel, ServiceBinding.of(tasks_pb2.DESCRIPTOR, "Tasks"))
         self._kept: dict[tuple[str, str, str], tuple[server_pb2.IssuedToken, str]] = {}
         self._asking = asyncio.Lock()
+        self.keeper = Keeper(workload.channel, state, _chosen(workload))
+        """Keeps the task alive while this process works on it."""
         self.authority = Authority.parse(state.authorization_details)
 
     @property
@@ -98,6 +102,9 @@ class Task:
         wanted = _json(authorization_details) if authorization_details else ""
         key = (Resource(resource).text, scope, wanted)
         async with self._asking:
+            if self.keeper.lost is not None:
+                # What was kept is dead: the server says whether there is another.
+                self._kept.clear()
             kept = self._kept.get(key)
             if kept is not None and self._usable(*kept):
                 return kept[0].access_token
@@ -217,6 +224,7 @@ class TaskBlock:
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error) from None
         self._task = Task(self._workload, state, clock=self._clock)
+        await self._task.keeper.start()
         return self._task
 
     async def __aexit__(
@@ -234,6 +242,8 @@ class TaskBlock:
         except BrokerError:
             if error is None:
                 raise
+        finally:
+            await self._task.keeper.stop()
 
     async def _end(self, task: Task) -> None:
         try:

@@ -180,7 +180,9 @@ class Workload:
     ) -> TaskBlock:
         """Prepare a task; ``async with`` starts it, leaving the block ends it, and every token of it dies.
 
-        It acts on a user's token, or on a standing ``delegation`` (its id). ``ttl`` is in seconds; 0 takes the server's default. ``supervision`` empty takes the server's default.
+        It acts on a user's token, or on a standing ``delegation`` (its id).
+        ``ttl`` is in seconds; 0 takes the server's default. ``supervision`` is ``attached``, ``lease`` or
+        ``none``; empty takes the server's default.
         """
         return TaskBlock(
             self,

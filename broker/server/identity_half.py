@@ -44,6 +44,7 @@ from broker.server.key_room import KeyRoom
 from broker.server.settings import ServerSettings
 from broker.server.store.ports import Store
 from broker.server.tasks.lifecycle import end_revoked
+from broker.server.tasks.withdrawals import Distrust, TaskWithdrawals
 from broker.telemetry.metrics import Metrics
 
 Service = tuple[ServiceBinding, object]
@@ -115,11 +116,20 @@ async def identity_half(
     authorities = room.authorities
     directory = Directory(clock)
     await directory.load(store)
-    nodes = Nodes(store, directory, clock)
+    withdrawals = TaskWithdrawals()
+    nodes = Nodes(store, directory, clock, withdrawals)
     federated = Federated(authorities, configured_relationships(settings))
     await federated.load(store)
     await bootstrap(settings, store, clock)
-    bundles = Bundles(store, authorities, room.rotation, federated, clock, trust_domain=settings.trust_domain)
+    bundles = Bundles(
+        store,
+        authorities,
+        room.rotation,
+        federated,
+        clock,
+        trust_domain=settings.trust_domain,
+        withdrawals=withdrawals,
+    )
     client = EndpointClient(clock, settings.federation.web_ca_path)
     publisher = CrlPublisher(store, room.keys, authorities, clock)
     revocation = Revocation(
@@ -133,6 +143,7 @@ async def identity_half(
     )
     await revocation.load()
     await publisher.start()
+    room.forced.on_distrust(Distrust(store, clock).authority)
     home = Home(settings.trust_domain, lambda: authorities.bundle)
     return IdentityHalf(
         store=store,
@@ -149,7 +160,7 @@ async def identity_half(
             agent_ttl=settings.agent_ttl,
         ),
         join_tokens=JoinTokens(store, clock, settings.trust_domain),
-        entries=Entries(store, directory, clock, settings.trust_domain),
+        entries=Entries(store, directory, clock, settings.trust_domain, withdrawals),
         signing=Signing(
             store,
             directory,
@@ -161,7 +172,7 @@ async def identity_half(
         ),
         bundles=bundles,
         federated=federated,
-        relationships=Relationships(store, federated, clock, settings.trust_domain),
+        relationships=Relationships(store, federated, clock, settings.trust_domain, withdrawals),
         polling=Polling(store, federated, clock, client.fetch, chance=random.SystemRandom().uniform),
         watch=Watch(store, directory, authorities, bundles, federated, crls=publisher),
         downstream=Downstream(

@@ -174,8 +174,27 @@ class TaskSettings(Table):
     task_ttl: Duration = Field(default=timedelta(hours=1), description="life of a task whose request does not say")
     max_task_ttl: Duration = Field(default=timedelta(days=1), description="the longest life that a task may ask for")
     max_depth: int = Field(default=5, ge=1, le=16, description="how deep tasks may start tasks")
-    supervision: Literal["attached", "none"] = Field(
-        default="attached", description="attached: a task ends with the process that started it"
+    supervision: Literal["attached", "lease", "none"] = Field(
+        default="attached",
+        description="of tasks whose request does not say. attached: ends with the process that started it; lease: lives by"
+        " a heartbeat",
+    )
+    lease_ttl: Duration = Field(
+        default=timedelta(seconds=30),
+        description="a heartbeat that is missed for longer suspends the task: that of a lease, or of an attached process on"
+        " its stream",
+    )
+    lapsed_ttl: Duration = Field(
+        default=timedelta(minutes=10),
+        description="how long a task that is suspended so waits to be resumed before it is revoked",
+    )
+    agent_lease_ttl: Duration = Field(
+        default=timedelta(seconds=30),
+        description="how long a node agent may be silent before the attached tasks of its workloads are stopped",
+    )
+    agent_lost: Literal["suspend", "end"] = Field(
+        default="suspend",
+        description="how they are stopped; end: they are revoked, and the workload sessions end with them",
     )
     allow_unsupervised: bool = Field(default=False, description="whether a caller may ask for supervision none")
 

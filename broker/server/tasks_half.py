@@ -43,7 +43,9 @@ from broker.server.tasks.policy.rules import Rules
 from broker.server.tasks.refusals import Refusals
 from broker.server.tasks.sessions import Sessions
 from broker.server.tasks.subjects import Subjects
+from broker.server.tasks.supervisor import SupervisionRules, Supervisor
 from broker.server.tasks.tokens import TaskTokens
+from broker.server.tasks.withdrawals import Distrust
 from broker.server.user_ends import UserEnds, standing_of, user_ends
 from broker.spiffe import TrustDomain
 from broker.tasks import Resource, Supervision
@@ -78,6 +80,7 @@ class TasksHalf:
     policies: policies_api.Policies
     rejudge: Rejudge
     stop_policy: Callable[[], None]
+    supervisor: Supervisor
 
     def services(self) -> Iterable[Service]:
         """Give each service with what serves it."""
@@ -89,19 +92,20 @@ class TasksHalf:
             lifecycle=self.lifecycle,
             feed=self.feed,
             refusals=self.refusals,
+            supervisor=self.supervisor,
         )
         return (
             (tasks_api.BINDING, tasks),
             (feed_api.BINDING, feed_api.Feed(self.feed, self.trust_domain)),
-            (sessions_api.BINDING, sessions_api.Sessions(self.sessions)),
             (policies_api.BINDING, self.policies),
             (delegations_api.BINDING, delegations_api.Delegations(self.ends.delegations, self.clock)),
             (delegations_api.STOPS, delegations_api.Stops(self.ends.users)),
+            (sessions_api.BINDING, sessions_api.Sessions(self.sessions, self.supervisor.agent_lease)),
         )
 
     def loops(self) -> Iterable[Coroutine[Any, Any, None]]:
         """Give what has to run for as long as the server does."""
-        return (self._sweep(), self.rejudge.run(), *self.ends.loops())
+        return (self._sweep(), self.rejudge.run(), self.supervisor.run(), *self.ends.loops())
 
     async def close(self) -> None:
         """Let go of the issuers' connections and of the change log."""
@@ -166,6 +170,10 @@ async def tasks_half(
         policy=policy,
         count=lambda cause: metrics.ends.labels(cause).inc(),
     )
+    supervisor = Supervisor(store, clock, _supervision(settings), count=lambda cause: metrics.ends.labels(cause).inc())
+    await supervisor.start()
+    tainted = (row.id for row in authorities.x509_keys if row.tainted)
+    await Distrust(store, clock).settle(tainted, (audience.resource.text for audience in audiences))
     exchange = Exchange(
         store=store,
         subjects=subjects,
@@ -208,6 +216,7 @@ async def tasks_half(
         feed=feed,
         keys=authorities,
         refusals=refusals,
+        supervisor=supervisor,
         bundles=lambda: authorities.bundles,
         delegations=ends.delegations,
         logout_tokens=ends.logout_tokens,
@@ -224,7 +233,7 @@ async def tasks_half(
         exchange=exchange,
         assertions=assertions,
         lifecycle=lifecycle,
-        sessions=Sessions(store, clock, directory),
+        sessions=Sessions(store, clock, directory, supervisor.agent_heard),
         feed=feed,
         refusals=refusals,
         http=http,
@@ -234,6 +243,7 @@ async def tasks_half(
         ),
         rejudge=rejudge,
         stop_policy=stop_policy,
+        supervisor=supervisor,
     )
 
 
@@ -292,3 +302,8 @@ def _defaults(settings: ServerSettings) -> TaskDefaults:
         supervision=Supervision(tasks.supervision),
         allow_unsupervised=tasks.allow_unsupervised,
     )
+
+
+def _supervision(settings: ServerSettings) -> SupervisionRules:
+    tasks = settings.tasks
+    return SupervisionRules(tasks.lease_ttl, tasks.lapsed_ttl, tasks.agent_lease_ttl, tasks.agent_lost == "end")

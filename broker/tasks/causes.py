@@ -15,7 +15,7 @@ class Cause(StrEnum):
     PROCESS_EXITED = "process_exited"
     """The process that an attached task was started by is gone."""
     LEASE_LAPSED = "lease_lapsed"
-    """The supervisor's heartbeat stopped."""
+    """The heartbeat stopped: the supervisor's, the attached process's, or that of the node agent that watches over it."""
     SESSION_ENDED = "session_ended"
     """The workload session is over for another reason: its selectors changed, or its node is gone."""
     USER_LOGOUT = "user_logout"
@@ -31,7 +31,7 @@ class Cause(StrEnum):
     ENTRY_DELETED = "entry_deleted"
     """The registration entry of the agent is gone, or no longer lets it start tasks."""
     AGENT_BANNED = "agent_banned"
-    """The node agent that vouched for the workload was banned."""
+    """The node agent that vouched for the workload was banned, or evicted."""
     SVID_REVOKED = "svid_revoked"
     """The X.509-SVID of the agent was revoked."""
     AUTHORITY_TAINTED = "authority_tainted"
@@ -60,6 +60,13 @@ class SessionEnd(StrEnum):
     ATTESTATION_LAPSED = "attestation_lapsed"
     """An attestor gave no answer for too long."""
     AGENT_STOPPED = "agent_stopped"
+    """The node agent stopped, or is another run of it: what it had attested before is known to nobody."""
+    AGENT_LOST = "agent_lost"
+    """The node agent was silent for too long."""
+    AGENT_BANNED = "agent_banned"
+    """The node agent was banned, evicted or forgotten."""
+    AUTHORITY_TAINTED = "authority_tainted"
+    """The authority that signed its X.509-SVID is no longer trusted."""
     SVID_REVOKED = "svid_revoked"
     """Its X.509-SVID was revoked; a process that is still entitled goes on as another session."""
     OTHER = "other"
@@ -75,5 +82,11 @@ class SessionEnd(StrEnum):
                 return Cause.ENTRY_DELETED
             case SessionEnd.SVID_REVOKED:
                 return Cause.SVID_REVOKED
+            case SessionEnd.AGENT_LOST:
+                return Cause.LEASE_LAPSED
+            case SessionEnd.AGENT_BANNED:
+                return Cause.AGENT_BANNED
+            case SessionEnd.AUTHORITY_TAINTED:
+                return Cause.AUTHORITY_TAINTED
             case _:
                 return Cause.SESSION_ENDED

@@ -242,8 +242,8 @@ def issue_claims(
             id=task.id,
             root=task.root,
             parent=task.parent,
-            # The lowest is the safest: a bump that any of them has not seen kills the token.
-            epoch=min(each.epoch for each in lineage),
+            # Its own: whatever raises an ancestor's raises those of all below it, in the same transaction.
+            epoch=task.epoch,
             hop=len(act),
             purpose=purpose_hash(task.purpose),
             authority_hash=task.authority.digest,

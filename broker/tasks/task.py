@@ -44,6 +44,8 @@ class Supervision(StrEnum):
 
     ATTACHED = "attached"
     """The process that started it."""
+    LEASE = "lease"
+    """A heartbeat, wherever it comes from: who asks for it, and for how long one may be missed, is the server's to say."""
     NONE = "none"
     """Nothing; only where policy allows it."""
 
@@ -65,8 +67,8 @@ _BEFORE: Final = {
 class Task:
     """One task of one agent for one user; raises Invalid. ``depth`` is 0 for a root, whose ``root`` is its own id.
 
-    ``session`` is the workload session that it is attached to, None where nobody supervises it. ``epoch`` is its root's epoch when it was made: a token of a
-    lower epoch than the root's present one is dead.
+    ``session`` is the workload session that it is attached to, None where nobody supervises it. ``epoch`` is its tree's when
+    it was made or was last let go on after a suspension: a token of a lower one is dead.
     """
 
     id: str

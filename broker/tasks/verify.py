@@ -60,7 +60,7 @@ class VerifiedToken:
 
     @property
     def epoch(self) -> int:
-        """The root's epoch at issue; dead when the root's is higher now."""
+        """The task's epoch at issue; dead when its tree's, or its own, is higher now."""
         return self.claims.task.epoch
 
     @property

@@ -168,6 +168,10 @@ class FakeServer:
         self.causes: list[str] = []  # of the ends, by their names on the wire
         self.watches: list[watch_pb2.WatchRequest] = []
         self.task_requests: list[object] = []
+        self.runs: list[tuple[str, bool]] = []  # of each report: the agent's run, and whether it says that it is new
+        self.detached: list[tuple[str, str]] = []
+        self.over: set[str] = set()  # sessions that this server takes for ended
+        self.agent_lease, self.lease = 0.0, 0.6  # seconds
         self.task_error: BrokerError | None = None
         self.feed_cursors: list[feed_pb2.SubscribeRequest] = []
         self.feed_acks: list[int] = []
@@ -368,7 +372,10 @@ class FakeServer:
             self.ended.append(session_id)
             self.causes.append(sessions_pb2.SessionEnd.Name(request.causes[session_id]))
         self.refused += [(one.code, one.uid, one.count) for one in request.refused]
-        return sessions_pb2.ReportSessionsResponse()
+        self.runs.append((request.run, request.is_new_run))
+        self.detached += [(one.task_id, one.session) for one in request.detached]
+        over = [session.id for session in request.current if session.id in self.over]
+        return sessions_pb2.ReportSessionsResponse(agent_lease=self.agent_lease, over=over)
 
     async def StartTask(self, request, context, peer):
         self.task_requests.append(request)
@@ -383,6 +390,16 @@ class FakeServer:
     async def CompleteTask(self, request, context, peer):
         self.task_requests.append(request)
         return tasks_pb2.Task(id=request.task_id, state="completed")
+
+    async def RenewLease(self, request, context, peer):
+        self.task_requests.append(request)
+        return tasks_pb2.Lease(task_id=request.task_id, ttl=self.lease, left=self.lease)
+
+    async def AttachTask(self, request, context, peer):
+        self.task_requests.append(request)
+        if self.task_error is not None:
+            raise self.task_error
+        return tasks_pb2.Lease(task_id=request.task_id, ttl=self.lease, left=self.lease)
 
     async def Subscribe(self, requests, context, peer) -> AsyncIterator[feed_pb2.FeedMessage]:
         first = await anext(requests)

@@ -4,19 +4,24 @@ No request carries an identity. The agent vouches for the attested session by na
 session that shares a spare SVID is not vouched for. What the server answers, errors included, is passed on.
 """
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
 from typing import Any, Final
 
 from broker._proto.broker.agent.v1 import tasks_pb2
 from broker._proto.broker.server.v1 import sessions_pb2
 from broker._proto.broker.server.v1 import tasks_pb2 as server_pb2
 from broker._proto.service import Context
+from broker.agent.attachments import Attachments, Held
+from broker.agent.cache import Bell, EstateCache
 from broker.agent.entitlement import Entitlement
 from broker.agent.reports import SessionReports, session_message
+from broker.agent.sessions import WorkloadSession
 from broker.agent.svids import SvidKeeper
 from broker.agent.upstream import RPC_TIMEOUT, Upstream, answered
 from broker.agent.workloads import NO_IDENTITY, Caller
-from broker.errors import Invalid, InvalidSpiffeId, NoIdentity, Unavailable
+from broker.errors import Invalid, InvalidSpiffeId, NoIdentity, Refused, Unavailable
 from broker.spiffe import SpiffeId
 
 MAX_TOKEN: Final = 16 * 1024  # a user's token; identity providers stay below 8 KiB
@@ -26,12 +31,24 @@ class TasksApi:
     """The methods of ``broker.agent.v1.Tasks``."""
 
     def __init__(
-        self, entitlement: Entitlement, svids: SvidKeeper, upstream: Upstream, reports: SessionReports
+        self,
+        entitlement: Entitlement,
+        svids: SvidKeeper,
+        upstream: Upstream,
+        *,
+        cache: EstateCache,
+        reports: SessionReports,
+        attachments: Attachments,
+        on_over: Callable[[frozenset[str]], None],
     ) -> None:
+        """``on_over`` is told of a living session that the server takes for ended."""
+        self._cache = cache
+        self._reports = reports
+        self._attachments = attachments
+        self._on_over = on_over
         self._entitlement = entitlement
         self._svids = svids
         self._upstream = upstream
-        self._reports = reports
 
     async def StartTask(  # noqa: N802 - the RPC's name
         self, request: tasks_pb2.StartTaskRequest, context: Context, caller: Caller
@@ -88,7 +105,61 @@ class TasksApi:
             idempotency_key=request.idempotency_key,
         )
         task: server_pb2.Task = await self._forward(self._upstream.tasks.CompleteTask, forwarded, context, caller)
+        self._attachments.forget(request.task_id)
         return task
+
+    async def RenewLease(  # noqa: N802
+        self, request: tasks_pb2.RenewLeaseRequest, context: Context, caller: Caller
+    ) -> server_pb2.Lease:
+        """Pass a heartbeat on."""
+        forwarded = server_pb2.RenewLeaseRequest(
+            workload=await self._workload(caller, request.spiffe_id), task_id=request.task_id
+        )
+        lease: server_pb2.Lease = await self._forward(self._upstream.tasks.RenewLease, forwarded, context, caller)
+        return lease
+
+    async def Attach(  # noqa: N802
+        self, requests: AsyncIterator[tasks_pb2.AttachRequest], context: Context, caller: Caller
+    ) -> AsyncIterator[tasks_pb2.AttachResponse]:
+        """Hold an attached task for as long as the caller answers: beats, until one side ends it."""
+        first = await anext(requests, None)
+        if first is None:
+            raise Invalid("say first which task it is", code="task_missing")
+        session = await self._entitlement.session(caller)
+        workload = await self._workload(caller, first.spiffe_id)
+        if self._reports.is_letting_go(first.task_id):
+            raise _suspended()
+        forwarded = server_pb2.AttachTaskRequest(workload=workload, task_id=first.task_id)
+        lease: server_pb2.Lease = await self._forward(self._upstream.tasks.AttachTask, forwarded, context, caller)
+        with (
+            self._attachments.holding(first.task_id, workload.id, lease.ttl) as held,
+            session.listening(self._cache) as bell,
+        ):
+            reader = asyncio.create_task(_answers(requests, held, bell), name="attached-answers")
+            try:
+                async with aclosing(self._beats(held, bell, reader, session)) as beats:
+                    async for beat in beats:
+                        yield tasks_pb2.AttachResponse(beat=beat, ttl=lease.ttl)
+            finally:
+                reader.cancel()
+                await asyncio.gather(reader, return_exceptions=True)
+
+    async def _beats(
+        self, held: Held, bell: Bell, reader: "asyncio.Task[None]", session: WorkloadSession
+    ) -> AsyncGenerator[int, None]:
+        """Give the beats as they are due; ends when the caller has closed its half, raises when it does not answer."""
+        loop = asyncio.get_running_loop()
+        while not reader.done():
+            if not self._attachments.is_held(held):
+                raise Refused("the task is over, or this process has lost its identity", code="task_ended")
+            yield held.beat()
+            if held.is_silent:
+                self._attachments.silent(held)
+                raise _suspended()
+            due = loop.time() + held.every
+            while not reader.done() and (left := due - loop.time()) > 0:
+                await bell.wait(left)
+                self._entitlement.check(session)
 
     async def _workload(self, caller: Caller, wanted: str) -> sessions_pb2.WorkloadSession:
         session, entries = await self._entitlement.of(caller)
@@ -103,11 +174,31 @@ class TasksApi:
         self._entitlement.check(session)
         if identity.x509 is None or identity.x509.shared:
             raise Unavailable("this process has no SVID of its own while the server is away", code="svid_shared")
-        return session_message(identity)
+        return session_message(identity, self._reports.run_id)
 
     async def _forward(self, call: Callable[..., Any], request: Any, context: Context, caller: Caller) -> Any:
         left = context.time_remaining()  # None: no deadline, whatever grpcio's stubs say
-        answer = await answered(call(request, timeout=min(left or RPC_TIMEOUT, RPC_TIMEOUT)))
+        try:
+            answer = await answered(call(request, timeout=min(left or RPC_TIMEOUT, RPC_TIMEOUT)))
+        except Refused as error:
+            if error.reason == "session_ended":
+                # Ended from the other side: the process lives, and is another session from now on.
+                self._on_over(frozenset({request.workload.id}))
+            raise
         # The answer may hold a token: only the process that asked may have it.
         self._entitlement.check(await self._entitlement.session(caller))
         return answer
+
+
+async def _answers(requests: AsyncIterator[tasks_pb2.AttachRequest], held: Held, bell: Bell) -> None:
+    try:
+        async for request in requests:
+            held.answer(request.beat)
+    finally:
+        bell.ring()
+
+
+def _suspended() -> Refused:
+    return Refused(
+        "this process did not answer for the task in time", code="task_suspended", hint="resume it, or start a new one"
+    )

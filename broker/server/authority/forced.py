@@ -5,7 +5,7 @@ tainted can be revoked, and what signs now can be neither. Words and statuses of
 same method; who may call is not known here.
 """
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -22,6 +22,8 @@ _UNTAINTED: Final = {AuthorityKind.X509: "root CA", AuthorityKind.JWT: "key", Au
 ABOVE_CODE: Final = "upstream_above"
 NOT_ABOVE_CODE: Final = "no_upstream"
 """Codes of what the configuration forbids: FAILED_PRECONDITION on the wire."""
+OnDistrust = Callable[[AuthorityKind, str, str], Awaitable[None]]
+"""Ends what hangs on an authority: (its kind, its id, by whom)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +40,14 @@ class Forced:
 
     def __init__(self, journal: Journal, rotation: Rotation, *, is_below: bool) -> None:
         """``is_below``: whether there is an upstream authority."""
+        self._on_distrust: OnDistrust | None = None
         self._journal = journal
         self._rotation = rotation
         self._is_below = is_below
+
+    def on_distrust(self, listener: OnDistrust) -> None:
+        """Call after an authority was tainted or revoked, before who asked for it is answered."""
+        self._on_distrust = listener
 
     def all(self, kind: AuthorityKind) -> tuple[AuthorityRow, ...]:
         """Give the authorities of one kind, of all replicas, oldest first."""
@@ -97,6 +104,7 @@ class Forced:
             return True
 
         await self._journal.commit(Event.AUTHORITY_TAINTED, kind, row.id, alter, actor=actor)
+        await self._distrusted(kind, row.id, actor)
         return replace(row, tainted=True)
 
     async def revoke(self, kind: AuthorityKind, authority_id: str, actor: str) -> AuthorityRow:
@@ -136,6 +144,7 @@ class Forced:
             return True
 
         await self._journal.commit(Event.AUTHORITY_REVOKED, kind, row.id, alter, actor=actor)
+        await self._distrusted(kind, row.id, actor)
         return row
 
     async def taint_upstream(self, key_id: str, actor: str) -> str:
@@ -180,7 +189,14 @@ class Forced:
             writer.put_adopted(changed)
             return True
 
+        below = [row for row in self.all(AuthorityKind.X509) if key_id in (row.upstream, root_key_id(row))]
         await self._journal.commit(event, AuthorityKind.X509, key_id, alter, actor=actor)
+        for row in below:
+            await self._distrusted(AuthorityKind.X509, row.id, actor)
+
+    async def _distrusted(self, kind: AuthorityKind, authority_id: str, actor: str) -> None:
+        if self._on_distrust is not None:
+            await self._on_distrust(kind, authority_id, actor)
 
     def _upstream_key(self, key_id: str, what: str) -> str:
         if not self._is_below:

@@ -21,6 +21,7 @@ from broker.server.identity.changes import GONE
 from broker.server.identity.entries import dissociate_entry, remove_entry
 from broker.server.identity.federated import BUNDLE_KIND, Federated
 from broker.server.identity.filters import Page, page
+from broker.server.identity.withdrawals import NOTHING, Withdrawals
 from broker.server.store.bundle_rows import PublishedBundle, PublishedKey, jwt_public_key, x509_key
 from broker.server.store.ports import Store, Writer
 from broker.server.store.rows import AdoptedAuthority, AuthorityKind, Source
@@ -65,8 +66,10 @@ class Bundles:
         clock: Clock,
         *,
         trust_domain: TrustDomain,
+        withdrawals: Withdrawals = NOTHING,
     ) -> None:
         self._store = store
+        self._withdrawals = withdrawals
         self._authorities = authorities
         self._rotation = rotation
         self._federated = federated
@@ -209,9 +212,15 @@ class Bundles:
                 hint="delete with mode dissociate, or delete",
             )
         for entry in entries:
-            _release(writer, entry, trust_domain, mode, by)
-        drop_bundle(writer, trust_domain, by.actor, by.now)
+            self._release(writer, entry, trust_domain, mode, by)
+        drop_bundle(writer, trust_domain, by.actor, by.now, self._withdrawals)
         return None
+
+    def _release(self, writer: Writer, entry: Entry, trust_domain: TrustDomain, mode: DeletionMode, by: _By) -> None:
+        if mode is DeletionMode.DELETE:
+            remove_entry(writer, entry.id, by.actor, by.now, self._withdrawals)
+        else:
+            dissociate_entry(writer, entry, trust_domain, by.actor, by.now)
 
 
 def put_bundle(writer: Writer, bundle: PublishedBundle, actor: str, now: datetime, code: str = "") -> None:
@@ -231,21 +240,20 @@ def put_bundle(writer: Writer, bundle: PublishedBundle, actor: str, now: datetim
     writer.record(replace(record, fields={**record.fields, "code": code}) if code else record)
 
 
-def drop_bundle(writer: Writer, trust_domain: TrustDomain, actor: str, now: datetime) -> bool:
-    """Remove one federated bundle with its change row and its record; give whether it was there. Part of a larger act."""
+def drop_bundle(
+    writer: Writer, trust_domain: TrustDomain, actor: str, now: datetime, withdrawals: Withdrawals = NOTHING
+) -> bool:
+    """Remove one federated bundle with its change row, its record, and what hung on it; give whether it was there.
+
+    Part of a larger act.
+    """
     if not writer.remove_federated_bundle(trust_domain):
         return False
     writer.change(BUNDLE_KIND, trust_domain.name, GONE)
     fields: dict[str, FieldValue] = {"trust_domain": trust_domain.name}
     writer.record(Record(Event.BUNDLE_DELETED, now, actor, trust_domain.name, fields))
+    withdrawals.trust_domain_gone(writer, trust_domain, actor, now)
     return True
-
-
-def _release(writer: Writer, entry: Entry, trust_domain: TrustDomain, mode: DeletionMode, by: _By) -> None:
-    if mode is DeletionMode.DELETE:
-        remove_entry(writer, entry.id, by.actor, by.now)
-    else:
-        dissociate_entry(writer, entry, trust_domain, by.actor, by.now)
 
 
 def _changed(trust_domain: TrustDomain, sequence: int, keys: tuple[int, int], actor: str, now: datetime) -> Record:

@@ -17,6 +17,7 @@ from broker.registry.entry import Entry
 from broker.server.identity.changes import ENTRY_KIND, GONE, entry_text
 from broker.server.identity.directory import Directory
 from broker.server.identity.filters import EntryFilter, Page, entry_order, page_in_order
+from broker.server.identity.withdrawals import NOTHING, Withdrawals
 from broker.server.store.ports import Store, Writer
 from broker.spiffe import TrustDomain
 from broker.telemetry.log import get_logger
@@ -45,8 +46,16 @@ class Similar:
 class Entries:
     """The use cases of registration entries."""
 
-    def __init__(self, store: Store, directory: Directory, clock: Clock, trust_domain: TrustDomain) -> None:
+    def __init__(
+        self,
+        store: Store,
+        directory: Directory,
+        clock: Clock,
+        trust_domain: TrustDomain,
+        withdrawals: Withdrawals = NOTHING,
+    ) -> None:
         self._store = store
+        self._withdrawals = withdrawals
         self._directory = directory
         self._clock = clock
         self._trust_domain = trust_domain
@@ -108,7 +117,7 @@ class Entries:
         now = self._clock.now()
 
         def act(writer: Writer) -> list[Outcome]:
-            return [remove_entry(writer, entry_id, actor, now) for entry_id in entry_ids]
+            return [remove_entry(writer, entry_id, actor, now, self._withdrawals) for entry_id in entry_ids]
 
         return await self._store.write(act)
 
@@ -126,7 +135,7 @@ class Entries:
             there = (writer.entry(entry_id) for entry_id in over)
             gone = [entry.id for entry in there if entry is not None and entry.is_expired(now)]
             for entry_id in gone:
-                remove_entry(writer, entry_id, PRUNER, now)
+                remove_entry(writer, entry_id, PRUNER, now, self._withdrawals)
             return len(gone)
 
         return await self._store.write(act)
@@ -167,6 +176,7 @@ class Entries:
         writer.replace_entry(edited)
         writer.change(ENTRY_KIND, edited.id, entry_text(edited))
         writer.record(_record(Event.ENTRY_UPDATED, edited, actor, now))
+        self._withdrawals.entry_changed(writer, current, edited, actor, now)
         return edited
 
 
@@ -187,8 +197,13 @@ def add_entry(writer: Writer, entry: Entry, actor: str, now: datetime) -> None:
     writer.record(_record(Event.ENTRY_CREATED, entry, actor, now))
 
 
-def remove_entry(writer: Writer, entry_id: str, actor: str, now: datetime) -> Outcome:
-    """Remove one entry with its change row and its record; part of a larger act. What is not there is an outcome."""
+def remove_entry(
+    writer: Writer, entry_id: str, actor: str, now: datetime, withdrawals: Withdrawals = NOTHING
+) -> Outcome:
+    """Remove one entry with its change row, its record, and what hung on it; part of a larger act.
+
+    What is not there is an outcome.
+    """
     if not entry_id:
         return Invalid("missing entry ID", code="missing_id")
     removed = writer.remove_entry(entry_id)
@@ -196,6 +211,7 @@ def remove_entry(writer: Writer, entry_id: str, actor: str, now: datetime) -> Ou
         return NotFound("entry not found", code="entry_not_found")
     writer.change(ENTRY_KIND, entry_id, GONE)
     writer.record(_record(Event.ENTRY_DELETED, removed, actor, now))
+    withdrawals.entry_gone(writer, removed, actor, now)
     return removed
 
 

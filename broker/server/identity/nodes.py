@@ -18,6 +18,7 @@ from broker.server.identity.changes import GONE, NODE_KIND, node_text
 from broker.server.identity.directory import Directory
 from broker.server.identity.entries import PRUNER, remove_entry
 from broker.server.identity.filters import NodeFilter, Page, node_order, page
+from broker.server.identity.withdrawals import NOTHING, Withdrawals
 from broker.server.store.ports import Store, Writer
 from broker.server.store.rows import Node
 from broker.spiffe import Selector, SpiffeId, X509Svid
@@ -47,8 +48,10 @@ class Nodes:
         store: Store,
         directory: Directory,
         clock: Clock,
+        withdrawals: Withdrawals = NOTHING,
     ) -> None:
         self._store = store
+        self._withdrawals = withdrawals
         self._directory = directory
         self._clock = clock
         self._activated: dict[SpiffeId, str] = {}
@@ -149,6 +152,7 @@ class Nodes:
                 raise _not_found()
             put_node(writer, replace(node, banned=True, serial="", new_serial=""))
             writer.record(Record(Event.AGENT_BANNED, now, actor, str(agent_id), {}))
+            self._withdrawals.node_gone(writer, agent_id, actor, now)
 
         await self._store.write(act)
         self._activated.pop(agent_id, None)
@@ -162,7 +166,7 @@ class Nodes:
             node = writer.remove_node(agent_id)
             if node is None:
                 raise _not_found()
-            _forget(writer, node, below, Record(Event.AGENT_EVICTED, now, actor, str(agent_id), {}))
+            self._forget(writer, node, below, Record(Event.AGENT_EVICTED, now, actor, str(agent_id), {}))
 
         await self._store.write(act)
         self._activated.pop(agent_id, None)
@@ -188,7 +192,7 @@ class Nodes:
             found = [node for agent_id in over if (node := writer.node(agent_id)) is not None and is_over(node)]
             for node in found:
                 writer.remove_node(node.id)
-                _forget(writer, node, below[node.id], Record(Event.AGENT_PURGED, now, PRUNER, str(node.id), {}))
+                self._forget(writer, node, below[node.id], Record(Event.AGENT_PURGED, now, PRUNER, str(node.id), {}))
             return [node.id for node in found]
 
         gone = await self._store.write(act)
@@ -196,24 +200,24 @@ class Nodes:
             self._activated.pop(agent_id, None)
         return len(gone)
 
+    def _forget(self, writer: Writer, node: Node, below: Iterable[str], record: Record) -> None:
+        writer.change(NODE_KIND, str(node.id), GONE)
+        writer.record(record)
+        self._withdrawals.node_gone(writer, node.id, record.actor, record.at)
+        if node.attestation_type != JOIN_TOKEN:
+            return
+        # The alias that came with its join token names this node alone, and another token makes another.
+        alone = frozenset({Selector.of(ALIAS_SELECTOR, str(node.id))})
+        for entry_id in below:
+            entry = writer.entry(entry_id)
+            if entry is not None and entry.parent_id == node.id and entry.selectors == alone:
+                remove_entry(writer, entry_id, record.actor, record.at, self._withdrawals)
+
 
 def put_node(writer: Writer, node: Node) -> None:
     """Write one node with its change row; part of a larger act."""
     writer.put_node(node)
     writer.change(NODE_KIND, str(node.id), node_text(node))
-
-
-def _forget(writer: Writer, node: Node, below: Iterable[str], record: Record) -> None:
-    writer.change(NODE_KIND, str(node.id), GONE)
-    writer.record(record)
-    if node.attestation_type != JOIN_TOKEN:
-        return
-    # The alias that came with its join token names this node alone, and another token makes another.
-    alone = frozenset({Selector.of(ALIAS_SELECTOR, str(node.id))})
-    for entry_id in below:
-        entry = writer.entry(entry_id)
-        if entry is not None and entry.parent_id == node.id and entry.selectors == alone:
-            remove_entry(writer, entry_id, record.actor, record.at)
 
 
 def _not_found() -> NotFound:

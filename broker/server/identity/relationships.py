@@ -17,6 +17,7 @@ from broker.server.identity.bundles import drop_bundle, put_bundle
 from broker.server.identity.changes import GONE
 from broker.server.identity.federated import RELATIONSHIP_KIND, Federated, relationship_text
 from broker.server.identity.filters import Page, page
+from broker.server.identity.withdrawals import NOTHING, Withdrawals
 from broker.server.store.bundle_rows import PublishedBundle
 from broker.server.store.ports import Store, Writer
 from broker.spiffe import TrustDomain
@@ -45,8 +46,16 @@ Edit = Callable[[Federation], Federation]
 class Relationships:
     """The use cases of federation relationships."""
 
-    def __init__(self, store: Store, federated: Federated, clock: Clock, trust_domain: TrustDomain) -> None:
+    def __init__(
+        self,
+        store: Store,
+        federated: Federated,
+        clock: Clock,
+        trust_domain: TrustDomain,
+        withdrawals: Withdrawals = NOTHING,
+    ) -> None:
         self._store = store
+        self._withdrawals = withdrawals
         self._federated = federated
         self._clock = clock
         self._trust_domain = trust_domain
@@ -125,7 +134,7 @@ class Relationships:
         fields: dict[str, FieldValue] = {"trust_domain": trust_domain.name}
         writer.record(Record(Event.RELATIONSHIP_DELETED, now, actor, trust_domain.name, fields))
         if not self._federated.is_configured(trust_domain):
-            drop_bundle(writer, trust_domain, actor, now)
+            drop_bundle(writer, trust_domain, actor, now, self._withdrawals)
         return trust_domain
 
 

@@ -218,7 +218,7 @@ class Revocation:
             if fresh:
                 body = json.dumps([[row.authority, row.serial] for row in fresh], separators=(",", ":"))
                 writer.change(REVOKED_KIND, fresh[0].authority, body)
-            over = [*_holding(writer, svids), *([asked] if asked and asked.ended_at is None else [])]
+            over = [*_holding(writer, svids, now), *([asked] if asked and asked.ended_at is None else [])]
             ended = {one.id: one for one in over}
             tasks = sum(self._end_session(writer, one, actor, now) for one in ended.values())
             return Revoked(tuple(fresh), len(svids) - len(fresh), tuple(ended), tasks)
@@ -257,13 +257,18 @@ def _of_session(reader: Reader, session: SessionRow, now: datetime) -> tuple[Iss
     return tuple(one for one in on_node if one.serial == session.serial) or on_node
 
 
-def _holding(writer: Writer, svids: Sequence[IssuedSvid]) -> Iterable[SessionRow]:
-    """Give the living sessions that hold one of these; where an agent does not tell the leaf, those that may."""
+def _holding(writer: Writer, svids: Sequence[IssuedSvid], now: datetime) -> Iterable[SessionRow]:
+    """Give the living sessions that hold one of these, or did before a rotation; where an agent does not tell the leaf, those that may."""
     serials = {one.serial for one in svids}
     agents = {(one.entry_id, one.agent) for one in svids}
     for entry_id in sorted({one.entry_id for one in svids if one.entry_id}):
         for session in writer.sessions_of_entry(entry_id):
-            if session.serial in serials or (not session.serial and (entry_id, str(session.agent)) in agents):
+            held = {leaf.serial for leaf in writer.session_leaves(session.id, now)}
+            if (
+                held & serials
+                or session.serial in serials
+                or (not session.serial and (entry_id, str(session.agent)) in agents)
+            ):
                 yield session
 
 

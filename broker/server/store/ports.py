@@ -16,6 +16,7 @@ from broker.server.store.federation_ports import FederationReads, FederationWrit
 from broker.server.store.policy_ports import PolicyReads, PolicyWrites
 from broker.server.store.revocation_ports import RevocationReads, RevocationWrites
 from broker.server.store.rows import Change
+from broker.server.store.supervision_ports import SupervisionReads, SupervisionWrites
 from broker.server.store.table_ports import (
     AuthorityReads,
     AuthorityWrites,
@@ -68,6 +69,7 @@ class Reader(
     RevocationReads,
     PolicyReads,
     UserReads,
+    SupervisionReads,
     Protocol,
 ):
     """All that a read may ask, from one snapshot."""
@@ -87,6 +89,7 @@ class Writer(
     RevocationWrites,
     PolicyWrites,
     UserWrites,
+    SupervisionWrites,
     Housekeeping,
     Protocol,
 ):
@@ -168,6 +171,8 @@ __all__ = [
     "SessionReads",
     "SessionWrites",
     "Store",
+    "SupervisionReads",
+    "SupervisionWrites",
     "TaskReads",
     "TaskWrites",
     "TokenReads",

@@ -129,6 +129,17 @@ class SessionRow:
     ended_at: datetime | None = None
     serial: str = ""
     """Of that leaf, in lower hex; empty where the node agent did not tell it."""
+    run: str = ""
+    """The run of the node agent that told of it; empty where it did not say."""
+
+
+@dataclass(frozen=True, slots=True)
+class SessionLeaf:
+    """One leaf of a workload session, of which it may hold more than one while they overlap; ``serial`` as in SessionRow."""
+
+    x5t: str
+    not_after: datetime
+    serial: str
 
 
 @dataclass(frozen=True, slots=True)

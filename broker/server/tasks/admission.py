@@ -178,8 +178,9 @@ def _note_session(writer: Writer, actor: Actor, entry: Entry, now: datetime) -> 
         raise _session_ended()
     if known is None or known.x5t != actor.x5t or known.agent != actor.agent or known.entry_id != entry.id:
         row = SessionRow(
-            actor.session, actor.agent, actor.spiffe_id, entry.id, actor.x5t, actor.not_after, now, None, actor.serial
-        )
+            actor.session, actor.agent, actor.spiffe_id, entry.id, actor.x5t, actor.not_after, now, None,
+            actor.serial, actor.run,
+        )  # fmt: skip
         try:
             writer.put_session(row)
         except Conflict as error:

@@ -71,7 +71,7 @@ def decide_start(
         id=task_id,
         agent=admitted.actor.spiffe_id,
         # Without supervision it hangs on no process: it neither ends with this one nor belongs to it alone.
-        session=admitted.session if supervision is Supervision.ATTACHED else None,
+        session=None if supervision is Supervision.NONE else admitted.session,
         purpose=request.purpose,
         authority=authority,
         delegation=subject.delegation(),
@@ -151,8 +151,10 @@ def _supervision(defaults: TaskDefaults, admitted: Admitted, request: StartReque
             code="unsupervised_not_allowed",
             hint="leave supervision out, or have an operator set allow_unsupervised under [server.tasks]",
         )
-    if admitted.session is not None:
-        return request.supervision or defaults.supervision
+    wanted = request.supervision or defaults.supervision
+    if admitted.session is not None or wanted is Supervision.LEASE:
+        # A heartbeat says who lives, also where no node agent does.
+        return wanted
     if request.supervision is Supervision.ATTACHED:
         raise Refused(
             "no node agent has told of this process, so nobody can watch it",

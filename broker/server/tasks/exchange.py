@@ -38,6 +38,7 @@ from broker.server.tasks.refusals import Refusals
 from broker.server.tasks.requests import Actor, IssuedToken, IssueRequest, StartRequest
 from broker.server.tasks.standing import Standing, StandingWord
 from broker.server.tasks.subjects import Subject, Subjects
+from broker.server.tasks.supervisor import begin_lease
 from broker.spiffe import jose
 from broker.spiffe.jose import PublicKey
 from broker.spiffe.strictjson import JsonValue
@@ -226,6 +227,7 @@ class Exchange:
         writer.add_task(task)
         writer.record(records.task_started(task, admitted.actor, admitted.entry.id, now, decision=decision))
         writer.change(TASK_CHANGE, task.id, task.state.value)
+        begin_lease(writer, task)
         return task
 
     def _permitted(self, task: Task, grant: Grant, now: datetime) -> Decision:

@@ -153,6 +153,27 @@ def task_ended(task: Task, by: str, *, frame_seq: int, tasks_ended: int, at: dat
     return Record(Event.TASK_ENDED, at, by, task.id, fields)
 
 
+def task_suspended(task: Task, by: str, *, frame_seq: int, below: int, at: datetime, reason: str = "") -> Record:
+    """Record that a task was suspended: why and by whom, and how many tasks below it can do nothing meanwhile."""
+    fields: dict[str, FieldValue] = {
+        "agent": str(task.agent),
+        "session": task.session,
+        "user": task.user,
+        "root": task.root,
+        "parent": task.parent,
+        "state": task.state.value,
+        "cause": None if task.cause is None else task.cause.value,
+        "supervision": task.supervision.value,
+        "version": task.version,
+        "epoch": task.epoch,
+        "frame_seq": frame_seq,
+        "tasks_below": below,
+    }
+    if reason:
+        fields["reasons"] = [reason]
+    return Record(Event.TASK_SUSPENDED, at, by, task.id, fields)
+
+
 def session_started(row: SessionRow) -> Record:
     """Record that a node agent told of a new workload session."""
     fields: dict[str, FieldValue] = {

@@ -53,6 +53,8 @@ class Actor:
     entry_id: str | None = None
     agent: SpiffeId | None = None
     serial: str = ""
+    run: str = ""
+    """The run of the node agent that vouches; empty where it did not say."""
 
 
 @dataclass(frozen=True, slots=True)

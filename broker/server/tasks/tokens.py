@@ -108,7 +108,10 @@ class TaskTokens:
         if row is None or row.revoked_at is not None or now.timestamp() >= exp:
             return False
         lineage = reader.lineage(row.task_id)
-        if not lineage or row.task_id != task_id or reader.root_epoch(row.root) > epoch:
+        if not lineage or row.task_id != task_id:
+            return False
+        # Whoever suspends a task raises its epoch and that of every task below it.
+        if lineage[-1].epoch > epoch:
             return False
         try:
             require_lineage_active(lineage[-1], tuple(reversed(lineage[:-1])), now)

@@ -48,6 +48,7 @@ class Server:
         if self.is_away:
             raise Unavailable("away")
         self.heard.append(request)
+        return sessions_pb2.ReportSessionsResponse()
 
 
 @pytest.fixture
@@ -73,7 +74,13 @@ async def test_what_was_not_heard_is_kept_and_an_end_overtakes_its_beginning(ent
     assert list(request.ended) == ["ws_1"]
     assert dict(request.causes) == {"ws_1": sessions_pb2.SESSION_END_PROCESS_CHANGED}
     assert request.current[0] == sessions_pb2.WorkloadSession(
-        id="ws_2", spiffe_id=str(entry.spiffe_id), entry_id="e1", x5t="x5t", not_after=99, serial_number="a"
+        id="ws_2",
+        spiffe_id=str(entry.spiffe_id),
+        entry_id="e1",
+        x5t="x5t",
+        not_after=99,
+        serial_number="a",
+        run=reports.run_id,
     )
     assert reports.is_settled
 

@@ -155,9 +155,9 @@ def test_a_token_says_no_more_than_its_task_and_resource() -> None:
     assert elsewhere.value.reason == "invalid_target"
 
 
-def test_the_lowest_epoch_of_the_chain_is_written() -> None:
+def test_the_epoch_is_the_task_s_own() -> None:
     chain = family(2)
-    assert claims(replace(chain[0], epoch=4), [replace(chain[1], epoch=3)]).task.epoch == 3
+    assert claims(replace(chain[0], epoch=4), [replace(chain[1], epoch=3)]).task.epoch == 4
 
 
 @pytest.mark.parametrize("fields", [{"jti": ""}, {"jti": "a b"}, {"txn": "x" * 129}, {"issuer": "http://b.example"}])

@@ -7,7 +7,7 @@ from broker._proto.service import Context, ServiceBinding
 from broker.errors import Invalid
 from broker.server.api.access import Caller, agent_of
 from broker.server.api.grpc.convert import moment_of
-from broker.server.tasks.sessions import RefusedCallers, ReportedSession
+from broker.server.tasks.sessions import AgentRun, Detached, RefusedCallers, ReportedSession
 from broker.server.tasks.sessions import Sessions as SessionCases
 from broker.spiffe import SpiffeId
 from broker.tasks.causes import SessionEnd
@@ -26,14 +26,18 @@ _CAUSES: Final = {
     sessions_pb2.SESSION_END_SVID_REVOKED: SessionEnd.SVID_REVOKED,
 }
 
+_OVER: Final = frozenset({"session_ended", "svid_revoked"})
+
 log = get_logger("sessions")
 
 
 class Sessions:
     """The service, over its use cases."""
 
-    def __init__(self, sessions: SessionCases) -> None:
+    def __init__(self, sessions: SessionCases, agent_lease: float = 0.0) -> None:
+        """``agent_lease`` in seconds; 0: no agent is missed."""
         self._sessions = sessions
+        self._agent_lease = agent_lease
 
     async def ReportSessions(  # noqa: N802  # the name on the wire
         self, request: sessions_pb2.ReportSessionsRequest, context: Context, caller: Caller
@@ -47,10 +51,19 @@ class Sessions:
         }
         refused = [RefusedCallers(one.code, one.uid, one.count) for one in request.refused]
         current = [_reported(one) for one in request.current]
-        left_out = await self._sessions.report(agent, current, request.ended, causes, refused)
+        left_out = await self._sessions.report(
+            agent,
+            current,
+            request.ended,
+            causes,
+            refused,
+            run=AgentRun(request.run, request.is_new_run) if request.run else None,
+            detached=[Detached(one.task_id, one.session) for one in request.detached],
+        )
         for error in left_out.values():
             log.warning("session_left_out", agent=str(agent), code=error.reason)
-        return sessions_pb2.ReportSessionsResponse()
+        over = [session_id for session_id, error in left_out.items() if error.reason in _OVER]
+        return sessions_pb2.ReportSessionsResponse(agent_lease=self._agent_lease, over=over)
 
 
 def _reported(message: sessions_pb2.WorkloadSession) -> ReportedSession:
@@ -58,5 +71,11 @@ def _reported(message: sessions_pb2.WorkloadSession) -> ReportedSession:
     if not_after is None:
         raise Invalid("a session's leaf has an end", code="invalid_time")
     return ReportedSession(
-        message.id, SpiffeId(message.spiffe_id), message.entry_id, message.x5t, not_after, message.serial_number
+        message.id,
+        SpiffeId(message.spiffe_id),
+        message.entry_id,
+        message.x5t,
+        not_after,
+        message.serial_number,
+        message.run,
     )

@@ -3,6 +3,7 @@
 An agent vouches: which process asks is its word, taken only for entries that it may serve. Nothing here decides.
 """
 
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Final
 
@@ -22,6 +23,7 @@ from broker.server.tasks.feed import Feed
 from broker.server.tasks.lifecycle import Lifecycle
 from broker.server.tasks.refusals import Refusals
 from broker.server.tasks.requests import Actor, Door, IssueRequest, StartRequest
+from broker.server.tasks.supervisor import Lease, Supervisor
 from broker.spiffe import SpiffeId
 from broker.spiffe.jose import MAX_DATE
 from broker.tasks import Authority, Resource, State, Supervision, Task, effective_state
@@ -46,6 +48,7 @@ class Tasks:
         lifecycle: Lifecycle,
         feed: Feed,
         refusals: Refusals,
+        supervisor: Supervisor,
     ) -> None:
         self._store = store
         self._clock = clock
@@ -54,6 +57,7 @@ class Tasks:
         self._lifecycle = lifecycle
         self._feed = feed
         self._refusals = refusals
+        self._supervisor = supervisor
 
     # ---- for node agents
 
@@ -121,6 +125,30 @@ class Tasks:
         )
         return self._written(over.task, 0, over.frame_seq)
 
+    async def RenewLease(  # noqa: N802 - the RPC's name
+        self, request: tasks_pb2.RenewLeaseRequest, context: Context, caller: Caller
+    ) -> tasks_pb2.Lease:
+        """Take in a heartbeat of a task of that very workload."""
+        return await self._kept(request.workload, request.task_id, caller, self._supervisor.renew)
+
+    async def AttachTask(  # noqa: N802 - the RPC's name
+        self, request: tasks_pb2.AttachTaskRequest, context: Context, caller: Caller
+    ) -> tasks_pb2.Lease:
+        """Say whether that very workload may hold on to its task, and for how long it may be silent."""
+        return await self._kept(request.workload, request.task_id, caller, self._supervisor.attach)
+
+    async def _kept(
+        self,
+        workload: sessions_pb2.WorkloadSession,
+        task_id: str,
+        caller: Caller,
+        keep: Callable[[Actor, str], Awaitable[Lease]],
+    ) -> tasks_pb2.Lease:
+        actor = _vouched(workload, caller)
+        async with self._refusals.recorded(Event.TASK_REFUSED, actor, task_id if ID.fullmatch(task_id) else ""):
+            lease = await keep(actor, _task_id(task_id))
+        return tasks_pb2.Lease(task_id=task_id, ttl=lease.ttl, left=lease.left)
+
     # ---- for operators
 
     async def GetTask(  # noqa: N802 - the RPC's name
@@ -168,6 +196,7 @@ class Tasks:
         return self._written(over.task, 0, over.frame_seq)
 
     def _written(self, task: Task, tokens: int, frame_seq: int = 0) -> tasks_pb2.Task:
+        lease = self._supervisor.lease_of(task)
         return tasks_pb2.Task(
             id=task.id,
             root=task.root,
@@ -186,6 +215,8 @@ class Tasks:
             ended_at=0 if task.ended_at is None else _seconds(task.ended_at),
             tokens_issued=tokens,
             ended_seq=frame_seq or self._feed.frame_of(task.id),
+            lease_ttl=0.0 if lease is None else lease.ttl,
+            lease_left=0.0 if lease is None else lease.left,
         )
 
 
@@ -194,6 +225,8 @@ def _vouched(workload: sessions_pb2.WorkloadSession, caller: Caller) -> Actor:
     agent = agent_of(caller)
     if ID.fullmatch(workload.id) is None or THUMBPRINT.fullmatch(workload.x5t) is None or not workload.entry_id:
         raise Invalid("the workload's session, entry or certificate is missing or malformed", code="workload_missing")
+    if workload.run and ID.fullmatch(workload.run) is None:
+        raise Invalid("the run of the agent is malformed", code="invalid_run")
     if SERIAL_NUMBER.fullmatch(workload.serial_number) is None:
         raise Invalid("the certificate's serial number is malformed", code="invalid_serial")
     if not 0 < workload.not_after <= MAX_DATE:
@@ -207,6 +240,7 @@ def _vouched(workload: sessions_pb2.WorkloadSession, caller: Caller) -> Actor:
         entry_id=workload.entry_id,
         agent=agent.id,
         serial=workload.serial_number,
+        run=workload.run,
     )
 
 
@@ -231,7 +265,9 @@ def _supervision(text: str) -> Supervision | None:
     try:
         return Supervision(text)
     except ValueError:
-        raise Invalid("there is no such supervision", code="invalid_supervision", hint="attached or none") from None
+        raise Invalid(
+            "there is no such supervision", code="invalid_supervision", hint="attached, lease or none"
+        ) from None
 
 
 def _task_id(text: str) -> str:

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from broker.server.api.http import delegations, errors, signals, tasks
+from broker.server.api.http import delegations, errors, lease, signals, tasks
 from broker.server.api.http.discovery import Discovery
 from broker.server.api.http.introspect import introspect
 from broker.server.api.http.keys import keys
@@ -65,4 +65,5 @@ def _task_routes(services: HttpServices) -> Sequence[Route]:
         Route(f"{below}/delegations/{{delegation_id}}", errors.plain(bound(delegations.withdraw)), methods=["DELETE"]),
         Route(f"{below}/backchannel-logout", errors.oauth(bound(signals.logout)), methods=["POST"]),
         Route(f"{below}/ssf/events", errors.plain(bound(signals.event)), methods=["POST"]),
+        Route(f"{below}/tasks/{{task_id}}/lease", errors.plain(bound(lease.renew)), methods=["PUT"]),
     )

@@ -14,6 +14,7 @@ from broker.server.tasks.feed import Feed
 from broker.server.tasks.lifecycle import Lifecycle
 from broker.server.tasks.refusals import Refusals
 from broker.server.tasks.signals import LogoutTokens, SecurityEvents, Signals
+from broker.server.tasks.supervisor import Supervisor
 from broker.server.tasks.tokens import TaskTokens
 from broker.spiffe import BundleSet, TrustDomain
 
@@ -33,6 +34,7 @@ class HttpServices:
     feed: Feed
     keys: TaskKeys
     refusals: Refusals
+    supervisor: Supervisor
     bundles: Callable[[], BundleSet]
     delegations: Delegations
     logout_tokens: LogoutTokens

@@ -35,7 +35,7 @@ _SHOWN: Final = {200: Answer("the task", {"application/json": shapes.TASK})}
 @described(Operation("get_task", "Look at a task of one's own.", answers=_SHOWN))
 async def show(request: Request, services: HttpServices) -> Response:
     """Give one task of the caller's own."""
-    actor, task_id = actor_of(request, services), _task_id(request)
+    actor, task_id = actor_of(request, services), own_task_id(request)
     task = await services.store.read(lambda reader: _own(reader, actor, task_id))
     return JSONResponse(_shown(task, services, services.feed.frame_of(task.id)), headers=NO_STORE)
 
@@ -52,7 +52,7 @@ async def show(request: Request, services: HttpServices) -> Response:
 )
 async def complete(request: Request, services: HttpServices) -> Response:
     """End a task of the caller's own; ending it twice is fine."""
-    actor, task_id = actor_of(request, services), _task_id(request)
+    actor, task_id = actor_of(request, services), own_task_id(request)
     form = await read_form(request, allowed=_ALLOWED, body_optional=True)
     over = await services.lifecycle.complete(
         actor,
@@ -71,7 +71,8 @@ def _own(reader: Reader, actor: Actor, task_id: str) -> Task:
         raise task_unknown() from None
 
 
-def _task_id(request: Request) -> str:
+def own_task_id(request: Request) -> str:
+    """Give the task that the path names; raises NotFound for what is no id."""
     task_id = request.path_params["task_id"]
     if not isinstance(task_id, str) or ID.fullmatch(task_id) is None:
         raise task_unknown()

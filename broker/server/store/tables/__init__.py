@@ -13,6 +13,7 @@ from broker.server.store.tables.nodes import NodeReading, NodeWriting
 from broker.server.store.tables.policies import PolicyReading, PolicyWriting
 from broker.server.store.tables.revocations import RevocationReading, RevocationWriting
 from broker.server.store.tables.sessions import SessionReading, SessionWriting
+from broker.server.store.tables.supervision import SupervisionReading, SupervisionWriting
 from broker.server.store.tables.tasks import TaskWriting
 from broker.server.store.tables.tokens import TokenReading, TokenWriting
 from broker.server.store.tables.trail import TrailReading
@@ -20,6 +21,7 @@ from broker.server.store.tables.users import UserReading, UserWriting
 
 
 class SqlReader(
+    SupervisionReading,
     TrailReading,
     FederationReading,
     EntryReading,
@@ -47,6 +49,7 @@ class SqlWriter(
     DelegationWriting,
     TaskWriting,
     TokenWriting,
+    SupervisionWriting,
     IdempotencyWriting,
     RevocationWriting,
     PolicyWriting,

@@ -32,6 +32,10 @@ _USER_SESSIONS: Final = (
 )
 _DELEGATIONS: Final = "DELETE FROM delegations WHERE id IN (SELECT id FROM delegations WHERE expires_at <= ? LIMIT ?)"
 _ISSUED: Final = "DELETE FROM issued_svids WHERE seq IN (SELECT seq FROM issued_svids WHERE not_after <= ? LIMIT ?)"
+_LEAVES: Final = (
+    "DELETE FROM session_leaves WHERE (session, x5t) IN"
+    " (SELECT session, x5t FROM session_leaves WHERE not_after <= ? LIMIT ?)"
+)
 # A revoked certificate stays on its list until one was signed after its end (RFC 5280 §3.3).
 _REVOKED: Final = (
     (
@@ -75,6 +79,7 @@ class Sweeping(SqlTables):
         gone += self._sql.run(_STOPS, (micros(now - STOPS_KEPT), limit))
         gone += self._sql.run(_USER_SESSIONS, (micros(now - USER_SESSIONS_KEPT), limit))
         gone += self._sql.run(_DELEGATIONS, (long_over, limit))
+        gone += self._sql.run(_LEAVES, (over, limit))
         gone += sum(self._sql.run(text, (long_over, limit)) for text in _REVOKED)
         gone += self._sql.run(_CHANGES, (CHANGES_KEPT, limit))
         for (root,) in self._sql.rows(_DEAD_TREES, (long_over, long_over, over, limit)):

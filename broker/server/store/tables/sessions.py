@@ -11,7 +11,7 @@ from broker.server.store.sql import Row, Sql, SqlTables, micros, micros_or_none,
 from broker.server.store.tables.known import KEPT_ROWS, Remembered
 from broker.spiffe import SpiffeId
 
-_COLUMNS: Final = "id, agent, spiffe_id, entry_id, x5t, not_after, started_at, ended_at, serial"
+_COLUMNS: Final = "id, agent, spiffe_id, entry_id, x5t, not_after, started_at, ended_at, serial, run"
 _ONE: Final = f"SELECT {_COLUMNS} FROM sessions WHERE id = ?"
 _BY_X5T: Final = (
     f"SELECT {_COLUMNS} FROM sessions WHERE x5t = ?"
@@ -20,10 +20,22 @@ _BY_X5T: Final = (
 _OF_AGENT: Final = f"SELECT {_COLUMNS} FROM sessions WHERE agent = ? AND ended_at IS NULL ORDER BY started_at, id"
 _OF_ENTRY: Final = f"SELECT {_COLUMNS} FROM sessions WHERE entry_id = ? AND ended_at IS NULL ORDER BY started_at, id"
 _PUT: Final = (
-    f"INSERT INTO sessions ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
-    " ON CONFLICT (id) DO UPDATE SET x5t = excluded.x5t, not_after = excluded.not_after, serial = excluded.serial"
+    f"INSERT INTO sessions ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+    " ON CONFLICT (id) DO UPDATE SET x5t = excluded.x5t, not_after = excluded.not_after, serial = excluded.serial,"
+    " run = excluded.run"
     " WHERE sessions.ended_at IS NULL AND sessions.agent = excluded.agent"
     " AND sessions.spiffe_id = excluded.spiffe_id AND sessions.entry_id = excluded.entry_id"
+)
+# An earlier leaf stays until it expires: what the process presents may be older than what its agent has told since.
+_KEEP_LEAF: Final = (
+    "INSERT INTO session_leaves (session, x5t, not_after, serial)"
+    " SELECT id, x5t, not_after, serial FROM sessions WHERE id = ? AND x5t <> ? AND ended_at IS NULL"
+    " ON CONFLICT (session, x5t) DO NOTHING"
+)
+_BY_EARLIER_X5T: Final = (
+    "SELECT s.id, s.agent, s.spiffe_id, s.entry_id, s.x5t, s.not_after, s.started_at, s.ended_at, s.serial, s.run"
+    " FROM session_leaves l JOIN sessions s ON s.id = l.session WHERE l.x5t = ?"
+    " ORDER BY CASE WHEN s.ended_at IS NULL THEN 0 ELSE 1 END, s.started_at DESC, s.id LIMIT 1"
 )
 _END: Final = "UPDATE sessions SET ended_at = ? WHERE id = ? AND ended_at IS NULL"
 
@@ -42,8 +54,8 @@ class SessionReading(SqlTables):
         return None if row is None else self._sessions.read(row)
 
     def session_by_x5t(self, x5t: str) -> SessionRow | None:
-        """Give the session that holds this leaf now: living before ended, the youngest first; or None."""
-        row = self._sql.row(_BY_X5T, (x5t,))
+        """Give the session that holds this leaf, or held it before: living before ended, the youngest first; or None."""
+        row = self._sql.row(_BY_X5T, (x5t,)) or self._sql.row(_BY_EARLIER_X5T, (x5t,))
         return None if row is None else self._sessions.read(row)
 
     def sessions_of_agent(self, agent: SpiffeId) -> tuple[SessionRow, ...]:
@@ -70,7 +82,9 @@ class SessionWriting(SessionReading):
             micros(row.started_at),
             micros_or_none(row.ended_at),
             row.serial,
+            row.run,
         )
+        self._sql.run(_KEEP_LEAF, (row.id, row.x5t))
         if self._sql.run(_PUT, values):
             return
         there = self.session(row.id)
@@ -94,4 +108,5 @@ def _read(row: Row) -> SessionRow:
         started_at=moment(row[6]),
         ended_at=moment_or_none(row[7]),
         serial=row[8],
+        run=row[9],
     )

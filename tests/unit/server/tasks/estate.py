@@ -42,6 +42,7 @@ from broker.server.tasks.signals import LogoutTokens, SecurityEvents, Signals
 from broker.server.tasks.standing import Standing
 from broker.server.tasks.stops import Stops
 from broker.server.tasks.subjects import Subjects
+from broker.server.tasks.supervisor import SupervisionRules, Supervisor
 from broker.server.tasks.tokens import TaskTokens
 from broker.server.tasks.users import Users
 from broker.server.user_ends import UserEnds
@@ -142,6 +143,7 @@ class Estate:
     audiences: Audiences
     counted: list[tuple[str, str]]
     ends: UserEnds
+    supervisor: Supervisor
 
     def actor(self, **fields: Any) -> Actor:
         """The workload, as its node agent vouches for it."""
@@ -247,6 +249,7 @@ async def running(
     defaults: TaskDefaults | None = None,
     leases: Mapping[str, timedelta] | None = None,
     transmitters: Sequence[Transmitter] = (),
+    supervision: SupervisionRules | None = None,
     **subject: Any,
 ) -> AsyncIterator[Estate]:
     """Open the store in a directory (made at first) and wire the task half as the server does."""
@@ -306,6 +309,8 @@ async def running(
             signals=(signals := Signals(store, clock, stops, refusals)),
             pollers=tuple(Poller(one, events, signals) for one in transmitters if one.poll_url),
         )
+        supervisor = Supervisor(store, clock, supervision or SupervisionRules())
+        await supervisor.start()
         formats = frozenset(GrantFormat)
         assertions = Assertions(
             **parts,
@@ -318,7 +323,8 @@ async def running(
         try:
             yield Estate(
                 store, clock, oidc, keys, known, starters, subjects, exchange, assertions, Lifecycle(store, clock),
-                Sessions(store, clock, known), feed, refusals, tokens, audiences, counted, ends,
+                Sessions(store, clock, known, supervisor.agent_heard), feed, refusals, tokens, audiences, counted,
+                ends, supervisor,
             )  # fmt: skip
         finally:
             feed.stop()

@@ -23,6 +23,7 @@ def service(estate: Estate) -> Tasks:
     return Tasks(
         store=estate.store, clock=estate.clock, exchange=estate.exchange, assertions=estate.assertions, lifecycle=estate.lifecycle, feed=estate.feed,
         refusals=estate.refusals,
+        supervisor=estate.supervisor,
     )  # fmt: skip
 
 
@@ -134,7 +135,7 @@ async def test_only_its_own_node_agent_speaks_for_a_workload(estate: Estate, ser
     [
         ({"authorization_details": ""}, Invalid, "invalid_authorization_details"),
         ({"user_token": ""}, Invalid, "user_token_missing"),
-        ({"supervision": "lease"}, Invalid, "invalid_supervision"),
+        ({"supervision": "leash"}, Invalid, "invalid_supervision"),
         ({"supervision": "none"}, PolicyDenied, "unsupervised_not_allowed"),
         ({"limits": '{"max_calls": 1}'}, PolicyDenied, "unmetered_limit"),
         ({"ttl": -1}, Invalid, "invalid_ttl"),

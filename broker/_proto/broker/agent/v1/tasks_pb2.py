@@ -22,11 +22,19 @@ DESCRIPTOR = _load(
     b'ls"\x9f\x01\n\x13CompleteTaskRequest\x12\x1b\n\tspiffe_id\x18\x01 \x01(\tR\x08s'
     b'piffeId\x12\x17\n\x07task_id\x18\x02 \x01(\tR\x06taskId\x12)\n\x10expected_ver'
     b"sion\x18\x03 \x01(\x03R\x0fexpectedVersion\x12'\n\x0fidempotency_key\x18\x04"
-    b' \x01(\tR\x0eidempotencyKey2\xee\x01\n\x05Tasks\x12F\n\tStartTask\x12!.br'
-    b'oker.agent.v1.StartTaskRequest\x1a\x16.broker.server.v'
-    b'1.Task\x12O\n\nIssueToken\x12".broker.agent.v1.IssueToke'
-    b'nRequest\x1a\x1d.broker.server.v1.IssuedToken\x12L\n\x0cCompl'
-    b'eteTask\x12$.broker.agent.v1.CompleteTaskRequest\x1a\x16.'
-    b'broker.server.v1.Taskb\x06proto3',
+    b' \x01(\tR\x0eidempotencyKey"I\n\x11RenewLeaseRequest\x12\x1b\n\tspi'
+    b'ffe_id\x18\x01 \x01(\tR\x08spiffeId\x12\x17\n\x07task_id\x18\x02 \x01(\tR\x06taskId"'
+    b'Y\n\rAttachRequest\x12\x1b\n\tspiffe_id\x18\x01 \x01(\tR\x08spiffeId\x12\x17\n'
+    b'\x07task_id\x18\x02 \x01(\tR\x06taskId\x12\x12\n\x04beat\x18\x03 \x01(\x04R\x04beat"6\n\x0eAt'
+    b'tachResponse\x12\x12\n\x04beat\x18\x01 \x01(\x04R\x04beat\x12\x10\n\x03ttl\x18\x02 \x01(\x01R\x03t'
+    b'tl2\x88\x03\n\x05Tasks\x12F\n\tStartTask\x12!.broker.agent.v1.Star'
+    b'tTaskRequest\x1a\x16.broker.server.v1.Task\x12O\n\nIssueTok'
+    b'en\x12".broker.agent.v1.IssueTokenRequest\x1a\x1d.broker.'
+    b'server.v1.IssuedToken\x12L\n\x0cCompleteTask\x12$.broker.a'
+    b'gent.v1.CompleteTaskRequest\x1a\x16.broker.server.v1.T'
+    b'ask\x12I\n\nRenewLease\x12".broker.agent.v1.RenewLeaseRe'
+    b'quest\x1a\x17.broker.server.v1.Lease\x12M\n\x06Attach\x12\x1e.broke'
+    b'r.agent.v1.AttachRequest\x1a\x1f.broker.agent.v1.Attac'
+    b'hResponse(\x010\x01b\x06proto3',
     globals(),
 )

@@ -63,3 +63,29 @@ class CompleteTaskRequest(_message.Message):
     expected_version: int
     idempotency_key: str
     def __init__(self, spiffe_id: _Optional[str] = ..., task_id: _Optional[str] = ..., expected_version: _Optional[int] = ..., idempotency_key: _Optional[str] = ...) -> None: ...
+
+class RenewLeaseRequest(_message.Message):
+    __slots__ = ("spiffe_id", "task_id")
+    SPIFFE_ID_FIELD_NUMBER: _ClassVar[int]
+    TASK_ID_FIELD_NUMBER: _ClassVar[int]
+    spiffe_id: str
+    task_id: str
+    def __init__(self, spiffe_id: _Optional[str] = ..., task_id: _Optional[str] = ...) -> None: ...
+
+class AttachRequest(_message.Message):
+    __slots__ = ("spiffe_id", "task_id", "beat")
+    SPIFFE_ID_FIELD_NUMBER: _ClassVar[int]
+    TASK_ID_FIELD_NUMBER: _ClassVar[int]
+    BEAT_FIELD_NUMBER: _ClassVar[int]
+    spiffe_id: str
+    task_id: str
+    beat: int
+    def __init__(self, spiffe_id: _Optional[str] = ..., task_id: _Optional[str] = ..., beat: _Optional[int] = ...) -> None: ...
+
+class AttachResponse(_message.Message):
+    __slots__ = ("beat", "ttl")
+    BEAT_FIELD_NUMBER: _ClassVar[int]
+    TTL_FIELD_NUMBER: _ClassVar[int]
+    beat: int
+    ttl: float
+    def __init__(self, beat: _Optional[int] = ..., ttl: _Optional[float] = ...) -> None: ...

@@ -29,23 +29,25 @@ SESSION_END_AGENT_STOPPED: SessionEnd
 SESSION_END_SVID_REVOKED: SessionEnd
 
 class WorkloadSession(_message.Message):
-    __slots__ = ("id", "spiffe_id", "entry_id", "x5t", "not_after", "serial_number")
+    __slots__ = ("id", "spiffe_id", "entry_id", "x5t", "not_after", "serial_number", "run")
     ID_FIELD_NUMBER: _ClassVar[int]
     SPIFFE_ID_FIELD_NUMBER: _ClassVar[int]
     ENTRY_ID_FIELD_NUMBER: _ClassVar[int]
     X5T_FIELD_NUMBER: _ClassVar[int]
     NOT_AFTER_FIELD_NUMBER: _ClassVar[int]
     SERIAL_NUMBER_FIELD_NUMBER: _ClassVar[int]
+    RUN_FIELD_NUMBER: _ClassVar[int]
     id: str
     spiffe_id: str
     entry_id: str
     x5t: str
     not_after: int
     serial_number: str
-    def __init__(self, id: _Optional[str] = ..., spiffe_id: _Optional[str] = ..., entry_id: _Optional[str] = ..., x5t: _Optional[str] = ..., not_after: _Optional[int] = ..., serial_number: _Optional[str] = ...) -> None: ...
+    run: str
+    def __init__(self, id: _Optional[str] = ..., spiffe_id: _Optional[str] = ..., entry_id: _Optional[str] = ..., x5t: _Optional[str] = ..., not_after: _Optional[int] = ..., serial_number: _Optional[str] = ..., run: _Optional[str] = ...) -> None: ...
 
 class ReportSessionsRequest(_message.Message):
-    __slots__ = ("current", "ended", "causes", "refused")
+    __slots__ = ("current", "ended", "causes", "refused", "run", "is_new_run", "detached")
     class CausesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -57,11 +59,25 @@ class ReportSessionsRequest(_message.Message):
     ENDED_FIELD_NUMBER: _ClassVar[int]
     CAUSES_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    IS_NEW_RUN_FIELD_NUMBER: _ClassVar[int]
+    DETACHED_FIELD_NUMBER: _ClassVar[int]
     current: _containers.RepeatedCompositeFieldContainer[WorkloadSession]
     ended: _containers.RepeatedScalarFieldContainer[str]
     causes: _containers.ScalarMap[str, SessionEnd]
     refused: _containers.RepeatedCompositeFieldContainer[RefusedCallers]
-    def __init__(self, current: _Optional[_Iterable[_Union[WorkloadSession, _Mapping[str, _Anything]]]] = ..., ended: _Optional[_Iterable[str]] = ..., causes: _Optional[_Mapping[str, SessionEnd]] = ..., refused: _Optional[_Iterable[_Union[RefusedCallers, _Mapping[str, _Anything]]]] = ...) -> None: ...
+    run: str
+    is_new_run: bool
+    detached: _containers.RepeatedCompositeFieldContainer[DetachedTask]
+    def __init__(self, current: _Optional[_Iterable[_Union[WorkloadSession, _Mapping[str, _Anything]]]] = ..., ended: _Optional[_Iterable[str]] = ..., causes: _Optional[_Mapping[str, SessionEnd]] = ..., refused: _Optional[_Iterable[_Union[RefusedCallers, _Mapping[str, _Anything]]]] = ..., run: _Optional[str] = ..., is_new_run: _Optional[bool] = ..., detached: _Optional[_Iterable[_Union[DetachedTask, _Mapping[str, _Anything]]]] = ...) -> None: ...
+
+class DetachedTask(_message.Message):
+    __slots__ = ("task_id", "session")
+    TASK_ID_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    task_id: str
+    session: str
+    def __init__(self, task_id: _Optional[str] = ..., session: _Optional[str] = ...) -> None: ...
 
 class RefusedCallers(_message.Message):
     __slots__ = ("code", "uid", "count")
@@ -74,5 +90,9 @@ class RefusedCallers(_message.Message):
     def __init__(self, code: _Optional[str] = ..., uid: _Optional[int] = ..., count: _Optional[int] = ...) -> None: ...
 
 class ReportSessionsResponse(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("agent_lease", "over")
+    AGENT_LEASE_FIELD_NUMBER: _ClassVar[int]
+    OVER_FIELD_NUMBER: _ClassVar[int]
+    agent_lease: float
+    over: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, agent_lease: _Optional[float] = ..., over: _Optional[_Iterable[str]] = ...) -> None: ...

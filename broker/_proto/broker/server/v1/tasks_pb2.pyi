@@ -10,7 +10,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Task(_message.Message):
-    __slots__ = ("id", "root", "parent", "depth", "user", "agent", "purpose", "authorization_details", "state", "version", "cause", "supervision", "created_at", "expires_at", "ended_at", "tokens_issued", "ended_seq")
+    __slots__ = ("id", "root", "parent", "depth", "user", "agent", "purpose", "authorization_details", "state", "version", "cause", "supervision", "created_at", "expires_at", "ended_at", "tokens_issued", "ended_seq", "lease_ttl", "lease_left")
     ID_FIELD_NUMBER: _ClassVar[int]
     ROOT_FIELD_NUMBER: _ClassVar[int]
     PARENT_FIELD_NUMBER: _ClassVar[int]
@@ -28,6 +28,8 @@ class Task(_message.Message):
     ENDED_AT_FIELD_NUMBER: _ClassVar[int]
     TOKENS_ISSUED_FIELD_NUMBER: _ClassVar[int]
     ENDED_SEQ_FIELD_NUMBER: _ClassVar[int]
+    LEASE_TTL_FIELD_NUMBER: _ClassVar[int]
+    LEASE_LEFT_FIELD_NUMBER: _ClassVar[int]
     id: str
     root: str
     parent: str
@@ -45,7 +47,9 @@ class Task(_message.Message):
     ended_at: int
     tokens_issued: int
     ended_seq: int
-    def __init__(self, id: _Optional[str] = ..., root: _Optional[str] = ..., parent: _Optional[str] = ..., depth: _Optional[int] = ..., user: _Optional[str] = ..., agent: _Optional[str] = ..., purpose: _Optional[str] = ..., authorization_details: _Optional[str] = ..., state: _Optional[str] = ..., version: _Optional[int] = ..., cause: _Optional[str] = ..., supervision: _Optional[str] = ..., created_at: _Optional[int] = ..., expires_at: _Optional[int] = ..., ended_at: _Optional[int] = ..., tokens_issued: _Optional[int] = ..., ended_seq: _Optional[int] = ...) -> None: ...
+    lease_ttl: float
+    lease_left: float
+    def __init__(self, id: _Optional[str] = ..., root: _Optional[str] = ..., parent: _Optional[str] = ..., depth: _Optional[int] = ..., user: _Optional[str] = ..., agent: _Optional[str] = ..., purpose: _Optional[str] = ..., authorization_details: _Optional[str] = ..., state: _Optional[str] = ..., version: _Optional[int] = ..., cause: _Optional[str] = ..., supervision: _Optional[str] = ..., created_at: _Optional[int] = ..., expires_at: _Optional[int] = ..., ended_at: _Optional[int] = ..., tokens_issued: _Optional[int] = ..., ended_seq: _Optional[int] = ..., lease_ttl: _Optional[float] = ..., lease_left: _Optional[float] = ...) -> None: ...
 
 class StartTaskRequest(_message.Message):
     __slots__ = ("workload", "user_token", "purpose", "authorization_details", "ttl", "limits", "supervision", "idempotency_key", "delegation_id")
@@ -160,3 +164,29 @@ class RevokeTaskRequest(_message.Message):
     expected_version: int
     reason: str
     def __init__(self, task_id: _Optional[str] = ..., expected_version: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class RenewLeaseRequest(_message.Message):
+    __slots__ = ("workload", "task_id")
+    WORKLOAD_FIELD_NUMBER: _ClassVar[int]
+    TASK_ID_FIELD_NUMBER: _ClassVar[int]
+    workload: _sessions_pb2.WorkloadSession
+    task_id: str
+    def __init__(self, workload: _Optional[_Union[_sessions_pb2.WorkloadSession, _Mapping[str, _Anything]]] = ..., task_id: _Optional[str] = ...) -> None: ...
+
+class AttachTaskRequest(_message.Message):
+    __slots__ = ("workload", "task_id")
+    WORKLOAD_FIELD_NUMBER: _ClassVar[int]
+    TASK_ID_FIELD_NUMBER: _ClassVar[int]
+    workload: _sessions_pb2.WorkloadSession
+    task_id: str
+    def __init__(self, workload: _Optional[_Union[_sessions_pb2.WorkloadSession, _Mapping[str, _Anything]]] = ..., task_id: _Optional[str] = ...) -> None: ...
+
+class Lease(_message.Message):
+    __slots__ = ("task_id", "ttl", "left")
+    TASK_ID_FIELD_NUMBER: _ClassVar[int]
+    TTL_FIELD_NUMBER: _ClassVar[int]
+    LEFT_FIELD_NUMBER: _ClassVar[int]
+    task_id: str
+    ttl: float
+    left: float
+    def __init__(self, task_id: _Optional[str] = ..., ttl: _Optional[float] = ..., left: _Optional[float] = ...) -> None: ...

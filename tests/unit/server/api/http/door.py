@@ -110,6 +110,7 @@ async def open_door(estate: Estate) -> AsyncIterator[HttpDoorway]:
         feed=estate.feed,
         keys=estate.keys,
         refusals=estate.refusals,
+        supervisor=estate.supervisor,
         bundles=lambda: bundles,
         delegations=estate.ends.delegations,
         logout_tokens=estate.ends.logout_tokens,
