@@ -112,15 +112,14 @@ def _end_some(writer: Writer, standing: Stop, *, by: str, now: datetime, after: 
     ended = looked = 0
     for at in range(int(number), len(searches)):
         while True:
-            size = min(ENDED_AT_ONCE - ended, ENDED_AT_ONCE)
-            page = writer.living_tasks(searches[at], after=place or None, limit=size)
+            if ended >= ENDED_AT_ONCE or looked >= LOOKED_AT:
+                return _Step(ended, f"{at}:{place}")
+            page = writer.living_tasks(searches[at], after=place or None, limit=ENDED_AT_ONCE - ended)
             looked += len(page.tasks)
             ended += sum(_end(writer, task, standing, by=by, now=now) for task in _by_depth(page.tasks))
             place = page.next or ""
             if not place:
                 break
-            if ended >= ENDED_AT_ONCE or looked >= LOOKED_AT:
-                return _Step(ended, f"{at}:{place}")
     return _Step(ended, None)
 
 

@@ -256,6 +256,13 @@ class TestUnfinished:
         told = [record.fields["tasks_ended"] for record in await scene.records(Event.TASKS_STOPPED)]
         assert sum(int(str(one)) for one in told) == len(names)
 
+    async def test_a_session_of_two_users_ends_for_both_where_the_first_one_fills_a_step(self, scene: Scene) -> None:
+        other = await scene.work("bob")
+        await self.many(scene, ENDED_AT_ONCE - 1)
+        await scene.logout(scene.logout_token(sid="s-1"))
+        assert await self.living(scene) == 0
+        assert await other.is_dead()
+
     async def test_new_sessions_of_the_user_are_passed_over(self, scene: Scene) -> None:
         await self.many(scene, 300)
         scene.estate.clock.advance(10)
