@@ -45,7 +45,9 @@ class TestSessions:
         expected = replace(renewed, started_at=NOW)
         assert await store.read(lambda r: r.session("ws_1")) == expected
         assert await store.read(lambda r: r.session_by_x5t("B" * 43)) == expected
-        assert await store.read(lambda r: r.session_by_x5t(X5T)) is None
+        # A process may still show the earlier one, for as long as it is valid.
+        assert await store.read(lambda r: r.session_by_x5t(X5T)) == expected
+        assert await store.read(lambda r: r.session_by_x5t("C" * 43)) is None
 
     async def test_it_belongs_to_who_came_first_with_it(self, store: Store) -> None:
         await store.write(lambda w: w.put_session(session()))
