@@ -22,6 +22,12 @@ FORGET_EVERY = 256
 """Frames between two sweeps of what may be forgotten."""
 
 
+NEVER = 2**63
+"""Above every epoch."""
+
+_SUSPENDED = "suspended"
+
+
 class Liveness(StrEnum):
     """How much the verifier knows at this moment."""
 
@@ -41,14 +47,15 @@ class Risk(StrEnum):
 
 @dataclass(slots=True)
 class _Dead:
-    epochs: dict[str, tuple[int, int]] = field(default_factory=dict)  # root -> (first living epoch, forget_at)
-    tasks: dict[str, int] = field(default_factory=dict)
+    # root or task -> (first living epoch, whether it is only suspended, forget_at)
+    epochs: dict[str, tuple[int, bool, int]] = field(default_factory=dict)
+    tasks: dict[str, tuple[int, bool, int]] = field(default_factory=dict)
     sessions: dict[str, int] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
 
     def sweep(self, now: int) -> None:
-        self.epochs = {k: v for k, v in self.epochs.items() if v[1] > now}
-        self.tasks = {k: v for k, v in self.tasks.items() if v > now}
+        self.epochs = {k: v for k, v in self.epochs.items() if v[2] > now}
+        self.tasks = {k: v for k, v in self.tasks.items() if v[2] > now}
         self.sessions = {k: v for k, v in self.sessions.items() if v > now}
         self.tokens = {k: v for k, v in self.tokens.items() if v > now}
 
@@ -102,10 +109,10 @@ class FeedState:
     def _frame(self, dead: _Dead, frame: feed_pb2.Frame) -> None:
         until = frame.forget_at
         if frame.kind == "subtree":
-            epoch, kept = dead.epochs.get(frame.root, (0, 0))
-            dead.epochs[frame.root] = (max(epoch, frame.epoch), max(kept, until))
+            _raise(dead.epochs, frame.root, frame.epoch, frame)
         elif frame.kind == "task":
-            dead.tasks[frame.task] = max(dead.tasks.get(frame.task, 0), until)
+            # An end names no epoch: no token of the task lives again.
+            _raise(dead.tasks, frame.task, frame.epoch or NEVER, frame)
         elif frame.kind == "session":
             dead.sessions[frame.session] = max(dead.sessions.get(frame.session, 0), until)
         elif frame.kind == "token":
@@ -144,13 +151,25 @@ class FeedState:
         """Refuse what has ended.
 
         Raises:
-            Refused: the task, its tree, its workload session or this one token has ended.
+            Refused: the task, its tree, its workload session or this one token has ended, or it was suspended since.
         """
         dead = self._dead
-        known = dead.epochs.get(root)
-        if (known is not None and epoch < known[0]) or task in dead.tasks:
+        # Over before suspended: of two reasons the one that nothing undoes.
+        known = [
+            each for each in (dead.epochs.get(root), dead.tasks.get(task)) if each is not None and epoch < each[0]
+        ]
+        if any(not is_suspended for _, is_suspended, _ in known):
             raise Refused("the task has ended", code="task_ended", hint="start a new task")
+        if known:
+            raise Refused("the task was suspended", code="task_suspended", hint="resume it, then ask for a new token")
         if session is not None and session in dead.sessions:
             raise Refused("the workload session has ended", code="session_ended", hint="a new process needs a new task")
         if jti in dead.tokens:
             raise Refused("the token was revoked", code="token_revoked", hint="ask for a new token")
+
+
+def _raise(known: dict[str, tuple[int, bool, int]], name: str, epoch: int, frame: feed_pb2.Frame) -> None:
+    before, is_suspended, kept = known.get(name, (0, False, 0))
+    if epoch >= before:
+        before, is_suspended = epoch, frame.state == _SUSPENDED
+    known[name] = (before, is_suspended, max(kept, frame.forget_at))

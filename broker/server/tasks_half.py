@@ -262,4 +262,8 @@ def _defaults(settings: ServerSettings) -> TaskDefaults:
         max_task_ttl=int(tasks.max_task_ttl.total_seconds()),
         supervision=Supervision(tasks.supervision),
         allow_unsupervised=tasks.allow_unsupervised,
+        max_depth=tasks.max_depth,
+        max_children=tasks.max_children,
+        max_resumes=tasks.max_resumes,
+        max_resumes_per_minute=tasks.max_resumes_per_minute,
     )

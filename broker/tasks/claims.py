@@ -127,7 +127,8 @@ class TaskClaims:
             raise _invalid("client_id is not the present actor")
         if len(self.act) > MAX_ACT_DEPTH or len(set(self.act)) != len(self.act):
             raise _invalid("the chain of actors is too long, or meets one twice")
-        if self.task.hop != len(self.act) or (self.task.hop == 1) != (self.task.parent is None):
+        # A root that was handed off has history and no parent.
+        if self.task.hop != len(self.act) or (self.task.hop == 1 and self.task.parent is not None):
             raise _invalid("the task's hop does not fit the chain of actors")
         if self.exp <= self.iat:
             raise _invalid("exp is not after iat")
@@ -242,8 +243,8 @@ def issue_claims(
             id=task.id,
             root=task.root,
             parent=task.parent,
-            # The lowest is the safest: a bump that any of them has not seen kills the token.
-            epoch=min(each.epoch for each in lineage),
+            # One counter for the tree: above all that was suspended before, below all that will be.
+            epoch=max(each.epoch for each in lineage),
             hop=len(act),
             purpose=purpose_hash(task.purpose),
             authority_hash=task.authority.digest,

@@ -14,6 +14,7 @@ from typing import Final, Protocol, TypeVar
 
 from broker.server.store.federation_ports import FederationReads, FederationWrites
 from broker.server.store.policy_ports import PolicyReads, PolicyWrites
+from broker.server.store.life_ports import LifeReads, LifeWrites
 from broker.server.store.revocation_ports import RevocationReads, RevocationWrites
 from broker.server.store.rows import Change
 from broker.server.store.table_ports import (
@@ -66,6 +67,7 @@ class Reader(
     FrameReads,
     RevocationReads,
     PolicyReads,
+    LifeReads,
     Protocol,
 ):
     """All that a read may ask, from one snapshot."""
@@ -84,6 +86,7 @@ class Writer(
     IdempotencyWrites,
     RevocationWrites,
     PolicyWrites,
+    LifeWrites,
     Housekeeping,
     Protocol,
 ):
@@ -155,6 +158,8 @@ __all__ = [
     "FrameWrites",
     "Housekeeping",
     "IdempotencyWrites",
+    "LifeReads",
+    "LifeWrites",
     "NodeReads",
     "NodeWrites",
     "PolicyReads",

@@ -8,6 +8,7 @@ from broker.server.store.tables.federation import FederationReading, FederationW
 from broker.server.store.tables.frames import FrameReading, FrameWriting
 from broker.server.store.tables.housekeeping import Sweeping
 from broker.server.store.tables.idempotency import IdempotencyWriting
+from broker.server.store.tables.life import LifeReading, LifeWriting
 from broker.server.store.tables.nodes import NodeReading, NodeWriting
 from broker.server.store.tables.policies import PolicyReading, PolicyWriting
 from broker.server.store.tables.revocations import RevocationReading, RevocationWriting
@@ -29,6 +30,7 @@ class SqlReader(
     FrameReading,
     RevocationReading,
     PolicyReading,
+    LifeReading,
 ):
     """Everything that can be read, through one connection."""
 
@@ -45,6 +47,7 @@ class SqlWriter(
     IdempotencyWriting,
     RevocationWriting,
     PolicyWriting,
+    LifeWriting,
     Sweeping,
 ):
     """Everything that can be read and written, through the writer's connection."""
