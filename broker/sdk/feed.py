@@ -155,9 +155,7 @@ class FeedState:
         """
         dead = self._dead
         # Over before suspended: of two reasons the one that nothing undoes.
-        known = [
-            each for each in (dead.epochs.get(root), dead.tasks.get(task)) if each is not None and epoch < each[0]
-        ]
+        known = [each for each in (dead.epochs.get(root), dead.tasks.get(task)) if each is not None and epoch < each[0]]
         if any(not is_suspended for _, is_suspended, _ in known):
             raise Refused("the task has ended", code="task_ended", hint="start a new task")
         if known:

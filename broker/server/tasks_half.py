@@ -147,6 +147,7 @@ async def tasks_half(
 
     tokens = TaskTokens(store, authorities, clock, starters, audiences, issuer=settings.issuer, rules=rules)
     exchange = Exchange(
+        is_alive=tokens.is_alive,
         store=store,
         subjects=subjects,
         keys=authorities,

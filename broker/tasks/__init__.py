@@ -7,6 +7,7 @@ from broker.tasks.claims import TaskClaims, TaskReference, issue_claims
 from broker.tasks.delegation import Delegation
 from broker.tasks.lineage import (
     act_chain,
+    lineage_epoch,
     lineage_state,
     require_lineage_active,
     start_child,
@@ -50,6 +51,7 @@ __all__ = [
     "effective_state",
     "end",
     "issue_claims",
+    "lineage_epoch",
     "lineage_state",
     "require_active",
     "require_lineage_active",

@@ -17,7 +17,7 @@ from broker.spiffe.jose import b64url_encode, numeric_date
 from broker.spiffe.strictjson import JsonValue
 from broker.tasks.authority import Authority
 from broker.tasks.binding import Confirmation
-from broker.tasks.lineage import act_chain, require_lineage_active
+from broker.tasks.lineage import act_chain, lineage_epoch, require_lineage_active
 from broker.tasks.resource import Resource
 from broker.tasks.task import MAX_ACT_DEPTH, Task
 from broker.tasks.texts import DIGEST, ID, NAME, check_id, check_issuer
@@ -243,8 +243,7 @@ def issue_claims(
             id=task.id,
             root=task.root,
             parent=task.parent,
-            # One counter for the tree: above all that was suspended before, below all that will be.
-            epoch=max(each.epoch for each in lineage),
+            epoch=lineage_epoch(lineage),
             hop=len(act),
             purpose=purpose_hash(task.purpose),
             authority_hash=task.authority.digest,

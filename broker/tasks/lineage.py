@@ -128,6 +128,14 @@ def _require_room(agent: SpiffeId, chain: Sequence[SpiffeId], max_depth: int) ->
         raise PolicyDenied("the chain of agents is too long", code="act_chain_depth")
 
 
+def lineage_epoch(lineage: Sequence[Task]) -> int:
+    """Give the epoch below which tokens of a task are dead; ``lineage`` is the task and its ancestors, in any order.
+
+    All take theirs from one counter of the tree, so that what is issued with it is above all suspensions so far.
+    """
+    return max(each.epoch for each in lineage)
+
+
 def lineage_state(task: Task, ancestors: Sequence[Task], now: datetime) -> State:
     """Give the state that counts: the task's own, or a worse one of an ancestor; raises Refused for another's ancestors.
 

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import Final, Protocol, TypeVar
 
 from broker.server.store.federation_ports import FederationReads, FederationWrites
-from broker.server.store.policy_ports import PolicyReads, PolicyWrites
 from broker.server.store.life_ports import LifeReads, LifeWrites
+from broker.server.store.policy_ports import PolicyReads, PolicyWrites
 from broker.server.store.revocation_ports import RevocationReads, RevocationWrites
 from broker.server.store.rows import Change
 from broker.server.store.table_ports import (

@@ -7,7 +7,9 @@ from broker.server.store.rows import ResumeRow
 from broker.server.store.sql import SqlTables, micros
 
 _CHILDREN: Final = "SELECT count(*) FROM tasks WHERE parent = ?"
-_OPEN_CHILDREN: Final = "SELECT id FROM tasks WHERE parent = ? AND agent = ? AND ended_at IS NULL ORDER BY created_at, id"
+_OPEN_CHILDREN: Final = (
+    "SELECT id FROM tasks WHERE parent = ? AND agent = ? AND ended_at IS NULL ORDER BY created_at, id"
+)
 _RESUMES: Final = "SELECT count(*) FROM task_resumes WHERE task_id = ?"
 _RESUMES_SINCE: Final = "SELECT count(*) FROM task_resumes WHERE task_id = ? AND at > ?"
 _ADD: Final = (

@@ -266,10 +266,10 @@ async def running(
             "issuer": ISSUER,
             "count": lambda outcome, reason: counted.append((outcome, reason)),
         }
-        exchange = Exchange(**parts)
+        tokens = TaskTokens(store, keys, clock, starters, audiences, issuer=ISSUER, rules=rules)
+        exchange = Exchange(**parts, is_alive=tokens.is_alive)
         feed = Feed(store, keys, clock, issuer=ISSUER, heartbeat=0.05)
         await feed.start()
-        tokens = TaskTokens(store, keys, clock, starters, audiences, issuer=ISSUER, rules=rules)
         formats = frozenset(GrantFormat)
         assertions = Assertions(
             **parts,
