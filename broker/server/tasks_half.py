@@ -27,6 +27,7 @@ from broker.server.stillness import Stillness
 from broker.server.store.ports import Store
 from broker.server.tasks.admission import Starters
 from broker.server.tasks.assertions import Assertions
+from broker.server.tasks.changes import Changes
 from broker.server.tasks.config import Audience, Audiences, SubjectIssuer, TaskDefaults
 from broker.server.tasks.decision import Policy
 from broker.server.tasks.detail_types import DetailType, DetailTypes
@@ -68,6 +69,7 @@ class TasksHalf:
     exchange: Exchange
     assertions: Assertions
     lifecycle: Lifecycle
+    changes: Changes
     sessions: Sessions
     feed: Feed
     refusals: Refusals
@@ -84,6 +86,7 @@ class TasksHalf:
             exchange=self.exchange,
             assertions=self.assertions,
             lifecycle=self.lifecycle,
+            changes=self.changes,
             feed=self.feed,
             refusals=self.refusals,
         )
@@ -146,6 +149,16 @@ async def tasks_half(
         metrics.exchanges.labels(outcome, reason).inc()
 
     tokens = TaskTokens(store, authorities, clock, starters, audiences, issuer=settings.issuer, rules=rules)
+    changes = Changes(
+        store=store,
+        clock=clock,
+        vouching=directory,
+        starters=starters,
+        policy=policy,
+        ids=ids,
+        refusals=refusals,
+        count=lambda cause: metrics.ends.labels(cause).inc(),
+    )
     exchange = Exchange(
         is_alive=tokens.is_alive,
         store=store,
@@ -184,6 +197,7 @@ async def tasks_half(
         exchange=exchange,
         assertions=assertions,
         lifecycle=lifecycle,
+        changes=changes,
         tokens=tokens,
         feed=feed,
         keys=authorities,
@@ -200,6 +214,7 @@ async def tasks_half(
         exchange=exchange,
         assertions=assertions,
         lifecycle=lifecycle,
+        changes=changes,
         sessions=Sessions(store, clock, directory),
         feed=feed,
         refusals=refusals,

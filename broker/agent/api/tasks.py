@@ -83,6 +83,41 @@ class TasksApi:
         task: server_pb2.Task = await self._forward(self._upstream.tasks.CompleteTask, forwarded, context, caller)
         return task
 
+    async def StartChildTask(  # noqa: N802
+        self, request: tasks_pb2.StartChildTaskRequest, context: Context, caller: Caller
+    ) -> server_pb2.Task:
+        """Start a task below one of the caller's own, for another workload."""
+        forwarded = server_pb2.StartChildTaskRequest(
+            workload=await self._workload(caller, request.spiffe_id),
+            parent=request.parent,
+            agent=request.agent,
+            purpose=request.purpose,
+            authorization_details=request.authorization_details,
+            ttl=request.ttl,
+            supervision=request.supervision,
+            idempotency_key=request.idempotency_key,
+            limits=request.limits,
+        )
+        task: server_pb2.Task = await self._forward(self._upstream.tasks.StartChildTask, forwarded, context, caller)
+        return task
+
+    async def ChangeTask(  # noqa: N802
+        self, request: tasks_pb2.ChangeTaskRequest, context: Context, caller: Caller
+    ) -> server_pb2.ChangedTask:
+        """Take up, suspend, resume, end or hand off a task of the caller's own."""
+        forwarded = server_pb2.ChangeOwnTaskRequest(
+            workload=await self._workload(caller, request.spiffe_id),
+            task_id=request.task_id,
+            operation=request.operation,
+            to=request.to,
+            expected_version=request.expected_version,
+            idempotency_key=request.idempotency_key,
+        )
+        changed: server_pb2.ChangedTask = await self._forward(
+            self._upstream.tasks.ChangeOwnTask, forwarded, context, caller
+        )
+        return changed
+
     async def _workload(self, caller: Caller, wanted: str) -> sessions_pb2.WorkloadSession:
         session, entries = await self._entitlement.of(caller)
         try:

@@ -15,7 +15,7 @@ from typing import Final, Protocol
 
 from broker.audit.events import Event
 from broker.clock import Clock
-from broker.errors import BrokerError, Invalid, PolicyDenied, Unavailable
+from broker.errors import BrokerError, Invalid, InvalidToken, PolicyDenied, Unavailable
 from broker.keys import Signer
 from broker.server import failpoints
 from broker.server.store.ports import Store, Writer
@@ -41,7 +41,7 @@ from broker.server.tasks.subjects import Subject, SubjectKind, Subjects
 from broker.spiffe import jose
 from broker.spiffe.jose import PublicKey
 from broker.spiffe.strictjson import JsonValue
-from broker.tasks import Confirmation, Task, TaskClaims, issue_claims, lineage_epoch
+from broker.tasks import Confirmation, Resource, Task, TaskClaims, issue_claims, lineage_epoch
 from broker.tasks.verify import TOKEN_TYPE, verify_task_token
 
 MAX_PAYLOAD: Final = 5632
@@ -165,10 +165,14 @@ class Exchange:
         if request.kind is SubjectKind.ID:
             raise Invalid("a task token is not an ID token", code="subject_token_type")
         now, keys = self._clock.now(), self._keys.task_keys()
-        audience = jose.parse_compact(token).payload.get("aud")
-        # Compared with itself: whom it was for is not what it is judged by here.
-        verified = verify_task_token(token, keys, issuer=self._issuer, audience=str(audience), now=now)
-        return Presented(verified.claims)
+        try:
+            # Compared with itself: whom it was for is not what it is judged by here.
+            audience = Resource(str(jose.parse_compact(token).payload.get("aud")))
+        except InvalidToken:
+            raise
+        except Invalid:
+            raise InvalidToken("the subject token is not a task token", code="token_audience") from None
+        return Presented(verify_task_token(token, keys, issuer=self._issuer, audience=audience, now=now).claims)
 
     def _issue(
         self, writer: Writer, claimed: Claim, shown: Subject | Presented | None, request: IssueRequest

@@ -38,6 +38,7 @@ KEY_SET: Final = ref("KeySet")
 METADATA: Final = ref("Metadata")
 OPENID_CONFIGURATION: Final = ref("OpenIdConfiguration")
 TASK: Final = ref("Task")
+TASKS: Final = _object({"tasks": {"type": "array", "items": TASK}}, {"next_page_token": _TEXT})
 DOCUMENT: Final = {"type": "object", "required": ["openapi", "info", "paths"], "additionalProperties": True}
 
 COMPONENTS: Final[Mapping[str, Any]] = {
@@ -164,6 +165,8 @@ COMPONENTS: Final[Mapping[str, Any]] = {
             "ended_at": {"oneOf": [_TIME, {"type": "null"}]},
         },
         {
+            "supersedes": {"type": "string", "description": "the task that was handed off to this one"},
+            "successor": ref("Task"),
             "revocation": _object(
                 {
                     "state": _TEXT,
@@ -172,7 +175,7 @@ COMPONENTS: Final[Mapping[str, Any]] = {
                     "acked": _COUNT,
                     "max_ms": {"type": "number", "minimum": 0},
                 }
-            )
+            ),
         },
     ),
     "Error": _object(

@@ -13,11 +13,12 @@ from broker.keys import MemoryKeys, Signer
 from broker.registry.entry import Entry
 from broker.server.identity.changes import ENTRY_KIND, GONE, entry_text
 from broker.server.identity.directory import Directory
-from broker.server.store.ports import Writer
+from broker.server.store.ports import Store, Writer
 from broker.server.store.rows import Node
-from broker.server.store.sqlite import SqliteStore
+from broker.server.store.stores import open_store
 from broker.server.tasks.admission import Starters
 from broker.server.tasks.assertions import Assertions
+from broker.server.tasks.changes import Changes
 from broker.server.tasks.config import Audience, Audiences, SubjectIssuer, TaskDefaults
 from broker.server.tasks.decision import Policy
 from broker.server.tasks.exchange import Exchange
@@ -111,7 +112,7 @@ def entry(entry_id: str = "entry-1", spiffe_id: SpiffeId = AGENT, **fields: Any)
 class Estate:
     """Everything that a test may touch."""
 
-    store: SqliteStore
+    store: Store
     clock: ManualClock
     oidc: OidcIssuer
     keys: Keys
@@ -121,6 +122,7 @@ class Estate:
     exchange: Exchange
     assertions: Assertions
     lifecycle: Lifecycle
+    changes: Changes
     sessions: Sessions
     feed: Feed
     refusals: Refusals
@@ -226,9 +228,9 @@ def _furnish(writer: Writer) -> None:
 
 @asynccontextmanager
 async def running(
-    directory: Path, oidc: OidcIssuer, *, defaults: TaskDefaults | None = None, **subject: Any
+    directory: Path, oidc: OidcIssuer, *, defaults: TaskDefaults | None = None, url: str = "", **subject: Any
 ) -> AsyncIterator[Estate]:
-    """Open the store in a directory (made at first) and wire the task half as the server does."""
+    """Open the store in a directory (made at first), or another one, and wire the task half as the server does."""
     clock, keys, starters = ManualClock(), Keys(), Starters()
     trusted = {"issuer": oidc.issuer, "audiences": frozenset({"broker"}), "ca_path": oidc.ca_path} | subject
     audiences = Audiences(
@@ -242,7 +244,7 @@ async def running(
             Audience(WIKI, binding=frozenset({"x5t"}), token_ttl=60),
         ]
     )
-    async with SqliteStore.open(directory / "broker.db", clock=clock) as store:
+    async with open_store(url or f"sqlite://{directory}/broker.db", clock=clock) as store:
         if not await store.read(lambda reader: reader.nodes()):
             await store.write(_furnish)
         known = Directory(clock)
@@ -268,6 +270,15 @@ async def running(
         }
         tokens = TaskTokens(store, keys, clock, starters, audiences, issuer=ISSUER, rules=rules)
         exchange = Exchange(**parts, is_alive=tokens.is_alive)
+        changes = Changes(
+            store=store,
+            clock=clock,
+            vouching=known,
+            starters=starters,
+            policy=exchange._policy,
+            ids=Ids(secrets.token_bytes),
+            refusals=refusals,
+        )
         feed = Feed(store, keys, clock, issuer=ISSUER, heartbeat=0.05)
         await feed.start()
         formats = frozenset(GrantFormat)
@@ -281,7 +292,7 @@ async def running(
         )
         try:
             yield Estate(
-                store, clock, oidc, keys, known, starters, subjects, exchange, assertions, Lifecycle(store, clock),
+                store, clock, oidc, keys, known, starters, subjects, exchange, assertions, Lifecycle(store, clock), changes,
                 Sessions(store, clock, known), feed, refusals, tokens, audiences, counted,
             )  # fmt: skip
         finally:

@@ -21,11 +21,25 @@ DESCRIPTOR = _load(
     b'equestDetails"\x9f\x01\n\x13CompleteTaskRequest\x12\x1b\n\tspiffe_'
     b'id\x18\x01 \x01(\tR\x08spiffeId\x12\x17\n\x07task_id\x18\x02 \x01(\tR\x06taskId\x12)\n\x10e'
     b"xpected_version\x18\x03 \x01(\x03R\x0fexpectedVersion\x12'\n\x0fidempo"
-    b'tency_key\x18\x04 \x01(\tR\x0eidempotencyKey2\xee\x01\n\x05Tasks\x12F\n\tSta'
-    b'rtTask\x12!.broker.agent.v1.StartTaskRequest\x1a\x16.brok'
-    b'er.server.v1.Task\x12O\n\nIssueToken\x12".broker.agent.v'
-    b'1.IssueTokenRequest\x1a\x1d.broker.server.v1.IssuedTok'
-    b'en\x12L\n\x0cCompleteTask\x12$.broker.agent.v1.CompleteTas'
-    b'kRequest\x1a\x16.broker.server.v1.Taskb\x06proto3',
+    b'tency_key\x18\x04 \x01(\tR\x0eidempotencyKey"\xa6\x02\n\x15StartChildTa'
+    b'skRequest\x12\x1b\n\tspiffe_id\x18\x01 \x01(\tR\x08spiffeId\x12\x16\n\x06parent'
+    b'\x18\x02 \x01(\tR\x06parent\x12\x14\n\x05agent\x18\x03 \x01(\tR\x05agent\x12\x18\n\x07purpose\x18'
+    b'\x04 \x01(\tR\x07purpose\x123\n\x15authorization_details\x18\x05 \x01(\tR\x14a'
+    b'uthorizationDetails\x12\x10\n\x03ttl\x18\x06 \x01(\x03R\x03ttl\x12 \n\x0bsupervi'
+    b"sion\x18\x07 \x01(\tR\x0bsupervision\x12'\n\x0fidempotency_key\x18\x08 \x01(\t"
+    b'R\x0eidempotencyKey\x12\x16\n\x06limits\x18\t \x01(\tR\x06limits"\xcb\x01\n\x11Cha'
+    b'ngeTaskRequest\x12\x1b\n\tspiffe_id\x18\x01 \x01(\tR\x08spiffeId\x12\x17\n\x07t'
+    b'ask_id\x18\x02 \x01(\tR\x06taskId\x12\x1c\n\toperation\x18\x03 \x01(\tR\toperati'
+    b'on\x12\x0e\n\x02to\x18\x04 \x01(\tR\x02to\x12)\n\x10expected_version\x18\x05 \x01(\x03R\x0fex'
+    b"pectedVersion\x12'\n\x0fidempotency_key\x18\x06 \x01(\tR\x0eidempote"
+    b'ncyKey2\x91\x03\n\x05Tasks\x12F\n\tStartTask\x12!.broker.agent.v1.'
+    b'StartTaskRequest\x1a\x16.broker.server.v1.Task\x12O\n\nIssu'
+    b'eToken\x12".broker.agent.v1.IssueTokenRequest\x1a\x1d.bro'
+    b'ker.server.v1.IssuedToken\x12L\n\x0cCompleteTask\x12$.brok'
+    b'er.agent.v1.CompleteTaskRequest\x1a\x16.broker.server.'
+    b'v1.Task\x12P\n\x0eStartChildTask\x12&.broker.agent.v1.Star'
+    b'tChildTaskRequest\x1a\x16.broker.server.v1.Task\x12O\n\nCha'
+    b'ngeTask\x12".broker.agent.v1.ChangeTaskRequest\x1a\x1d.br'
+    b'oker.server.v1.ChangedTaskb\x06proto3',
     globals(),
 )

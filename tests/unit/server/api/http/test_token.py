@@ -242,7 +242,7 @@ async def test_how_a_request_must_be_sent(door: HttpDoorway) -> None:
 async def test_other_methods_and_paths_are_json_too(door: HttpDoorway) -> None:
     assert_error(await door.client.get("/token"), 405, "method_not_allowed")
     assert_error(await door.client.put("/token"), 405, "method_not_allowed")
-    for path in ("/", "/token/", "/unknown", "/tasks", "/tasks/x/y", "/%2e%2e/token"):
+    for path in ("/", "/token/", "/unknown", "/tasks/", "/tasks/x/y", "/%2e%2e/token"):
         assert_error(await door.client.get(path), 404, "not_found")
 
 
