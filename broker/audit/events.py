@@ -62,6 +62,7 @@ class Event(StrEnum):
     WORKLOAD_REFUSED = "workload_refused"
     TASK_STARTED = "task_started"
     TASK_REFUSED = "task_refused"
+    TASK_ATTACHED = "task_attached"
     TASK_SUSPENDED = "task_suspended"
     TASK_RESUMED = "task_resumed"
     TASK_ENDED = "task_ended"
@@ -167,8 +168,9 @@ _TASK: Final = frozenset(
         "subject_hash",
         "frame_seq",
         "tasks_ended",
-        "tasks_below",
         "resource",
+        "resumed_from",
+        "supersedes",
     }
 )
 _TOKEN: Final = _TASK | {
@@ -228,7 +230,14 @@ _FAMILIES: Final = {
     _SVID: (Event.SVID_ISSUED, Event.SVID_REFUSED, Event.SVID_REVOKED),
     _CRL: (Event.CRL_PUBLISHED,),
     _SESSION: (Event.SESSION_STARTED, Event.SESSION_ENDED),
-    _TASK: (Event.TASK_STARTED, Event.TASK_REFUSED, Event.TASK_SUSPENDED, Event.TASK_RESUMED, Event.TASK_ENDED),
+    _TASK: (
+        Event.TASK_STARTED,
+        Event.TASK_REFUSED,
+        Event.TASK_ATTACHED,
+        Event.TASK_SUSPENDED,
+        Event.TASK_RESUMED,
+        Event.TASK_ENDED,
+    ),
     _TOKEN: (Event.TOKEN_ISSUED, Event.TOKEN_REFUSED, Event.TOKEN_REVOKED, Event.TOKEN_INTROSPECTED),
     _USER: (
         Event.TASKS_STOPPED,

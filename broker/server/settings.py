@@ -173,7 +173,14 @@ class TaskSettings(Table):
     token_ttl: Duration = Field(default=timedelta(seconds=180), description="life of a task token, 10s to 300s")
     task_ttl: Duration = Field(default=timedelta(hours=1), description="life of a task whose request does not say")
     max_task_ttl: Duration = Field(default=timedelta(days=1), description="the longest life that a task may ask for")
-    max_depth: int = Field(default=5, ge=1, le=16, description="how deep tasks may start tasks")
+    max_depth: int = Field(default=5, ge=1, le=16, description="most agents in one chain of tasks that start tasks")
+    max_children: int = Field(
+        default=100, ge=0, le=100_000, description="most tasks that one task may start over its life; 0: none"
+    )
+    max_resumes: int = Field(default=20, ge=0, description="how often a workload may resume one task by itself")
+    max_resumes_per_minute: int = Field(
+        default=3, ge=0, description="how often within a minute; beyond either it stays suspended for an operator"
+    )
     supervision: Literal["attached", "lease", "none"] = Field(
         default="attached",
         description="of tasks whose request does not say. attached: ends with the process that started it; lease: lives by"

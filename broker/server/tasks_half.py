@@ -28,6 +28,7 @@ from broker.server.stillness import Stillness
 from broker.server.store.ports import Store
 from broker.server.tasks.admission import Starters
 from broker.server.tasks.assertions import Assertions
+from broker.server.tasks.changes import Changes
 from broker.server.tasks.config import Audience, Audiences, SubjectIssuer, TaskDefaults
 from broker.server.tasks.decision import Policy
 from broker.server.tasks.detail_types import DetailType, DetailTypes
@@ -72,6 +73,7 @@ class TasksHalf:
     exchange: Exchange
     assertions: Assertions
     lifecycle: Lifecycle
+    changes: Changes
     sessions: Sessions
     feed: Feed
     refusals: Refusals
@@ -90,6 +92,7 @@ class TasksHalf:
             exchange=self.exchange,
             assertions=self.assertions,
             lifecycle=self.lifecycle,
+            changes=self.changes,
             feed=self.feed,
             refusals=self.refusals,
             supervisor=self.supervisor,
@@ -174,7 +177,19 @@ async def tasks_half(
     await supervisor.start()
     tainted = (row.id for row in authorities.x509_keys if row.tainted)
     await Distrust(store, clock).settle(tainted, (audience.resource.text for audience in audiences))
+    changes = Changes(
+        store=store,
+        clock=clock,
+        vouching=directory,
+        starters=starters,
+        policy=policy,
+        standing=standing,
+        ids=ids,
+        refusals=refusals,
+        count=lambda cause: metrics.ends.labels(cause).inc(),
+    )
     exchange = Exchange(
+        is_alive=tokens.is_alive,
         store=store,
         subjects=subjects,
         keys=authorities,
@@ -212,6 +227,7 @@ async def tasks_half(
         exchange=exchange,
         assertions=assertions,
         lifecycle=lifecycle,
+        changes=changes,
         tokens=tokens,
         feed=feed,
         keys=authorities,
@@ -233,6 +249,7 @@ async def tasks_half(
         exchange=exchange,
         assertions=assertions,
         lifecycle=lifecycle,
+        changes=changes,
         sessions=Sessions(store, clock, directory, supervisor.agent_heard),
         feed=feed,
         refusals=refusals,
@@ -301,6 +318,10 @@ def _defaults(settings: ServerSettings) -> TaskDefaults:
         max_task_ttl=int(tasks.max_task_ttl.total_seconds()),
         supervision=Supervision(tasks.supervision),
         allow_unsupervised=tasks.allow_unsupervised,
+        max_depth=tasks.max_depth,
+        max_children=tasks.max_children,
+        max_resumes=tasks.max_resumes,
+        max_resumes_per_minute=tasks.max_resumes_per_minute,
     )
 
 

@@ -5,7 +5,15 @@ from broker.tasks.binding import BindingMatch, Confirmation, PeerEvidence, check
 from broker.tasks.causes import Cause
 from broker.tasks.claims import TaskClaims, TaskReference, issue_claims
 from broker.tasks.delegation import Delegation
-from broker.tasks.lineage import act_chain, require_lineage_active, start_child, start_task
+from broker.tasks.lineage import (
+    act_chain,
+    lineage_epoch,
+    lineage_state,
+    require_lineage_active,
+    start_child,
+    start_successor,
+    start_task,
+)
 from broker.tasks.resource import Resource
 from broker.tasks.task import (
     MAX_ACT_DEPTH,
@@ -43,9 +51,12 @@ __all__ = [
     "effective_state",
     "end",
     "issue_claims",
+    "lineage_epoch",
+    "lineage_state",
     "require_active",
     "require_lineage_active",
     "start_child",
+    "start_successor",
     "start_task",
     "suspend",
     "verify_task_token",

@@ -17,7 +17,7 @@ from broker.spiffe.jose import b64url_encode, numeric_date
 from broker.spiffe.strictjson import JsonValue
 from broker.tasks.authority import Authority
 from broker.tasks.binding import Confirmation
-from broker.tasks.lineage import act_chain, require_lineage_active
+from broker.tasks.lineage import act_chain, lineage_epoch, require_lineage_active
 from broker.tasks.resource import Resource
 from broker.tasks.task import MAX_ACT_DEPTH, Task
 from broker.tasks.texts import DIGEST, ID, NAME, check_id, check_issuer
@@ -127,7 +127,8 @@ class TaskClaims:
             raise _invalid("client_id is not the present actor")
         if len(self.act) > MAX_ACT_DEPTH or len(set(self.act)) != len(self.act):
             raise _invalid("the chain of actors is too long, or meets one twice")
-        if self.task.hop != len(self.act) or (self.task.hop == 1) != (self.task.parent is None):
+        # A root that was handed off has history and no parent.
+        if self.task.hop != len(self.act) or (self.task.hop == 1 and self.task.parent is not None):
             raise _invalid("the task's hop does not fit the chain of actors")
         if self.exp <= self.iat:
             raise _invalid("exp is not after iat")
@@ -242,8 +243,7 @@ def issue_claims(
             id=task.id,
             root=task.root,
             parent=task.parent,
-            # Its own: whatever raises an ancestor's raises those of all below it, in the same transaction.
-            epoch=task.epoch,
+            epoch=lineage_epoch(lineage),
             hop=len(act),
             purpose=purpose_hash(task.purpose),
             authority_hash=task.authority.digest,

@@ -105,8 +105,11 @@ METHODS: Final[Mapping[str, frozenset[Role]]] = {
     **_lines("broker.server.v1.Revocations", _OPERATORS, "RevokeSvids"),
     **_lines("broker.server.v1.Watch", _AGENTS, "Watch"),
     **_lines("broker.server.v1.Sessions", _AGENTS, "ReportSessions"),
-    **_lines("broker.server.v1.Tasks", _AGENTS, "StartTask", "IssueToken", "CompleteTask", "RenewLease", "AttachTask"),
-    **_lines("broker.server.v1.Tasks", _OPERATORS, "GetTask", "ListTasks", "RevokeTask"),
+    **_lines(
+        "broker.server.v1.Tasks", _AGENTS,
+        "StartTask", "IssueToken", "CompleteTask", "RenewLease", "AttachTask", "StartChildTask", "ChangeOwnTask",
+    ),
+    **_lines("broker.server.v1.Tasks", _OPERATORS, "GetTask", "ListTasks", "RevokeTask", "ChangeTask"),
     **_lines("broker.server.v1.Policies", _OPERATORS, "GetPolicy", "PushPolicy", "ExplainDecision"),
     **_lines(
         "broker.server.v1.Delegations", _OPERATORS,

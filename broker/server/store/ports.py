@@ -13,10 +13,11 @@ from collections.abc import Callable, Sequence
 from typing import Final, Protocol, TypeVar
 
 from broker.server.store.federation_ports import FederationReads, FederationWrites
+from broker.server.store.life_ports import LifeReads, LifeWrites
 from broker.server.store.policy_ports import PolicyReads, PolicyWrites
 from broker.server.store.revocation_ports import RevocationReads, RevocationWrites
 from broker.server.store.rows import Change
-from broker.server.store.supervision_ports import SupervisionReads, SupervisionWrites
+from broker.server.store.supervision_ports import SupervisionReads
 from broker.server.store.table_ports import (
     AuthorityReads,
     AuthorityWrites,
@@ -70,6 +71,7 @@ class Reader(
     PolicyReads,
     UserReads,
     SupervisionReads,
+    LifeReads,
     Protocol,
 ):
     """All that a read may ask, from one snapshot."""
@@ -89,7 +91,8 @@ class Writer(
     RevocationWrites,
     PolicyWrites,
     UserWrites,
-    SupervisionWrites,
+    SupervisionReads,
+    LifeWrites,
     Housekeeping,
     Protocol,
 ):
@@ -161,6 +164,8 @@ __all__ = [
     "FrameWrites",
     "Housekeeping",
     "IdempotencyWrites",
+    "LifeReads",
+    "LifeWrites",
     "NodeReads",
     "NodeWrites",
     "PolicyReads",
@@ -172,7 +177,6 @@ __all__ = [
     "SessionWrites",
     "Store",
     "SupervisionReads",
-    "SupervisionWrites",
     "TaskReads",
     "TaskWrites",
     "TokenReads",

@@ -19,7 +19,7 @@ from broker.server.tasks.policy.asked import Action
 from broker.server.tasks.requests import Actor, Door
 from broker.server.tasks.subjects import Subject
 from broker.server.tasks.tokens import TaskTokens
-from broker.tasks import Authority, Resource, Task, TaskClaims
+from broker.tasks import Authority, Resource, Task, TaskClaims, lineage_epoch
 from broker.tasks.transactions import TransactionClaims
 
 
@@ -88,7 +88,7 @@ class Bases:
             require_same_user(task, asked.user)
             self._tokens.standing.hear(writer, asked.user, now)
         resource = self._resource(asked.request)
-        epoch = min(each.epoch for each in lineage)
+        epoch = lineage_epoch(lineage)
         return Basis(admitted, admitted, lineage, resource, None, (), self._ids.new("txn", now), epoch)
 
     def _resource(self, request: AssertionRequest) -> Resource:

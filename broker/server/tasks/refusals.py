@@ -5,7 +5,7 @@ were left out before it. A refusal whose record cannot be written is refused all
 """
 
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Final
 
@@ -45,7 +45,12 @@ class Refusals:
             # Nobody was refused: nothing was decided.
             raise
         except BrokerError as error:
-            await self._record(event, actor, subject, error)
+            told: dict[str, FieldValue] = {
+                "door": actor.door.value,
+                "session": actor.session,
+                "node": None if actor.agent is None else str(actor.agent),
+            }
+            await self._record(event, str(actor.spiffe_id), subject, error, told)
             raise
 
     async def note(self, make: Callable[[int], Record]) -> None:
@@ -58,22 +63,30 @@ class Refusals:
         with contextlib.suppress(Unavailable):
             await self._store.write(lambda writer: writer.record(record))
 
-    async def _record(self, event: Event, actor: Actor, subject: str, error: BrokerError) -> None:
+    @asynccontextmanager
+    async def recorded_of(self, event: Event, by: str, subject: str) -> AsyncIterator[None]:
+        """Do the same for who is no workload: ``by`` is an operator."""
+        try:
+            yield
+        except Unavailable:
+            raise
+        except BrokerError as error:
+            await self._record(event, by, subject, error, {"door": "admin"})
+            raise
+
+    async def _record(
+        self, event: Event, by: str, subject: str, error: BrokerError, told: Mapping[str, FieldValue]
+    ) -> None:
         if not self._may_write():
             self._left_out += 1
             return
         left_out, self._left_out = self._left_out, 0
-        fields: dict[str, FieldValue] = {
-            "reason": error.reason,
-            "door": actor.door.value,
-            "session": actor.session,
-            "node": None if actor.agent is None else str(actor.agent),
-        }
+        fields: dict[str, FieldValue] = {"reason": error.reason, **told}
         if isinstance(error, DeniedByPolicy):
             fields |= decided(error.decision)
         if left_out:
             fields["reasons"] = [f"left_out:{left_out}"]
-        record = Record(event, self._clock.now(), str(actor.spiffe_id), subject or UNKNOWN, fields)
+        record = Record(event, self._clock.now(), by, subject or UNKNOWN, fields)
         with contextlib.suppress(Unavailable):
             await self._store.write(lambda writer: writer.record(record))
 

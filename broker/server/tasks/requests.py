@@ -114,6 +114,66 @@ class IssueRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class ChildRequest:
+    """Start a task below a running one, for another workload; ``ttl`` 0 and ``supervision`` None take the usual.
+
+    That workload fetches its own tokens: nothing of them passes through the one that asks.
+    """
+
+    parent: str
+    agent: SpiffeId
+    purpose: str
+    authority: Authority
+    ttl: int = 0
+    supervision: Supervision | None = None
+    limits: str = ""
+    idempotency_key: str = ""
+
+    def __post_init__(self) -> None:
+        """Check each field; raises Invalid."""
+        if self.ttl < 0:
+            raise Invalid("the ttl is negative", code="invalid_ttl")
+        check_purpose(self.purpose)
+        check_key(self.idempotency_key)
+        refuse_limits(self.limits)
+
+
+class Operation(StrEnum):
+    """How a task can be changed. Which of them a workload may, and which an operator, is decided elsewhere."""
+
+    ATTACH = "attach"
+    """Take up a task that another agent, or an operator, has left for this one."""
+    SUSPEND = "suspend"
+    RESUME = "resume"
+    COMPLETE = "complete"
+    REVOKE = "revoke"
+    """End it unfinished."""
+    HAND_OFF = "handoff"
+    """Give the work to another agent and stop."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChangeRequest:
+    """Change one task. ``to`` is whom a hand-off is for; ``reason`` an operator's sentence for the record."""
+
+    task_id: str
+    operation: Operation
+    to: SpiffeId | None = None
+    expected_version: int | None = None
+    idempotency_key: str = ""
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        """Check each field; raises Invalid."""
+        check_id(self.task_id, "task id")
+        check_key(self.idempotency_key)
+        if self.reason:
+            check_purpose(self.reason)
+        if (self.operation is Operation.HAND_OFF) != (self.to is not None):
+            raise Invalid("a hand-off names one agent, and nothing else does", code="invalid_handoff")
+
+
+@dataclass(frozen=True, slots=True)
 class IssuedToken:
     """A signed task token and what it grants. ``repr`` hides it."""
 

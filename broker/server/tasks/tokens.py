@@ -1,7 +1,7 @@
 """Our own tokens, read back: is this one alive, as a whole?
 
 *Alive* is the conjunction of everything that can end it: signature, time, its own row, its task and every ancestor, the
-tree's epoch, the user's word and what was stopped, the policy, the workload session, the entry behind it (RFC 7662 §2.2, tokens.md 7.2). Any one of
+epochs of its line, the user's word and what was stopped, the policy, the workload session, the entry behind it (RFC 7662 §2.2, tokens.md 7.2). Any one of
 them that fails gives the same answer, without a reason.
 """
 
@@ -20,7 +20,7 @@ from broker.server.tasks.policy.asked import Action
 from broker.server.tasks.policy.rules import Rules
 from broker.server.tasks.standing import Standing
 from broker.spiffe import SpiffeId, jose
-from broker.tasks import Authority, Resource, TaskClaims, require_lineage_active, verify_task_token
+from broker.tasks import Authority, Resource, TaskClaims, lineage_epoch, require_lineage_active, verify_task_token
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +108,7 @@ class TaskTokens:
         if row is None or row.revoked_at is not None or now.timestamp() >= exp:
             return False
         lineage = reader.lineage(row.task_id)
-        if not lineage or row.task_id != task_id:
-            return False
-        # Whoever suspends a task raises its epoch and that of every task below it.
-        if lineage[-1].epoch > epoch:
+        if not lineage or row.task_id != task_id or epoch < lineage_epoch(lineage):
             return False
         try:
             require_lineage_active(lineage[-1], tuple(reversed(lineage[:-1])), now)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from broker.clock import Clock
 from broker.server.store.ports import Store
 from broker.server.tasks.assertions import Assertions
+from broker.server.tasks.changes import Changes
 from broker.server.tasks.config import Audiences
 from broker.server.tasks.delegations import Delegations
 from broker.server.tasks.detail_types import DetailTypes
@@ -30,6 +31,7 @@ class HttpServices:
     exchange: Exchange
     assertions: Assertions
     lifecycle: Lifecycle
+    changes: Changes
     tokens: TaskTokens
     feed: Feed
     keys: TaskKeys

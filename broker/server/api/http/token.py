@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from broker.audit.events import Event
-from broker.errors import Invalid, InvalidSvid
+from broker.errors import BrokerError, Invalid, InvalidSvid
 from broker.server.api.http import shapes
 from broker.server.api.http.description import Answer, Operation, Parameter, Schema, Vocabulary, described
 from broker.server.api.http.errors import NO_STORE
@@ -35,8 +35,8 @@ from broker.server.api.http.token_formats import (
 )
 from broker.server.tasks.config import MAX_TOKEN_TTL
 from broker.server.tasks.requests import Actor, IssuedToken, IssueRequest, StartRequest, check_scope
-from broker.server.tasks.subjects import SubjectKind
-from broker.spiffe import verify_jwt_svid
+from broker.server.tasks.subjects import SUBJECT_HEADERS, SubjectKind
+from broker.spiffe import jose, verify_jwt_svid
 from broker.spiffe.strictjson import JsonValue
 from broker.tasks import Authority, Resource
 from broker.tasks.verify import ALGORITHM
@@ -137,18 +137,26 @@ def _read(form: Form, actor: Actor, key: str, services: HttpServices) -> _Asked:
     if issued_type not in (ACCESS_TOKEN, JWT):
         raise Invalid("the requested token type is not issued here", code="requested_token_type")
     _check_actor_token(form, actor, services)
+    if form.get("actor_token") is None and _names_actor(subject_token):
+        # NOTE(security): judged by content. A token that names its actor is exchanged by that actor's own word (TX03).
+        raise Invalid(
+            "the subject token names its actor in may_act, and no actor token was sent",
+            code="actor_token_required",
+            hint="send your JWT-SVID for this issuer as actor_token",
+        )
     resource = _target(form)
     scope = form.get("scope") or ""
     check_scope(scope)
     details = form.get("authorization_details")
     authority = None if details is None else Authority.parse(details)
     task_id = form.get("task")
-    if task_id is not None:
+    if task_id is not None or services.exchange.is_own(subject_token):
+        # A token of ours leads to the task behind it, or to one below: never to a new chain.
         if form.get("purpose") is not None:
             raise Invalid("the purpose of a running task cannot be changed", code="purpose_fixed")
         issue = IssueRequest(
             resource,
-            task_id,
+            task_id or "",
             scope,
             authority,
             user_token=user_token,
@@ -214,6 +222,14 @@ def _check_actor_token(form: Form, actor: Actor, services: HttpServices) -> None
         raise Invalid("the actor token is not a valid JWT-SVID for this issuer", code="actor_token") from None
     if svid.id != actor.spiffe_id:
         raise Invalid("the actor token is not the caller's own", code="actor_token")
+
+
+def _names_actor(token: str) -> bool:
+    try:
+        return "may_act" in jose.parse_compact(token, allowed_headers=SUBJECT_HEADERS).payload
+    except BrokerError:
+        # Whatever cannot be read is refused by whoever judges it.
+        return False
 
 
 def _target(form: Form) -> Resource:

@@ -60,6 +60,7 @@ _DEAD_TREES: Final = (
 )
 _TREE: Final = (
     "DELETE FROM tokens WHERE task_id IN (SELECT id FROM tasks WHERE root = ?)",
+    "DELETE FROM task_resumes WHERE task_id IN (SELECT id FROM tasks WHERE root = ?)",
     "DELETE FROM root_epochs WHERE root = ?",
     "DELETE FROM tasks WHERE root = ?",
 )

@@ -27,14 +27,28 @@ DESCRIPTOR = _load(
     b'Y\n\rAttachRequest\x12\x1b\n\tspiffe_id\x18\x01 \x01(\tR\x08spiffeId\x12\x17\n'
     b'\x07task_id\x18\x02 \x01(\tR\x06taskId\x12\x12\n\x04beat\x18\x03 \x01(\x04R\x04beat"6\n\x0eAt'
     b'tachResponse\x12\x12\n\x04beat\x18\x01 \x01(\x04R\x04beat\x12\x10\n\x03ttl\x18\x02 \x01(\x01R\x03t'
-    b'tl2\x88\x03\n\x05Tasks\x12F\n\tStartTask\x12!.broker.agent.v1.Star'
-    b'tTaskRequest\x1a\x16.broker.server.v1.Task\x12O\n\nIssueTok'
-    b'en\x12".broker.agent.v1.IssueTokenRequest\x1a\x1d.broker.'
-    b'server.v1.IssuedToken\x12L\n\x0cCompleteTask\x12$.broker.a'
-    b'gent.v1.CompleteTaskRequest\x1a\x16.broker.server.v1.T'
-    b'ask\x12I\n\nRenewLease\x12".broker.agent.v1.RenewLeaseRe'
-    b'quest\x1a\x17.broker.server.v1.Lease\x12M\n\x06Attach\x12\x1e.broke'
-    b'r.agent.v1.AttachRequest\x1a\x1f.broker.agent.v1.Attac'
-    b'hResponse(\x010\x01b\x06proto3',
+    b'tl"\xa6\x02\n\x15StartChildTaskRequest\x12\x1b\n\tspiffe_id\x18\x01 \x01(\tR'
+    b'\x08spiffeId\x12\x16\n\x06parent\x18\x02 \x01(\tR\x06parent\x12\x14\n\x05agent\x18\x03 \x01(\t'
+    b'R\x05agent\x12\x18\n\x07purpose\x18\x04 \x01(\tR\x07purpose\x123\n\x15authorizati'
+    b'on_details\x18\x05 \x01(\tR\x14authorizationDetails\x12\x10\n\x03ttl\x18\x06 '
+    b"\x01(\x03R\x03ttl\x12 \n\x0bsupervision\x18\x07 \x01(\tR\x0bsupervision\x12'\n\x0fid"
+    b'empotency_key\x18\x08 \x01(\tR\x0eidempotencyKey\x12\x16\n\x06limits\x18\t '
+    b'\x01(\tR\x06limits"\xcb\x01\n\x11ChangeTaskRequest\x12\x1b\n\tspiffe_id\x18\x01'
+    b' \x01(\tR\x08spiffeId\x12\x17\n\x07task_id\x18\x02 \x01(\tR\x06taskId\x12\x1c\n\topera'
+    b'tion\x18\x03 \x01(\tR\toperation\x12\x0e\n\x02to\x18\x04 \x01(\tR\x02to\x12)\n\x10expecte'
+    b"d_version\x18\x05 \x01(\x03R\x0fexpectedVersion\x12'\n\x0fidempotency_"
+    b'key\x18\x06 \x01(\tR\x0eidempotencyKey2\xab\x04\n\x05Tasks\x12F\n\tStartTask'
+    b'\x12!.broker.agent.v1.StartTaskRequest\x1a\x16.broker.ser'
+    b'ver.v1.Task\x12O\n\nIssueToken\x12".broker.agent.v1.Issu'
+    b'eTokenRequest\x1a\x1d.broker.server.v1.IssuedToken\x12L\n\x0c'
+    b'CompleteTask\x12$.broker.agent.v1.CompleteTaskReque'
+    b'st\x1a\x16.broker.server.v1.Task\x12I\n\nRenewLease\x12".broke'
+    b'r.agent.v1.RenewLeaseRequest\x1a\x17.broker.server.v1.'
+    b'Lease\x12M\n\x06Attach\x12\x1e.broker.agent.v1.AttachRequest\x1a'
+    b'\x1f.broker.agent.v1.AttachResponse(\x010\x01\x12P\n\x0eStartChi'
+    b'ldTask\x12&.broker.agent.v1.StartChildTaskRequest\x1a\x16'
+    b'.broker.server.v1.Task\x12O\n\nChangeTask\x12".broker.ag'
+    b'ent.v1.ChangeTaskRequest\x1a\x1d.broker.server.v1.Chan'
+    b'gedTaskb\x06proto3',
     globals(),
 )

@@ -89,3 +89,41 @@ class AttachResponse(_message.Message):
     beat: int
     ttl: float
     def __init__(self, beat: _Optional[int] = ..., ttl: _Optional[float] = ...) -> None: ...
+
+class StartChildTaskRequest(_message.Message):
+    __slots__ = ("spiffe_id", "parent", "agent", "purpose", "authorization_details", "ttl", "supervision", "idempotency_key", "limits")
+    SPIFFE_ID_FIELD_NUMBER: _ClassVar[int]
+    PARENT_FIELD_NUMBER: _ClassVar[int]
+    AGENT_FIELD_NUMBER: _ClassVar[int]
+    PURPOSE_FIELD_NUMBER: _ClassVar[int]
+    AUTHORIZATION_DETAILS_FIELD_NUMBER: _ClassVar[int]
+    TTL_FIELD_NUMBER: _ClassVar[int]
+    SUPERVISION_FIELD_NUMBER: _ClassVar[int]
+    IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
+    LIMITS_FIELD_NUMBER: _ClassVar[int]
+    spiffe_id: str
+    parent: str
+    agent: str
+    purpose: str
+    authorization_details: str
+    ttl: int
+    supervision: str
+    idempotency_key: str
+    limits: str
+    def __init__(self, spiffe_id: _Optional[str] = ..., parent: _Optional[str] = ..., agent: _Optional[str] = ..., purpose: _Optional[str] = ..., authorization_details: _Optional[str] = ..., ttl: _Optional[int] = ..., supervision: _Optional[str] = ..., idempotency_key: _Optional[str] = ..., limits: _Optional[str] = ...) -> None: ...
+
+class ChangeTaskRequest(_message.Message):
+    __slots__ = ("spiffe_id", "task_id", "operation", "to", "expected_version", "idempotency_key")
+    SPIFFE_ID_FIELD_NUMBER: _ClassVar[int]
+    TASK_ID_FIELD_NUMBER: _ClassVar[int]
+    OPERATION_FIELD_NUMBER: _ClassVar[int]
+    TO_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_VERSION_FIELD_NUMBER: _ClassVar[int]
+    IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
+    spiffe_id: str
+    task_id: str
+    operation: str
+    to: str
+    expected_version: int
+    idempotency_key: str
+    def __init__(self, spiffe_id: _Optional[str] = ..., task_id: _Optional[str] = ..., operation: _Optional[str] = ..., to: _Optional[str] = ..., expected_version: _Optional[int] = ..., idempotency_key: _Optional[str] = ...) -> None: ...

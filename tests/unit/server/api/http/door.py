@@ -106,6 +106,7 @@ async def open_door(estate: Estate) -> AsyncIterator[HttpDoorway]:
         exchange=estate.exchange,
         assertions=estate.assertions,
         lifecycle=estate.lifecycle,
+        changes=estate.changes,
         tokens=estate.tokens,
         feed=estate.feed,
         keys=estate.keys,
