@@ -107,6 +107,7 @@ class TaskTree(RuleBasedStateMachine):
         self.stack = AsyncExitStack()
         self.nodes: list[Node] = []
         self.held: list[Held] = []
+        self.known: set[int] = set()  # agents whose process the server has seen begin something
         limits = TaskDefaults(
             max_depth=MAX_DEPTH, max_children=MAX_CHILDREN, max_resumes=1000, max_resumes_per_minute=1000
         )
@@ -145,6 +146,7 @@ class TaskTree(RuleBasedStateMachine):
         may = authority(detail(actions=sorted(actions)))
         task = self.run(self.estate.start(authority=may, ttl=ttl))
         assert task.expires_at == self.now.replace(microsecond=0) + timedelta(seconds=ttl)
+        self.known.add(0)
         self.nodes.append(Node(task.id, None, (0,), frozenset(actions), task.expires_at))
 
     @precondition(lambda self: self.nodes)
@@ -179,6 +181,7 @@ class TaskTree(RuleBasedStateMachine):
             self.nodes.append(below)
 
     def attach(self, node: Node) -> None:
+        self.known.add(node.agent)
         if not node.is_attached:
             node.is_attached, node.version = True, node.version + 1
 
@@ -203,8 +206,9 @@ class TaskTree(RuleBasedStateMachine):
         node = self.node(pick)
         own = node.own(self.now)
         by = OPERATOR if by_operator else self.actor(node)
-        self.attempt(change(self.estate, by, node.id, Operation.SUSPEND), own in {State.ACTIVE, State.SUSPENDED})
-        if own is State.ACTIVE:
+        may = own in {State.ACTIVE, State.SUSPENDED} and (by_operator or node.agent in self.known)
+        self.attempt(change(self.estate, by, node.id, Operation.SUSPEND), may)
+        if own is State.ACTIVE and may:
             node.move(State.SUSPENDED)
             node.is_paused = not by_operator
             for each in self.held:
@@ -219,6 +223,8 @@ class TaskTree(RuleBasedStateMachine):
         self.attempt(change(self.estate, by, node.id, Operation.RESUME), may)
         if may:
             node.move(State.ACTIVE)
+            if not by_operator:
+                self.known.add(node.agent)
 
     @precondition(lambda self: self.nodes)
     @rule(pick=PICK, how=st.sampled_from(["complete", "cancel", "revoke"]))
@@ -226,7 +232,7 @@ class TaskTree(RuleBasedStateMachine):
         node = self.node(pick)
         state = State.COMPLETED if how == "complete" else State.REVOKED
         operation = Operation.COMPLETE if how == "complete" else Operation.REVOKE
-        may = node.end(state, self.now)
+        may = (how == "revoke" or node.agent in self.known) and node.end(state, self.now)
         by = OPERATOR if how == "revoke" else self.actor(node)
         self.attempt(change(self.estate, by, node.id, operation), may)
 
@@ -238,6 +244,7 @@ class TaskTree(RuleBasedStateMachine):
         to = hop(self.estate, agent).spiffe_id
         changed = self.attempt(change(self.estate, self.actor(node), node.id, Operation.HAND_OFF, to=to), may)
         if changed is not None:
+            self.known.add(node.agent)
             node.end(State.SUPERSEDED, self.now)
             heir = Node(
                 changed.successor.id,
