@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Final, Protocol, TypeVar
 
 from broker.server.store.federation_ports import FederationReads, FederationWrites
+from broker.server.store.proof_ports import ProofReads, ProofWrites
 from broker.server.store.revocation_ports import RevocationReads, RevocationWrites
 from broker.server.store.rows import Change
 from broker.server.store.table_ports import (
@@ -64,6 +65,7 @@ class Reader(
     TokenReads,
     FrameReads,
     RevocationReads,
+    ProofReads,
     Protocol,
 ):
     """All that a read may ask, from one snapshot."""
@@ -81,6 +83,7 @@ class Writer(
     FrameWrites,
     IdempotencyWrites,
     RevocationWrites,
+    ProofWrites,
     Housekeeping,
     Protocol,
 ):
@@ -154,6 +157,8 @@ __all__ = [
     "IdempotencyWrites",
     "NodeReads",
     "NodeWrites",
+    "ProofReads",
+    "ProofWrites",
     "Reader",
     "RevocationReads",
     "RevocationWrites",

@@ -178,7 +178,7 @@ class SessionReads(Protocol):
         ...
 
     def session_by_x5t(self, x5t: str) -> SessionRow | None:
-        """Give the session that holds this leaf now: a living one before an ended one, the youngest first; or None."""
+        """Give the session that holds this leaf, or held it before a rotation: living before ended, the youngest first; or None."""
         ...
 
     def sessions_of_agent(self, agent: SpiffeId) -> tuple[SessionRow, ...]:

@@ -9,6 +9,7 @@ from broker.server.store.tables.frames import FrameReading, FrameWriting
 from broker.server.store.tables.housekeeping import Sweeping
 from broker.server.store.tables.idempotency import IdempotencyWriting
 from broker.server.store.tables.nodes import NodeReading, NodeWriting
+from broker.server.store.tables.proofs import ProofReading, ProofWriting
 from broker.server.store.tables.revocations import RevocationReading, RevocationWriting
 from broker.server.store.tables.sessions import SessionReading, SessionWriting
 from broker.server.store.tables.tasks import TaskReading, TaskWriting
@@ -27,6 +28,7 @@ class SqlReader(
     TokenReading,
     FrameReading,
     RevocationReading,
+    ProofReading,
 ):
     """Everything that can be read, through one connection."""
 
@@ -42,6 +44,7 @@ class SqlWriter(
     TokenWriting,
     IdempotencyWriting,
     RevocationWriting,
+    ProofWriting,
     Sweeping,
 ):
     """Everything that can be read and written, through the writer's connection."""

@@ -14,7 +14,7 @@ from broker.spiffe import SpiffeId
 _COLUMNS: Final = "id, agent, spiffe_id, entry_id, x5t, not_after, started_at, ended_at, serial"
 _ONE: Final = f"SELECT {_COLUMNS} FROM sessions WHERE id = ?"
 _BY_X5T: Final = (
-    f"SELECT {_COLUMNS} FROM sessions WHERE x5t = ?"
+    f"SELECT {_COLUMNS} FROM sessions WHERE id IN (SELECT session FROM session_leaves WHERE x5t = ?)"
     " ORDER BY CASE WHEN ended_at IS NULL THEN 0 ELSE 1 END, started_at DESC, id LIMIT 1"
 )
 _OF_AGENT: Final = f"SELECT {_COLUMNS} FROM sessions WHERE agent = ? AND ended_at IS NULL ORDER BY started_at, id"
@@ -24,6 +24,9 @@ _PUT: Final = (
     " ON CONFLICT (id) DO UPDATE SET x5t = excluded.x5t, not_after = excluded.not_after, serial = excluded.serial"
     " WHERE sessions.ended_at IS NULL AND sessions.agent = excluded.agent"
     " AND sessions.spiffe_id = excluded.spiffe_id AND sessions.entry_id = excluded.entry_id"
+)
+_KEEP_LEAF: Final = (
+    "INSERT INTO session_leaves (x5t, session, not_after) VALUES (?, ?, ?) ON CONFLICT (x5t, session) DO NOTHING"
 )
 _END: Final = "UPDATE sessions SET ended_at = ? WHERE id = ? AND ended_at IS NULL"
 
@@ -42,7 +45,7 @@ class SessionReading(SqlTables):
         return None if row is None else self._sessions.read(row)
 
     def session_by_x5t(self, x5t: str) -> SessionRow | None:
-        """Give the session that holds this leaf now: living before ended, the youngest first; or None."""
+        """Give the session that holds or held this leaf: living before ended, the youngest first; or None."""
         row = self._sql.row(_BY_X5T, (x5t,))
         return None if row is None else self._sessions.read(row)
 
@@ -72,6 +75,7 @@ class SessionWriting(SessionReading):
             row.serial,
         )
         if self._sql.run(_PUT, values):
+            self._sql.run(_KEEP_LEAF, (row.x5t, row.id, micros(row.not_after)))
             return
         there = self.session(row.id)
         if there is not None and there.ended_at is not None:
