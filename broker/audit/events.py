@@ -158,7 +158,18 @@ _TASK: Final = frozenset(
         "resource",
     }
 )
-_TOKEN: Final = _TASK | {"audience", "scope", "x5t", "hop", "issued_at", "kid", "token_hash", "binding", "active"}
+_TOKEN: Final = _TASK | {
+    "audience",
+    "scope",
+    "x5t",
+    "hop",
+    "issued_at",
+    "kid",
+    "token_hash",
+    "binding",
+    "jkt",
+    "active",
+}
 _AUTHORITY: Final = frozenset({"kind", "not_before", "not_after", "state", "sequence", "algorithm"})
 _BUNDLE: Final = frozenset({"trust_domain", "sequence", "x509_authorities", "jwt_authorities"})
 _RELATIONSHIP: Final = frozenset({"trust_domain", "endpoint_url", "profile", "endpoint_id"})

@@ -122,7 +122,13 @@ async def _assemble(settings: ServerSettings, clock: Clock, stack: AsyncExitStac
     tasks: TasksHalf | None = None
     if "tasks" in settings.roles:
         tasks = await tasks_half(
-            settings, store, clock, authorities=authorities, directory=identity.directory, metrics=running.metrics
+            settings,
+            store,
+            clock,
+            authorities=authorities,
+            directory=identity.directory,
+            bundles=lambda: identity.federated.trusted,
+            metrics=running.metrics,
         )
         stack.push_async_callback(tasks.close)
     services = [*identity.services(), *(tasks.services() if tasks else ())]

@@ -2,20 +2,21 @@
 
 import asyncio
 import secrets
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
 from broker._proto.service import ServiceBinding
 from broker.clock import Clock
-from broker.errors import BrokerError
+from broker.errors import BrokerError, Invalid, Misconfigured
 from broker.server.api.grpc import feed as feed_api
 from broker.server.api.grpc import sessions as sessions_api
 from broker.server.api.grpc import tasks as tasks_api
+from broker.server.api.http.clients import Clients
 from broker.server.api.http.services import HttpServices
 from broker.server.authority.authorities import Authorities
 from broker.server.identity.directory import Directory
-from broker.server.settings import AudienceSettings, ServerSettings, SubjectSettings
+from broker.server.settings import AudienceSettings, ServerSettings, SubjectSettings, WitIssuerSettings
 from broker.server.stillness import Stillness
 from broker.server.store.ports import Store
 from broker.server.tasks.admission import Starters
@@ -23,14 +24,18 @@ from broker.server.tasks.config import Audience, Audiences, SubjectIssuer, TaskD
 from broker.server.tasks.decision import Policy
 from broker.server.tasks.exchange import Exchange
 from broker.server.tasks.feed import Feed
+from broker.server.tasks.foreign import ForeignStarters
 from broker.server.tasks.ids import Ids
 from broker.server.tasks.lifecycle import Lifecycle
+from broker.server.tasks.proofs import Proofs
 from broker.server.tasks.refusals import Refusals
 from broker.server.tasks.sessions import Sessions
 from broker.server.tasks.subjects import Subjects
 from broker.server.tasks.tokens import TaskTokens
-from broker.spiffe import TrustDomain
+from broker.spiffe import BundleSet, TrustDomain, strictjson
+from broker.spiffe.jose import PublicKey
 from broker.tasks import Resource, Supervision
+from broker.tasks.wit import read_wit_keys
 from broker.telemetry.log import get_logger
 from broker.telemetry.metrics import Metrics
 
@@ -99,17 +104,24 @@ async def tasks_half(
     *,
     authorities: Authorities,
     directory: Directory,
+    bundles: Callable[[], BundleSet],
     metrics: Metrics,
 ) -> TasksHalf:
-    """Make the use cases, load what they keep in memory, follow the change log; raises Misconfigured, Unavailable."""
+    """Make the use cases, load what they keep in memory, follow the change log; raises Misconfigured, Unavailable.
+
+    ``bundles`` gives those under which workloads are judged: our own, and those of trust domains that we federate with.
+    """
     audiences = Audiences(_audience(one) for one in settings.audiences)
     subjects = Subjects((_issuer(one) for one in settings.subjects), clock)
-    starters = Starters()
+    foreign = ForeignStarters(settings.tasks.foreign_starters, settings.trust_domain)
+    starters = Starters(foreign)
     # The directory was loaded before and has every commit since: nothing falls between these two lines.
     starters.load(directory.entries())
     store.subscribe(starters.apply)
     refusals = Refusals(store, clock)
-    feed = Feed(store, authorities, clock, issuer=settings.issuer, observe=metrics.revocation_delay.observe)
+    feed = Feed(
+        store, authorities, clock, issuer=settings.issuer, observe=metrics.revocation_delay.observe, audiences=audiences
+    )
     await feed.start()
     lifecycle = Lifecycle(store, clock, count=lambda cause: metrics.ends.labels(cause).inc())
     exchange = Exchange(
@@ -136,7 +148,13 @@ async def tasks_half(
         feed=feed,
         keys=authorities,
         refusals=refusals,
-        bundles=lambda: authorities.bundles,
+        bundles=bundles,
+        clients=Clients(
+            Proofs(store, clock, secrets.token_bytes),
+            foreign,
+            wit_keys={one.trust_domain: _wit_keys(one) for one in settings.tasks.wit_issuers},
+            proxies=frozenset(settings.tasks.trusted_proxies),
+        ),
     )
     return TasksHalf(
         store=store,
@@ -181,4 +199,14 @@ def _defaults(settings: ServerSettings) -> TaskDefaults:
         max_task_ttl=int(tasks.max_task_ttl.total_seconds()),
         supervision=Supervision(tasks.supervision),
         allow_unsupervised=tasks.allow_unsupervised,
+        allow_bearer=tasks.allow_bearer,
     )
+
+
+def _wit_keys(settings: WitIssuerSettings) -> dict[str, PublicKey]:
+    try:
+        return read_wit_keys(strictjson.loads(settings.keys_path.read_bytes()))
+    except (OSError, Invalid) as error:
+        raise Misconfigured(
+            f"{settings.keys_path}: {error}", code="wit_keys", hint="a JWK Set with use wit-svid and a kid for each key"
+        ) from None

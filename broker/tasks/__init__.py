@@ -1,10 +1,11 @@
 """The task rules: a task's states, what it may do, and the one short-lived token for it. Pure rules over values."""
 
 from broker.tasks.authority import Authority, AuthorizationDetail
-from broker.tasks.binding import BindingMatch, Confirmation, PeerEvidence, check_binding
+from broker.tasks.binding import Accepted, BindingMatch, Confirmation, PeerEvidence, check_binding
 from broker.tasks.causes import Cause
 from broker.tasks.claims import TaskClaims, TaskReference, issue_claims
 from broker.tasks.delegation import Delegation
+from broker.tasks.dpop import Expected, NonceWanted, ShownProof, verify_proof
 from broker.tasks.lineage import act_chain, require_lineage_active, start_child, start_task
 from broker.tasks.resource import Resource
 from broker.tasks.task import (
@@ -23,14 +24,18 @@ from broker.tasks.verify import LEEWAY, VerifiedToken, verify_task_token
 __all__ = [
     "LEEWAY",
     "MAX_ACT_DEPTH",
+    "Accepted",
     "Authority",
     "AuthorizationDetail",
     "BindingMatch",
     "Cause",
     "Confirmation",
     "Delegation",
+    "Expected",
+    "NonceWanted",
     "PeerEvidence",
     "Resource",
+    "ShownProof",
     "State",
     "Supervision",
     "Task",
@@ -48,5 +53,6 @@ __all__ = [
     "start_child",
     "start_task",
     "suspend",
+    "verify_proof",
     "verify_task_token",
 ]

@@ -59,7 +59,9 @@ async def test_a_nonce_is_known_until_it_expires(store: Store) -> None:
 @pytest.mark.bears("PB11", "PB12")
 async def test_a_session_holds_its_leaves_until_they_or_it_end(store: Store) -> None:
     held = session(x5t=X5T, not_after=NOW + HOUR)
-    await store.write(lambda w: (w.put_session(held), w.put_session(replace(held, x5t=ROTATED, not_after=NOW + 2 * HOUR))))
+    await store.write(
+        lambda w: (w.put_session(held), w.put_session(replace(held, x5t=ROTATED, not_after=NOW + 2 * HOUR)))
+    )
 
     def holds(x5t: str, at=NOW, session_id: str = held.id):
         return store.read(lambda r: r.holds_leaf(session_id, x5t, at))

@@ -60,6 +60,8 @@ class TasksApi:
             scope=request.scope,
             authorization_details=request.authorization_details,
             idempotency_key=request.idempotency_key,
+            jkt=request.jkt,
+            bearer=request.bearer,
         )
         issued: server_pb2.IssuedToken = await self._forward(
             self._upstream.tasks.IssueToken, forwarded, context, caller

@@ -107,7 +107,7 @@ METHODS: Final[Mapping[str, frozenset[Role]]] = {
     **_lines("broker.server.v1.Sessions", _AGENTS, "ReportSessions"),
     **_lines("broker.server.v1.Tasks", _AGENTS, "StartTask", "IssueToken", "CompleteTask"),
     **_lines("broker.server.v1.Tasks", _OPERATORS, "GetTask", "ListTasks", "RevokeTask"),
-    **_lines("broker.server.v1.Feed", _LISTENERS, "Subscribe"),
+    **_lines("broker.server.v1.Feed", _LISTENERS, "Subscribe", "FindLeaf"),
     **_lines("spire.api.server.debug.v1.Debug", _LOCAL, "GetInfo"),
     **_lines("spire.api.server.logger.v1.Logger", _LOCAL, "GetLogger", "SetLogLevel", "ResetLogLevel"),
     **_lines("grpc.health.v1.Health", _LOCAL, "Check", "List", "Watch"),

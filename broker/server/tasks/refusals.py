@@ -13,13 +13,16 @@ from broker.audit.events import Event, FieldValue, Record
 from broker.clock import Clock
 from broker.errors import BrokerError, Unavailable
 from broker.server.store.ports import Store
-from broker.server.tasks.requests import Actor
+from broker.server.tasks.requests import Actor, Door
+from broker.tasks import NonceWanted
 
 PER_SECOND: Final = 50.0
 """Records a second in the long run: a few percent of what the store can write."""
 BURST: Final = 500.0
 """Records at once: a test, a misconfigured fleet or a first attack is seen in full."""
 
+STRANGER: Final = "anonymous"
+"""The actor of a refusal that came before it was known who asks."""
 UNKNOWN: Final = "-"
 """The subject of a refusal that came before the subject was known."""
 
@@ -30,44 +33,71 @@ class Refusals:
     def __init__(self, store: Store, clock: Clock) -> None:
         self._store = store
         self._clock = clock
-        self._allowance = BURST
-        self._counted_at = clock.monotonic()
-        self._left_out = 0
+        self._known = _Allowance(clock)
+        # Their own: strangers must not use up what records the refusals of those we know.
+        self._strangers = _Allowance(clock)
 
     @asynccontextmanager
     async def recorded(self, event: Event, actor: Actor, subject: str) -> AsyncIterator[None]:
         """Let what happens inside be refused, and record it: ``subject`` is the task or the resource, where it is known."""
         try:
             yield
-        except Unavailable:
+        except (Unavailable, NonceWanted):
             # Nobody was refused: nothing was decided.
             raise
         except BrokerError as error:
-            await self._record(event, actor, subject, error.reason)
+            fields: dict[str, FieldValue] = {
+                "reason": error.reason,
+                "door": actor.door.value,
+                "session": actor.session,
+                "node": None if actor.agent is None else str(actor.agent),
+            }
+            await self._record(event, str(actor.spiffe_id), subject, fields, self._known)
             raise
 
-    async def _record(self, event: Event, actor: Actor, subject: str, reason: str) -> None:
-        if not self._may_write():
-            self._left_out += 1
+    @asynccontextmanager
+    async def recorded_stranger(self, event: Event) -> AsyncIterator[None]:
+        """Do the same at the HTTPS door before it is known who asks: what a stranger says of himself is not recorded."""
+        try:
+            yield
+        except (Unavailable, NonceWanted):
+            raise
+        except BrokerError as error:
+            fields: dict[str, FieldValue] = {"reason": error.reason, "door": Door.HTTPS.value}
+            await self._record(event, STRANGER, "", fields, self._strangers)
+            raise
+
+    async def _record(
+        self, event: Event, actor: str, subject: str, fields: dict[str, FieldValue], allowance: "_Allowance"
+    ) -> None:
+        if not allowance.take():
             return
-        left_out, self._left_out = self._left_out, 0
-        fields: dict[str, FieldValue] = {
-            "reason": reason,
-            "door": actor.door.value,
-            "session": actor.session,
-            "node": None if actor.agent is None else str(actor.agent),
-        }
-        if left_out:
+        if left_out := allowance.left_out():
             fields["reasons"] = [f"left_out:{left_out}"]
-        record = Record(event, self._clock.now(), str(actor.spiffe_id), subject or UNKNOWN, fields)
+        record = Record(event, self._clock.now(), actor, subject or UNKNOWN, fields)
         with contextlib.suppress(Unavailable):
             await self._store.write(lambda writer: writer.record(record))
 
-    def _may_write(self) -> bool:
+
+class _Allowance:
+    """So many records in a burst, and so many a second after it; what was left out is counted."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._left = BURST
+        self._counted_at = clock.monotonic()
+        self._left_out = 0
+
+    def take(self) -> bool:
         now = self._clock.monotonic()
-        self._allowance = min(BURST, self._allowance + (now - self._counted_at) * PER_SECOND)
+        self._left = min(BURST, self._left + (now - self._counted_at) * PER_SECOND)
         self._counted_at = now
-        if self._allowance < 1:
+        if self._left < 1:
+            self._left_out += 1
             return False
-        self._allowance -= 1
+        self._left -= 1
         return True
+
+    def left_out(self) -> int:
+        count, self._left_out = self._left_out, 0
+        return count

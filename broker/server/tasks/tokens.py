@@ -46,7 +46,9 @@ class TaskTokens:
             raise InvalidToken("the token's audience is not one text", code="token_audience")
         now = self._clock.now()
         # Compared with itself: the audience is what the caller asks about, not what it is.
-        verified = verify_task_token(token, self._keys.task_keys(), issuer=self._issuer, audience=audience, now=now)
+        verified = verify_task_token(
+            token, self._keys.task_keys(), issuer=self._issuer, audience=audience, now=now, bearer=True
+        )
         return verified.claims
 
     async def introspect(self, token: str, caller: SpiffeId) -> LiveToken | None:
@@ -59,6 +61,8 @@ class TaskTokens:
             claims = self.verify(token)
             # An audience that is registered no longer has no living tokens, not even for their own actor.
             audience = self._audiences.find(claims.aud)
+            if claims.cnf is None and not audience.takes_bearer:
+                return None
             if caller != claims.client_id and caller not in audience.introspectors:
                 return None
         except BrokerError:
@@ -82,6 +86,8 @@ class TaskTokens:
 
     def _actor_stands(self, reader: Reader, row: TokenRow, now: datetime) -> bool:
         """Tell whether the workload may still act: by the same rules as at issue."""
+        if self._starters.foreign_entry(row.agent) is not None:
+            return True
         entry_ids = self._starters.entry_ids_of(row.agent)
         if row.session is not None:
             session = reader.session(row.session)

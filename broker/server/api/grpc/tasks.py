@@ -85,11 +85,13 @@ class Tasks:
                 scope=request.scope,
                 authority=Authority.parse(details) if details else None,
                 idempotency_key=request.idempotency_key,
+                jkt=request.jkt,
+                bearer=request.bearer,
             )
         issued = await self._exchange.issue(actor, issue)
         return tasks_pb2.IssuedToken(
             access_token=issued.access_token,
-            token_type="Bearer",  # noqa: S106 - the type's name
+            token_type=issued.token_type,
             expires_at=_seconds(issued.expires_at),
             scope=issued.scope,
             authorization_details=issued.authority.text(),

@@ -12,6 +12,7 @@ from broker.server.api.http.errors import NO_STORE
 from broker.server.api.http.form import read_form
 from broker.server.api.http.peers import svid_of
 from broker.server.api.http.services import HttpServices
+from broker.server.tasks.bindings import token_type
 
 ALLOWED: Final = frozenset({"token", "token_type_hint"})
 
@@ -24,4 +25,6 @@ async def introspect(request: Request, services: HttpServices) -> Response:
     if live is None:
         return JSONResponse({"active": False}, headers=NO_STORE)
     # The claims have the members' own names, act among them (RFC 8693 §4.1, RFC 9396 §9.2).
-    return JSONResponse({"active": True, "token_type": "Bearer", **live.claims.to_payload()}, headers=NO_STORE)
+    return JSONResponse(
+        {"active": True, "token_type": token_type(live.claims.cnf), **live.claims.to_payload()}, headers=NO_STORE
+    )

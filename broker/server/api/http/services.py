@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from broker.clock import Clock
+from broker.server.api.http.clients import Clients
 from broker.server.store.ports import Store
 from broker.server.tasks.exchange import Exchange, TaskKeys
 from broker.server.tasks.feed import Feed
@@ -15,7 +16,7 @@ from broker.spiffe import BundleSet, TrustDomain
 
 @dataclass(frozen=True, slots=True)
 class HttpServices:
-    """The use cases and facts behind the endpoints. ``bundles`` gives those under which JWT-SVIDs are judged."""
+    """The use cases and facts behind the endpoints. ``bundles`` gives those under which SVIDs are judged, each by its own."""
 
     issuer: str
     trust_domain: TrustDomain
@@ -28,3 +29,4 @@ class HttpServices:
     keys: TaskKeys
     refusals: Refusals
     bundles: Callable[[], BundleSet]
+    clients: Clients

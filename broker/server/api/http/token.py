@@ -1,7 +1,8 @@
-"""``POST /token``: the exchange over HTTPS (RFC 8693), by the X.509-SVID of the connection (RFC 8705 §2).
+"""``POST /token``: the exchange over HTTPS (RFC 8693), by the X.509-SVID of the connection (RFC 8705 §2) or with a proof.
 
 Reads the form into a request and writes the answer; what is granted is the exchange's. Two parameters are ours: ``task``
-asks for another token of a running task, ``purpose`` says what a new one is for.
+asks for another token of a running task, ``purpose`` says what a new one is for, and ``token_binding=bearer`` asks for a token
+that is bound to nobody.
 """
 
 from dataclasses import dataclass
@@ -12,14 +13,15 @@ from starlette.responses import JSONResponse, Response
 
 from broker.audit.events import Event
 from broker.errors import Invalid, InvalidSvid
-from broker.server.api.http.errors import NO_STORE
+from broker.server.api.http.clients import PARAMETERS, Endpoint, authenticate, dpop_proof, refuse_second
+from broker.server.api.http.errors import DPOP_NONCE, NO_STORE
 from broker.server.api.http.form import Form, read_form
-from broker.server.api.http.peers import actor_of, idempotency_key
+from broker.server.api.http.peers import actor_of, idempotency_key, presented
 from broker.server.api.http.services import HttpServices
 from broker.server.tasks.requests import Actor, IssuedToken, IssueRequest, StartRequest, check_scope
 from broker.server.tasks.subjects import SubjectKind
 from broker.spiffe import verify_jwt_svid
-from broker.tasks import Authority, Resource
+from broker.tasks import Authority, Resource, ShownProof
 
 GRANT_TYPE: Final = "urn:ietf:params:oauth:grant-type:token-exchange"
 TOKEN_TYPES: Final = "urn:ietf:params:oauth:token-type:"  # noqa: S105 - a namespace of the standard
@@ -41,7 +43,9 @@ _ALLOWED: Final = frozenset(
         "client_id",
         "task",
         "purpose",
+        "token_binding",
     }
+    | PARAMETERS
 )
 _REPEATABLE: Final = frozenset({"resource", "audience"})
 _SUBJECT_KINDS: Final = {TOKEN_TYPES + kind.value: kind for kind in SubjectKind}
@@ -58,18 +62,45 @@ class _Asked:
 
 async def token(request: Request, services: HttpServices) -> Response:
     """Exchange a user's token for a task token."""
-    actor = actor_of(request, services)
+    actor, form, proof = await _client(request, services)
     async with services.refusals.recorded(Event.TOKEN_REFUSED, actor, ""):
-        form = await read_form(request, allowed=_ALLOWED, repeatable=_REPEATABLE)
-        asked = _read(form, actor, idempotency_key(request), services)
+        asked = _read(form, actor, idempotency_key(request), services, "" if proof is None else proof.jkt)
     if asked.start is None:
         issued = await services.exchange.issue(actor, asked.issue)
     else:
         issued = await services.exchange.start_and_issue(actor, asked.start, asked.issue)
-    return _answer(issued, asked.issued_type)
+    answer = _answer(issued, asked.issued_type)
+    if proof is not None:
+        answer.headers[DPOP_NONCE] = await services.clients.proofs.nonce()
+    return answer
 
 
-def _read(form: Form, actor: Actor, key: str, services: HttpServices) -> _Asked:
+async def _client(request: Request, services: HttpServices) -> tuple[Actor, Form, ShownProof | None]:
+    """Say who calls, and read its form; a proof that came with it is used up. Every refusal is recorded."""
+    async with services.refusals.recorded_stranger(Event.TOKEN_REFUSED):
+        by_certificate = presented(request, services) is not None or "authorization" in request.headers
+        actor = actor_of(request, services) if by_certificate else None
+    if actor is not None:
+        async with services.refusals.recorded(Event.TOKEN_REFUSED, actor, ""):
+            form = await read_form(request, allowed=_ALLOWED, repeatable=_REPEATABLE)
+            refuse_second(request, form)
+            proof = await dpop_proof(request, services.clients, _endpoint(services))
+            if proof is not None:
+                await services.clients.proofs.spend(proof)
+            return actor, form, proof
+    async with services.refusals.recorded_stranger(Event.TOKEN_REFUSED):
+        form = await read_form(request, allowed=_ALLOWED, repeatable=_REPEATABLE)
+        shown = await authenticate(request, form, services.clients, _endpoint(services))
+    async with services.refusals.recorded(Event.TOKEN_REFUSED, shown.actor, ""):
+        await services.clients.proofs.spend(shown.proof, shown.assertion)
+    return shown.actor, form, shown.proof
+
+
+def _endpoint(services: HttpServices) -> Endpoint:
+    return Endpoint(services.issuer, Resource(f"{services.issuer}/token"), services.bundles())
+
+
+def _read(form: Form, actor: Actor, key: str, services: HttpServices, jkt: str) -> _Asked:
     if form.require("grant_type") != GRANT_TYPE:
         raise Invalid("the grant type is not token-exchange", code="unsupported_grant_type")
     _check_client(form, actor)
@@ -84,6 +115,8 @@ def _read(form: Form, actor: Actor, key: str, services: HttpServices) -> _Asked:
     resource = _target(form)
     scope = form.get("scope") or ""
     check_scope(scope)
+    bearer = _wants_bearer(form)
+    jkt = "" if bearer else jkt
     details = form.get("authorization_details")
     authority = None if details is None else Authority.parse(details)
     task_id = form.get("task")
@@ -91,7 +124,15 @@ def _read(form: Form, actor: Actor, key: str, services: HttpServices) -> _Asked:
         if form.get("purpose") is not None:
             raise Invalid("the purpose of a running task cannot be changed", code="purpose_fixed")
         issue = IssueRequest(
-            resource, task_id, scope, authority, user_token=subject_token, kind=kind, idempotency_key=key
+            resource,
+            task_id,
+            scope,
+            authority,
+            user_token=subject_token,
+            kind=kind,
+            idempotency_key=key,
+            jkt=jkt,
+            bearer=bearer,
         )
         return _Asked(None, issue, issued_type)
     start = StartRequest(
@@ -101,7 +142,14 @@ def _read(form: Form, actor: Actor, key: str, services: HttpServices) -> _Asked:
         kind=kind,
         idempotency_key=key,
     )
-    return _Asked(start, IssueRequest(resource, scope=scope), issued_type)
+    return _Asked(start, IssueRequest(resource, scope=scope, jkt=jkt, bearer=bearer), issued_type)
+
+
+def _wants_bearer(form: Form) -> bool:
+    wanted = form.get("token_binding")
+    if wanted not in (None, "bearer"):
+        raise Invalid("the token binding is not known", code="invalid_binding", hint="bearer, or leave it out")
+    return wanted is not None
 
 
 def _check_client(form: Form, actor: Actor) -> None:
@@ -157,7 +205,7 @@ def _answer(issued: IssuedToken, issued_type: str) -> Response:
     body = {
         "access_token": issued.access_token,
         "issued_token_type": issued_type,
-        "token_type": "Bearer",
+        "token_type": issued.token_type,
         "expires_in": int((issued.expires_at - issued.issued_at).total_seconds()),
         "scope": issued.scope,
         "authorization_details": issued.authority.to_json(),

@@ -21,6 +21,7 @@ from broker.server.tasks.config import Audience, Audiences, SubjectIssuer, TaskD
 from broker.server.tasks.decision import Policy
 from broker.server.tasks.exchange import Exchange
 from broker.server.tasks.feed import Feed
+from broker.server.tasks.foreign import ForeignStarters
 from broker.server.tasks.ids import Ids
 from broker.server.tasks.lifecycle import Lifecycle
 from broker.server.tasks.refusals import Refusals
@@ -41,6 +42,7 @@ OTHER_NODE = SpiffeId("spiffe://example.org/spire/agent/join_token/two")
 AGENT = SpiffeId("spiffe://example.org/triage")
 NEIGHBOUR = SpiffeId("spiffe://example.org/neighbour")
 INSPECTOR = SpiffeId("spiffe://example.org/tickets")
+FOREIGN_STARTERS = ("spiffe://partner.example/agents/*",)
 X5T, X5T_2, X5T_3 = ("A" * 41 + letter + "w" for letter in "abc")
 
 
@@ -119,6 +121,7 @@ class Estate:
     refusals: Refusals
     tokens: TaskTokens
     counted: list[tuple[str, str]]
+    foreign: ForeignStarters
 
     def actor(self, **fields: Any) -> Actor:
         """The workload, as its node agent vouches for it."""
@@ -221,7 +224,8 @@ async def running(
     directory: Path, oidc: OidcIssuer, *, defaults: TaskDefaults | None = None, **subject: Any
 ) -> AsyncIterator[Estate]:
     """Open the store in a directory (made at first) and wire the task half as the server does."""
-    clock, keys, starters = ManualClock(), Keys(), Starters()
+    foreign = ForeignStarters(FOREIGN_STARTERS, AGENT.trust_domain)
+    clock, keys, starters = ManualClock(), Keys(), Starters(foreign)
     trusted = {"issuer": oidc.issuer, "audiences": frozenset({"broker"}), "ca_path": oidc.ca_path} | subject
     audiences = Audiences(
         [
@@ -258,7 +262,7 @@ async def running(
         try:
             yield Estate(
                 store, clock, oidc, keys, known, starters, subjects, exchange, Lifecycle(store, clock),
-                Sessions(store, clock, known), feed, refusals, tokens, counted,
+                Sessions(store, clock, known), feed, refusals, tokens, counted, foreign,
             )  # fmt: skip
         finally:
             feed.stop()

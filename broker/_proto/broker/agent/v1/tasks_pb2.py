@@ -10,19 +10,20 @@ DESCRIPTOR = _load(
     b'rization_details\x18\x04 \x01(\tR\x14authorizationDetails\x12\x10\n\x03'
     b'ttl\x18\x05 \x01(\x03R\x03ttl\x12\x16\n\x06limits\x18\x06 \x01(\tR\x06limits\x12 \n\x0bsuperv'
     b"ision\x18\x07 \x01(\tR\x0bsupervision\x12'\n\x0fidempotency_key\x18\x08 \x01("
-    b'\tR\x0eidempotencyKey"\xd9\x01\n\x11IssueTokenRequest\x12\x1b\n\tspiff'
+    b'\tR\x0eidempotencyKey"\x83\x02\n\x11IssueTokenRequest\x12\x1b\n\tspiff'
     b'e_id\x18\x01 \x01(\tR\x08spiffeId\x12\x17\n\x07task_id\x18\x02 \x01(\tR\x06taskId\x12\x1a\n'
     b'\x08resource\x18\x03 \x01(\tR\x08resource\x12\x14\n\x05scope\x18\x04 \x01(\tR\x05scope\x12'
     b'3\n\x15authorization_details\x18\x05 \x01(\tR\x14authorizationDet'
-    b'ails\x12\'\n\x0fidempotency_key\x18\x06 \x01(\tR\x0eidempotencyKey"\x9f\x01'
-    b'\n\x13CompleteTaskRequest\x12\x1b\n\tspiffe_id\x18\x01 \x01(\tR\x08spiffe'
-    b'Id\x12\x17\n\x07task_id\x18\x02 \x01(\tR\x06taskId\x12)\n\x10expected_version\x18'
-    b"\x03 \x01(\x03R\x0fexpectedVersion\x12'\n\x0fidempotency_key\x18\x04 \x01(\tR"
-    b'\x0eidempotencyKey2\xee\x01\n\x05Tasks\x12F\n\tStartTask\x12!.broker.'
-    b'agent.v1.StartTaskRequest\x1a\x16.broker.server.v1.Tas'
-    b'k\x12O\n\nIssueToken\x12".broker.agent.v1.IssueTokenRequ'
-    b'est\x1a\x1d.broker.server.v1.IssuedToken\x12L\n\x0cCompleteTa'
-    b'sk\x12$.broker.agent.v1.CompleteTaskRequest\x1a\x16.broke'
-    b'r.server.v1.Taskb\x06proto3',
+    b"ails\x12'\n\x0fidempotency_key\x18\x06 \x01(\tR\x0eidempotencyKey\x12\x10\n"
+    b'\x03jkt\x18( \x01(\tR\x03jkt\x12\x16\n\x06bearer\x18) \x01(\x08R\x06bearer"\x9f\x01\n\x13Comp'
+    b'leteTaskRequest\x12\x1b\n\tspiffe_id\x18\x01 \x01(\tR\x08spiffeId\x12\x17\n\x07'
+    b'task_id\x18\x02 \x01(\tR\x06taskId\x12)\n\x10expected_version\x18\x03 \x01(\x03R'
+    b"\x0fexpectedVersion\x12'\n\x0fidempotency_key\x18\x04 \x01(\tR\x0eidemp"
+    b'otencyKey2\xee\x01\n\x05Tasks\x12F\n\tStartTask\x12!.broker.agent.'
+    b'v1.StartTaskRequest\x1a\x16.broker.server.v1.Task\x12O\n\nI'
+    b'ssueToken\x12".broker.agent.v1.IssueTokenRequest\x1a\x1d.'
+    b'broker.server.v1.IssuedToken\x12L\n\x0cCompleteTask\x12$.b'
+    b'roker.agent.v1.CompleteTaskRequest\x1a\x16.broker.serv'
+    b'er.v1.Taskb\x06proto3',
     globals(),
 )

@@ -27,20 +27,24 @@ class StartTaskRequest(_message.Message):
     def __init__(self, spiffe_id: _Optional[str] = ..., user_token: _Optional[str] = ..., purpose: _Optional[str] = ..., authorization_details: _Optional[str] = ..., ttl: _Optional[int] = ..., limits: _Optional[str] = ..., supervision: _Optional[str] = ..., idempotency_key: _Optional[str] = ...) -> None: ...
 
 class IssueTokenRequest(_message.Message):
-    __slots__ = ("spiffe_id", "task_id", "resource", "scope", "authorization_details", "idempotency_key")
+    __slots__ = ("spiffe_id", "task_id", "resource", "scope", "authorization_details", "idempotency_key", "jkt", "bearer")
     SPIFFE_ID_FIELD_NUMBER: _ClassVar[int]
     TASK_ID_FIELD_NUMBER: _ClassVar[int]
     RESOURCE_FIELD_NUMBER: _ClassVar[int]
     SCOPE_FIELD_NUMBER: _ClassVar[int]
     AUTHORIZATION_DETAILS_FIELD_NUMBER: _ClassVar[int]
     IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
+    JKT_FIELD_NUMBER: _ClassVar[int]
+    BEARER_FIELD_NUMBER: _ClassVar[int]
     spiffe_id: str
     task_id: str
     resource: str
     scope: str
     authorization_details: str
     idempotency_key: str
-    def __init__(self, spiffe_id: _Optional[str] = ..., task_id: _Optional[str] = ..., resource: _Optional[str] = ..., scope: _Optional[str] = ..., authorization_details: _Optional[str] = ..., idempotency_key: _Optional[str] = ...) -> None: ...
+    jkt: str
+    bearer: bool
+    def __init__(self, spiffe_id: _Optional[str] = ..., task_id: _Optional[str] = ..., resource: _Optional[str] = ..., scope: _Optional[str] = ..., authorization_details: _Optional[str] = ..., idempotency_key: _Optional[str] = ..., jkt: _Optional[str] = ..., bearer: _Optional[bool] = ...) -> None: ...
 
 class CompleteTaskRequest(_message.Message):
     __slots__ = ("spiffe_id", "task_id", "expected_version", "idempotency_key")

@@ -68,20 +68,24 @@ class StartTaskRequest(_message.Message):
     def __init__(self, workload: _Optional[_Union[_sessions_pb2.WorkloadSession, _Mapping[str, _Anything]]] = ..., user_token: _Optional[str] = ..., purpose: _Optional[str] = ..., authorization_details: _Optional[str] = ..., ttl: _Optional[int] = ..., limits: _Optional[str] = ..., supervision: _Optional[str] = ..., idempotency_key: _Optional[str] = ...) -> None: ...
 
 class IssueTokenRequest(_message.Message):
-    __slots__ = ("workload", "task_id", "resource", "scope", "authorization_details", "idempotency_key")
+    __slots__ = ("workload", "task_id", "resource", "scope", "authorization_details", "idempotency_key", "jkt", "bearer")
     WORKLOAD_FIELD_NUMBER: _ClassVar[int]
     TASK_ID_FIELD_NUMBER: _ClassVar[int]
     RESOURCE_FIELD_NUMBER: _ClassVar[int]
     SCOPE_FIELD_NUMBER: _ClassVar[int]
     AUTHORIZATION_DETAILS_FIELD_NUMBER: _ClassVar[int]
     IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
+    JKT_FIELD_NUMBER: _ClassVar[int]
+    BEARER_FIELD_NUMBER: _ClassVar[int]
     workload: _sessions_pb2.WorkloadSession
     task_id: str
     resource: str
     scope: str
     authorization_details: str
     idempotency_key: str
-    def __init__(self, workload: _Optional[_Union[_sessions_pb2.WorkloadSession, _Mapping[str, _Anything]]] = ..., task_id: _Optional[str] = ..., resource: _Optional[str] = ..., scope: _Optional[str] = ..., authorization_details: _Optional[str] = ..., idempotency_key: _Optional[str] = ...) -> None: ...
+    jkt: str
+    bearer: bool
+    def __init__(self, workload: _Optional[_Union[_sessions_pb2.WorkloadSession, _Mapping[str, _Anything]]] = ..., task_id: _Optional[str] = ..., resource: _Optional[str] = ..., scope: _Optional[str] = ..., authorization_details: _Optional[str] = ..., idempotency_key: _Optional[str] = ..., jkt: _Optional[str] = ..., bearer: _Optional[bool] = ...) -> None: ...
 
 class IssuedToken(_message.Message):
     __slots__ = ("access_token", "token_type", "expires_at", "scope", "authorization_details", "task_id")
