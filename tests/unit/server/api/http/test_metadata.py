@@ -7,6 +7,7 @@ import httpx2
 import pytest
 
 from broker.server.api.http.app import create_app
+from broker.server.api.http.clients import Clients
 from broker.server.api.http.services import HttpServices
 from broker.spiffe import TrustDomain
 from broker.tasks.keyset import read_keys
@@ -49,6 +50,7 @@ async def test_an_issuer_with_a_path(door: HttpDoorway, issuer: str) -> None:
     services = HttpServices(
         issuer=issuer, trust_domain=TrustDomain("example.org"), store=estate.store, clock=estate.clock, exchange=estate.exchange, lifecycle=estate.lifecycle,
         tokens=estate.tokens, feed=estate.feed, keys=estate.keys, refusals=estate.refusals, bundles=lambda: None,
+        clients=Clients(None, estate.foreign),
     )  # fmt: skip
     assert dataclasses.is_dataclass(services)
     transport = httpx2.ASGITransport(create_app(services))
