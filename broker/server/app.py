@@ -36,6 +36,7 @@ from broker.server.store.ports import Store, making_nothing_due
 from broker.server.store.rows import Node
 from broker.server.store.stores import open_store
 from broker.server.tasks.feed import announce_keys
+from broker.server.tasks.refusals import Refusals
 from broker.server.tasks_half import TasksHalf, tasks_half
 from broker.spiffe import SpiffeId
 from broker.telemetry.log import get_logger
@@ -150,7 +151,7 @@ async def _assemble(settings: ServerSettings, clock: Clock, stack: AsyncExitStac
         )
     )
     app = create_app(tasks.http if tasks else None, Discovery(settings.issuer, lambda: authorities.bundle))
-    listener = await doors.open_tls(clock, identity.federated, svid, app)
+    listener = await doors.open_tls(clock, identity.federated, svid, app, tasks.refusals if tasks else None)
     running.bundle_port = await doors.open_bundle_endpoint(clock, authorities, svid)
     running._port = listener.port  # noqa: SLF001  # the same module
     _keep_in_step(listener, authorities, identity)
@@ -197,8 +198,16 @@ class _Doors:
             ),
         )
 
-    async def open_tls(self, clock: Clock, federated: Federated, svid: ServerSvid, http_app: Starlette) -> TlsListener:
-        """Open the TLS port."""
+    async def open_tls(
+        self, clock: Clock, federated: Federated, svid: ServerSvid, http_app: Starlette, refusals: Refusals | None
+    ) -> TlsListener:
+        """Open the TLS port; connections that are refused are recorded where the task half keeps refusals."""
+
+        def refused(error: BrokerError, address: str) -> None:
+            log.info("connection_refused", code=error.reason, address=address)
+            if refusals is not None:
+                refusals.connection(error.reason, address)
+
         index: CallerIndex[TlsPeer] = CallerIndex()
         guard = detailed(CallGuard(index, self.access.checks(), on_refusal=_log_refusal))
         handlers = [handler(binding, service, guard) for binding, service in self.services]
@@ -218,7 +227,7 @@ class _Doors:
             index=index,
             grpc_backend=backend.path,
             http_app=http_app,
-            on_refusal=lambda error, address: log.info("connection_refused", code=error.reason, address=address),
+            on_refusal=refused,
         )
         await self._start(backend, listener)
         return listener

@@ -4,6 +4,7 @@ A flood of refusals must not become a flood of writes: beyond the rate they are 
 were left out before it. A refusal whose record cannot be written is refused all the same.
 """
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -36,6 +37,7 @@ class Refusals:
         self._known = _Allowance(clock)
         # Their own: strangers must not use up what records the refusals of those we know.
         self._strangers = _Allowance(clock)
+        self._writing: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
     async def recorded(self, event: Event, actor: Actor, subject: str) -> AsyncIterator[None]:
@@ -66,6 +68,15 @@ class Refusals:
             fields: dict[str, FieldValue] = {"reason": error.reason, "door": Door.HTTPS.value}
             await self._record(event, STRANGER, "", fields, self._strangers)
             raise
+
+    def connection(self, reason: str, address: str) -> None:
+        """Record a connection whose certificate was refused before it could ask for anything; does not wait for the store."""
+        fields: dict[str, FieldValue] = {"reason": reason, "door": Door.HTTPS.value, "remote": address}
+        writing = asyncio.get_running_loop().create_task(
+            self._record(Event.CONNECTION_REFUSED, STRANGER, "", fields, self._strangers)
+        )
+        self._writing.add(writing)
+        writing.add_done_callback(self._writing.discard)
 
     async def _record(
         self, event: Event, actor: str, subject: str, fields: dict[str, FieldValue], allowance: "_Allowance"
