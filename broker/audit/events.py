@@ -60,6 +60,7 @@ class Event(StrEnum):
     SESSION_STARTED = "session_started"
     SESSION_ENDED = "session_ended"
     WORKLOAD_REFUSED = "workload_refused"
+    CONNECTION_REFUSED = "connection_refused"
     TASK_STARTED = "task_started"
     TASK_REFUSED = "task_refused"
     TASK_ATTACHED = "task_attached"
@@ -182,6 +183,7 @@ _TOKEN: Final = _TASK | {
     "kid",
     "token_hash",
     "binding",
+    "jkt",
     "active",
     "kind",
 }
@@ -259,7 +261,7 @@ _FAMILIES: Final = {
     _BUNDLE: (Event.BUNDLE_CHANGED, Event.BUNDLE_DELETED),
     _POLICY: (Event.POLICY_CHANGED,),
     _RELATIONSHIP: (Event.RELATIONSHIP_CREATED, Event.RELATIONSHIP_UPDATED, Event.RELATIONSHIP_DELETED),
-    frozenset[str](): (Event.ADMIN_REFUSED, Event.WORKLOAD_REFUSED),
+    frozenset[str](): (Event.ADMIN_REFUSED, Event.WORKLOAD_REFUSED, Event.CONNECTION_REFUSED),
 }
 
 FIELDS: Final[Mapping[Event, frozenset[str]]] = {

@@ -74,14 +74,16 @@ class FeedState:
         self._ready = False
         self._applied = 0
         self.issuer = ""
+        self.bindings: dict[str, frozenset[str]] = {}
+        """What the tokens of each published audience may be bound to."""
         self.keys = ""
         self.store = ""
         self.seq = 0
 
     def apply(self, message: feed_pb2.FeedMessage, *, monotonic: float, now: int) -> bool:
-        """Take one message in; true when the keys may have changed. ``now`` is in seconds since 1970."""
+        """Take one message in; true when the keys, or what is published of audiences, may have changed. ``now`` is in seconds since 1970."""
         kind = message.WhichOneof("kind")
-        keys_before = self.keys
+        before = self.keys, self.bindings
         if kind == "snapshot":
             self._snapshot(message)
         elif kind == "frame":
@@ -92,7 +94,7 @@ class FeedState:
         self._applied += 1
         if self._applied % FORGET_EVERY == 0:
             self._dead.sweep(now)
-        return self.keys != keys_before
+        return (self.keys, self.bindings) != before
 
     def _snapshot(self, message: feed_pb2.FeedMessage) -> None:
         snapshot = message.snapshot
@@ -103,6 +105,7 @@ class FeedState:
             return
         self._dead, self._pending, self._ready = pending, None, True
         self.issuer, self.keys = snapshot.issuer, snapshot.keys
+        self.bindings = {each.resource: frozenset(each.binding) for each in snapshot.audiences}
         self.seq, self.store = message.seq, message.store
 
     def _take(self, dead: _Dead, frames: Iterable[feed_pb2.Frame]) -> None:

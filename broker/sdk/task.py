@@ -1,8 +1,10 @@
 """A task as a block: entering starts it (or takes it up), leaving ends it, and every token of it dies.
 
-Tokens are bound to this process's X.509-SVID. They are kept until shortly before they expire or until the SVID rotates, then
-asked for anew; there is nothing to refresh by hand. While the block lasts the task is kept alive in the background: its
-supervision is the server's default, ``attached`` (this process holds a stream), or ``lease`` (it sends a heartbeat).
+Tokens are bound to this process: to its X.509-SVID and its workload session, or to a key for proofs. They are kept until shortly
+before they expire or until the SVID rotates, then asked for anew; there is nothing to refresh by hand. While nobody can give a
+new one, a token that names the session goes on: the new certificate holds it, too. While the block lasts the task is kept alive
+in the background: its supervision is the server's default, ``attached`` (this process holds a stream), or ``lease`` (it sends a
+heartbeat).
 """
 
 import asyncio
@@ -24,11 +26,12 @@ from broker.errors import BrokerError, PolicyDenied, Unavailable
 from broker.sdk.endpoint import CALL_SECONDS, SECURITY_HEADER
 from broker.sdk.keeping import Keeper
 from broker.spiffe import SpiffeId, strictjson
-from broker.tasks import Authority, Resource, State
+from broker.tasks import Authority, Confirmation, Resource, State
 from broker.tasks.verify import unverified_confirmation
 from broker.transport.rpc_errors import from_rpc_error
 
 if TYPE_CHECKING:
+    from broker.sdk.dpop import ProofKey
     from broker.sdk.http import HttpClient
     from broker.sdk.workload import Workload
 
@@ -51,7 +54,7 @@ class Task:
         self._state = state
         self._clock = clock
         self._api = Stub(workload.channel, ServiceBinding.of(tasks_pb2.DESCRIPTOR, "Tasks"))
-        self._kept: dict[tuple[str, str, str], tuple[server_pb2.IssuedToken, str]] = {}
+        self._kept: dict[tuple[str, str, str, str], tuple[server_pb2.IssuedToken, Confirmation | None]] = {}
         self._asking = asyncio.Lock()
         self.keeper = Keeper(workload.channel, state, _chosen(workload))
         """Keeps the task alive while this process works on it."""
@@ -97,35 +100,47 @@ class Task:
         return self._state.expires_at
 
     async def token(
-        self, resource: str, *, scope: str = "", authorization_details: Sequence[Mapping[str, object]] | None = None
+        self,
+        resource: str,
+        *,
+        scope: str = "",
+        authorization_details: Sequence[Mapping[str, object]] | None = None,
+        key: "ProofKey | None" = None,
     ) -> str:
-        """Give a token for this resource, bound to this process.
+        """Give a token for this resource, bound to this process, or with ``key`` to that key (RFC 9449).
 
         Raises:
             Refused: the task has ended, or its authority does not reach that far.
             Unavailable: agent or server cannot answer now.
         """
         wanted = _json(authorization_details) if authorization_details else ""
-        key = (Resource(resource).text, scope, wanted)
+        name = (Resource(resource).text, scope, wanted, "" if key is None else key.jkt)
         async with self._asking:
             if self.keeper.lost is not None:
                 # What was kept is dead: the server says whether there is another.
                 self._kept.clear()
-            kept = self._kept.get(key)
-            if kept is not None and self._usable(*kept):
+            kept = self._kept.get(name)
+            if kept is not None and self._is_current(*kept):
                 return kept[0].access_token
-            issued = await self._issue(
-                tasks_pb2.IssueTokenRequest(
-                    task_id=self.id,
-                    spiffe_id=_chosen(self._workload),
-                    resource=resource,
-                    scope=scope,
-                    authorization_details=wanted,
-                    idempotency_key=secrets.token_urlsafe(16),
-                )
-            )
-            self._kept[key] = (issued, await self._settle(issued))
+            try:
+                issued = await self._issue(self._request(*name))
+            except Unavailable:
+                if kept is None or not self._is_good(*kept):
+                    raise
+                return kept[0].access_token
+            self._kept[name] = (issued, await self._settle(issued))
             return issued.access_token
+
+    def _request(self, resource: str, scope: str, details: str, jkt: str) -> tasks_pb2.IssueTokenRequest:
+        return tasks_pb2.IssueTokenRequest(
+            task_id=self.id,
+            spiffe_id=_chosen(self._workload),
+            resource=resource,
+            scope=scope,
+            authorization_details=details,
+            idempotency_key=secrets.token_urlsafe(16),
+            jkt=jkt,
+        )
 
     def resource_of(self, url: str) -> str:
         """Find the task's resource that holds this URL: the longest of its locations that contains it.
@@ -144,7 +159,10 @@ class Task:
         return max(holding, key=lambda r: len(r.text)).text
 
     def http(self, **options: Any) -> "HttpClient":
-        """Give an httpx2 client: mTLS with this process's SVID, and the right token on each request."""
+        """Give an httpx2 client: mTLS with this process's SVID, and the right token on each request.
+
+        ``key``, a :class:`broker.sdk.dpop.ProofKey`, binds the tokens to it and proves it with each request.
+        """
         from broker.sdk.http import http_client  # noqa: PLC0415 - httpx2 is an extra
 
         return http_client(self._workload, self, **options)
@@ -230,18 +248,27 @@ class Task:
         self._kept.clear()
         return changed
 
-    async def _settle(self, issued: server_pb2.IssuedToken) -> str:
-        """Wait until this process holds the certificate that the token is bound to; give its thumbprint."""
-        x5t = unverified_confirmation(issued.access_token).x5t
+    async def _settle(self, issued: server_pb2.IssuedToken) -> Confirmation | None:
+        """Wait until this process holds the certificate that the token is bound to; give what it is bound to."""
+        cnf = unverified_confirmation(issued.access_token)
         current = self._workload.current
-        if current is None or current.x5t != x5t:
-            await self._workload.wait_for_x5t(x5t, timeout=ROTATION_SECONDS)
-        return x5t
+        if cnf is not None and cnf.x5t is not None and (current is None or current.x5t != cnf.x5t):
+            await self._workload.wait_for_x5t(cnf.x5t, timeout=ROTATION_SECONDS)
+        return cnf
 
-    def _usable(self, issued: server_pb2.IssuedToken, x5t: str) -> bool:
+    def _is_current(self, issued: server_pb2.IssuedToken, cnf: Confirmation | None) -> bool:
+        """Tell whether a kept token is as good as a new one."""
         current = self._workload.current
         fresh = issued.expires_at - self._clock.now().timestamp() > RENEW_BEFORE
-        return fresh and current is not None and current.x5t == x5t
+        return fresh and (cnf is None or cnf.x5t is None or (current is not None and current.x5t == cnf.x5t))
+
+    def _is_good(self, issued: server_pb2.IssuedToken, cnf: Confirmation | None) -> bool:
+        """Tell whether a kept token still works: by its session also under the certificate that came after its own."""
+        if issued.expires_at <= self._clock.now().timestamp():
+            return False
+        current = self._workload.current
+        is_held = cnf is None or cnf.x5t is None or (current is not None and current.x5t == cnf.x5t)
+        return is_held or (cnf is not None and cnf.session is not None)
 
     async def _issue(self, request: tasks_pb2.IssueTokenRequest) -> server_pb2.IssuedToken:
         # The same key twice: if the first one was committed, this gives the same token and is charged once.

@@ -1,10 +1,11 @@
 """The task rules: a task's states, what it may do, and the one short-lived token for it. Pure rules over values."""
 
 from broker.tasks.authority import Authority, AuthorizationDetail
-from broker.tasks.binding import BindingMatch, Confirmation, PeerEvidence, check_binding
+from broker.tasks.binding import Accepted, BindingMatch, Confirmation, PeerEvidence, check_binding
 from broker.tasks.causes import Cause
 from broker.tasks.claims import TaskClaims, TaskReference, issue_claims
 from broker.tasks.delegation import Delegation
+from broker.tasks.dpop import Expected, NonceWanted, ShownProof, verify_proof
 from broker.tasks.lineage import (
     act_chain,
     lineage_epoch,
@@ -31,14 +32,18 @@ from broker.tasks.verify import LEEWAY, VerifiedToken, verify_task_token
 __all__ = [
     "LEEWAY",
     "MAX_ACT_DEPTH",
+    "Accepted",
     "Authority",
     "AuthorizationDetail",
     "BindingMatch",
     "Cause",
     "Confirmation",
     "Delegation",
+    "Expected",
+    "NonceWanted",
     "PeerEvidence",
     "Resource",
+    "ShownProof",
     "State",
     "Supervision",
     "Task",
@@ -59,5 +64,6 @@ __all__ = [
     "start_successor",
     "start_task",
     "suspend",
+    "verify_proof",
     "verify_task_token",
 ]

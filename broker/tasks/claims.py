@@ -48,7 +48,7 @@ FATES: Final[Mapping[str, Fate]] = {
     "sub": Fate.RECORDED,
     "client_id": Fate.VERIFIED,  # equal to act.sub
     "act": Fate.VERIFIED,  # nothing but IDs, not too deep, no agent twice
-    "cnf": Fate.VERIFIED,  # against the connection, by whoever holds it
+    "cnf": Fate.OPTIONAL_VERIFIED,  # against the holder; absent only where the audience takes bearer tokens
     "scope": Fate.VERIFIED,  # equal to the actions of authorization_details
     "authorization_details": Fate.VERIFIED,  # known types and members
     "task": Fate.VERIFIED,  # its state, by the verifier's feed; its hop equals the length of act
@@ -112,7 +112,7 @@ class TaskClaims:
     txn: str
     scope: str
     act: tuple[SpiffeId, ...]
-    cnf: Confirmation
+    cnf: Confirmation | None
     authorization_details: Authority
     task: TaskReference
     nbf: int | None = None
@@ -148,10 +148,11 @@ class TaskClaims:
             "txn": self.txn,
             "scope": self.scope,
             "act": nested_act(self.act),
-            "cnf": self.cnf.to_json(),
             "authorization_details": self.authorization_details.to_json(),
             "task": self.task.to_json(),
         }
+        if self.cnf is not None:
+            payload["cnf"] = self.cnf.to_json()
         optional = {"nbf": self.nbf, "sid": self.sid, "acr": self.acr, "auth_time": self.auth_time}
         return payload | {name: value for name, value in optional.items() if value is not None}
 
@@ -180,7 +181,7 @@ class TaskClaims:
                 sid=_named(payload, "sid") if "sid" in payload else None,
                 scope=_string(payload, "scope"),
                 act=act,
-                cnf=Confirmation.parse(payload["cnf"]),
+                cnf=Confirmation.parse(payload["cnf"]) if "cnf" in payload else None,
                 authorization_details=Authority.parse(_array(payload["authorization_details"])),
                 task=_reference(payload["task"]),
                 acr=_named(payload, "acr") if "acr" in payload else None,
@@ -199,7 +200,7 @@ def issue_claims(
     issuer: str,
     resource: Resource,
     authority: Authority,
-    cnf: Confirmation,
+    cnf: Confirmation | None,
     jti: str,
     txn: str,
     now: datetime,

@@ -86,6 +86,8 @@ class TasksApi:
             audience=request.audience,
             request_context=request.request_context,
             request_details=request.request_details,
+            jkt=request.jkt,
+            bearer=request.bearer,
         )
         issued: server_pb2.IssuedToken = await self._forward(
             self._upstream.tasks.IssueToken, forwarded, context, caller

@@ -116,7 +116,7 @@ METHODS: Final[Mapping[str, frozenset[Role]]] = {
         "CreateDelegation", "GetDelegation", "ListDelegations", "RevokeDelegation",
     ),
     **_lines("broker.server.v1.Stops", _OPERATORS, "StopTasks", "DisableUser", "EnableUser"),
-    **_lines("broker.server.v1.Feed", _LISTENERS, "Subscribe"),
+    **_lines("broker.server.v1.Feed", _LISTENERS, "Subscribe", "FindLeaf"),
     **_lines("spire.api.server.debug.v1.Debug", _LOCAL, "GetInfo"),
     **_lines("spire.api.server.logger.v1.Logger", _LOCAL, "GetLogger", "SetLogLevel", "ResetLogLevel"),
     **_lines("grpc.health.v1.Health", _LOCAL, "Check", "List", "Watch"),

@@ -15,6 +15,7 @@ from typing import Final, Protocol, TypeVar
 from broker.server.store.federation_ports import FederationReads, FederationWrites
 from broker.server.store.life_ports import LifeReads, LifeWrites
 from broker.server.store.policy_ports import PolicyReads, PolicyWrites
+from broker.server.store.proof_ports import ProofReads, ProofWrites
 from broker.server.store.revocation_ports import RevocationReads, RevocationWrites
 from broker.server.store.rows import Change
 from broker.server.store.supervision_ports import SupervisionReads
@@ -72,6 +73,7 @@ class Reader(
     UserReads,
     SupervisionReads,
     LifeReads,
+    ProofReads,
     Protocol,
 ):
     """All that a read may ask, from one snapshot."""
@@ -93,6 +95,7 @@ class Writer(
     UserWrites,
     SupervisionReads,
     LifeWrites,
+    ProofWrites,
     Housekeeping,
     Protocol,
 ):
@@ -170,6 +173,8 @@ __all__ = [
     "NodeWrites",
     "PolicyReads",
     "PolicyWrites",
+    "ProofReads",
+    "ProofWrites",
     "Reader",
     "RevocationReads",
     "RevocationWrites",

@@ -15,6 +15,7 @@ from broker.errors import Misconfigured, PolicyDenied
 from broker.spiffe import SpiffeId
 from broker.tasks import Resource
 from broker.tasks.task import MAX_ACT_DEPTH, Supervision
+from broker.tasks.verify import BEARER_SECONDS
 
 MIN_TOKEN_TTL: Final = 10
 """Seconds: below it a token is dead before a slow caller has used it."""
@@ -27,8 +28,9 @@ DEFAULT_DELEGATION_AGE: Final = 300
 """Seconds since the user signed in: a standing delegation is the word of somebody who is there."""
 MAX_CHILDREN: Final = 100_000
 """Beyond it a single task could fill the store."""
-BINDINGS: Final = frozenset({"x5t", "session", "dpop"})
-"""How a token may be tied to its holder. There is no bearer token in this version."""
+BINDINGS: Final = frozenset({"x5t", "session", "dpop", "window", "bearer"})
+"""How a token may be tied to its holder: ``window`` and ``bearer`` are weaker, and never a default."""
+MAX_BEARER_TTL: Final = BEARER_SECONDS
 RISKS: Final = frozenset({"high", "normal", "low"})
 
 _NAMESPACE: Final = re.compile(r"[\x21-\x7e]{0,64}")
@@ -61,7 +63,13 @@ class Audience:
             raise Misconfigured(
                 f"the audience {self.resource.text} names a binding that is not one of {', '.join(sorted(BINDINGS))}",
                 code="audience_binding",
-                hint="bearer tokens are not issued: every token is bound to its holder",
+                hint="x5t, session and dpop bind a token to its holder",
+            )
+        if self.binding == {"bearer"}:
+            raise Misconfigured(
+                f"the audience {self.resource.text} takes bearer tokens only",
+                code="audience_binding",
+                hint="name a binding for those who can: bearer is only for a caller that asks for it",
             )
         if self.risk not in RISKS:
             raise Misconfigured(f"the audience {self.resource.text} has an unknown risk", code="audience_risk")
@@ -72,6 +80,11 @@ class Audience:
     def session_bound(self) -> bool:
         """Whether tokens for it survive the rotation of a certificate, by the workload session."""
         return "session" in self.binding
+
+    @property
+    def takes_bearer(self) -> bool:
+        """Whether it takes tokens that are bound to nobody."""
+        return "bearer" in self.binding
 
 
 class Audiences:
@@ -247,6 +260,7 @@ class TaskDefaults:
     max_children: int = 100
     max_resumes: int = 20
     max_resumes_per_minute: int = 3
+    allow_bearer: bool = False
 
     def __post_init__(self) -> None:
         """Check each field."""

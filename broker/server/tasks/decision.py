@@ -11,13 +11,14 @@ from datetime import datetime, timedelta
 
 from broker.errors import Invalid, InvalidToken, NotFound, PolicyDenied, Refused
 from broker.server.tasks.admission import Admitted, Caller
+from broker.server.tasks.bindings import bind
 from broker.server.tasks.config import Audience, Audiences, TaskDefaults
 from broker.server.tasks.detail_types import DetailTypes
 from broker.server.tasks.policy.rules import Rules
 from broker.server.tasks.requests import ChildRequest, IssueRequest, StartRequest, unmetered
 from broker.server.tasks.standing import StandingWord
 from broker.server.tasks.subjects import Subject
-from broker.tasks import Authority
+from broker.tasks import Authority, Confirmation
 from broker.tasks.lineage import require_lineage_active, start_child, start_task
 from broker.tasks.task import Supervision, Task
 
@@ -38,7 +39,7 @@ class Grant:
 
     audience: Audience
     authority: Authority
-    session: str | None
+    cnf: Confirmation | None
     ttl: timedelta
     not_after: tuple[datetime, ...]
 
@@ -105,14 +106,14 @@ def decide_issue(
     if request.scope:
         # Of the resource first: an action that only another service offers is not in the scope of this one.
         authority = authority.for_resource(audience.resource).for_scope(request.scope)
-    session = admitted.session if audience.session_bound else None
+    bound = bind(audience, admitted, request, allow_bearer=policy.defaults.allow_bearer)
     ends = [each.expires_at for each in lineage] + [task.delegation.expires_at]
     if admitted.entry.expires_at is not None:
         ends.append(admitted.entry.expires_at)
-    if session is None:
-        # Bound to this certificate alone: beyond its end nobody can use the token (tokens.md 7.1).
+    if bound.ends_with_svid:
         ends.append(admitted.actor.not_after)
-    return Grant(audience, authority, session, _token_ttl(policy.defaults, audience), tuple(ends))
+    ttl = min(_token_ttl(policy.defaults, audience), bound.longest)
+    return Grant(audience, authority, bound.cnf, ttl, tuple(ends))
 
 
 def decide_child(

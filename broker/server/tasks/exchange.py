@@ -23,6 +23,7 @@ from broker.server.store.rows import TokenRow
 from broker.server.tasks import records
 from broker.server.tasks.admission import Admitted, Claim, Starters, Vouching, admit, claim
 from broker.server.tasks.answers import Answers, digest_of, spent
+from broker.server.tasks.bindings import token_type
 from broker.server.tasks.decision import (
     Grant,
     Policy,
@@ -44,7 +45,7 @@ from broker.server.tasks.supervisor import begin_lease
 from broker.spiffe import jose
 from broker.spiffe.jose import PublicKey
 from broker.spiffe.strictjson import JsonValue
-from broker.tasks import Confirmation, Resource, Task, TaskClaims, issue_claims, lineage_epoch
+from broker.tasks import Resource, Task, TaskClaims, issue_claims, lineage_epoch
 from broker.tasks.verify import TOKEN_TYPE, verify_task_token
 
 MAX_PAYLOAD: Final = 5632
@@ -290,7 +291,7 @@ class Exchange:
             issuer=self._issuer,
             resource=grant.audience.resource,
             authority=grant.authority,
-            cnf=Confirmation(admitted.actor.x5t, grant.session),
+            cnf=grant.cnf,
             jti=self._ids.new("jti", now),
             txn=self._ids.new("txn", now),
             now=now,
@@ -308,7 +309,7 @@ class Exchange:
             scope=claims.scope,
             agent=task.agent,
             session=admitted.session,
-            x5t=admitted.actor.x5t,
+            x5t=None if claims.cnf is None else claims.cnf.x5t,
             issued_at=datetime.fromtimestamp(claims.iat, UTC),
             expires_at=datetime.fromtimestamp(claims.exp, UTC),
             hash=records.sha256(text.encode()),
@@ -332,6 +333,7 @@ class Exchange:
             authority=claims.authorization_details,
             task_id=claims.task.id,
             jti=claims.jti,
+            token_type=token_type(claims.cnf),
         )
 
     @asynccontextmanager
@@ -360,7 +362,9 @@ def _parts(request: StartRequest) -> tuple[str | int | None, ...]:
 
 
 def _token_parts(request: IssueRequest) -> tuple[str | int | None, ...]:
-    return request.resource.text, request.scope, None if request.authority is None else request.authority.text()
+    binding = "bearer" if request.bearer else request.jkt
+    authority = None if request.authority is None else request.authority.text()
+    return request.resource.text, request.scope, authority, *([binding] if binding else [])
 
 
 def payload_text(payload: Mapping[str, JsonValue]) -> str:

@@ -11,6 +11,7 @@ from broker.server.tasks.requests import Actor
 from broker.spiffe import SpiffeId
 from broker.spiffe.jose import b64url_encode
 from broker.tasks import Task, TaskClaims
+from broker.tasks.binding import bound_by
 from broker.tasks.causes import SessionEnd
 from broker.tasks.claims import purpose_hash
 
@@ -146,6 +147,8 @@ def token_issued(row: TokenRow, claims: TaskClaims, actor: Actor, at: datetime, 
         "audience": row.resource,
         "scope": row.scope,
         "x5t": row.x5t,
+        "binding": bound_by(claims.cnf).value,
+        "jkt": None if claims.cnf is None else claims.cnf.jkt,
         "hop": claims.task.hop,
         "epoch": claims.task.epoch,
         "authority_hash": claims.authorization_details.digest,

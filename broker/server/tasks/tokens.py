@@ -65,7 +65,9 @@ class TaskTokens:
             raise InvalidToken("the token's audience is no service's", code="token_audience") from None
         now = self._clock.now()
         # Compared with itself: the audience is what the caller asks about, not what it is.
-        verified = verify_task_token(token, self._keys.task_keys(), issuer=self._issuer, audience=resource, now=now)
+        verified = verify_task_token(
+            token, self._keys.task_keys(), issuer=self._issuer, audience=resource, now=now, bearer=True
+        )
         return verified.claims
 
     async def introspect(self, token: str, caller: SpiffeId) -> LiveToken | None:
@@ -78,6 +80,8 @@ class TaskTokens:
             claims = self.verify(token)
             # An audience that is registered no longer has no living tokens, not even for their own actor.
             audience = self._audiences.find(claims.aud)
+            if claims.cnf is None and not audience.takes_bearer:
+                return None
             if caller != claims.client_id and caller not in audience.introspectors:
                 return None
         except BrokerError:
@@ -121,6 +125,8 @@ class TaskTokens:
 
     def standing_entry(self, reader: Reader, row: TokenRow, now: datetime) -> Entry | None:
         """Give the entry by which a token's workload may still act, by the same rules as at issue; None: it may not."""
+        if (foreign := self._starters.foreign_entry(row.agent)) is not None:
+            return foreign
         entry_ids = self._starters.entry_ids_of(row.agent)
         if row.session is not None:
             session = reader.session(row.session)

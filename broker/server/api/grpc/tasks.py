@@ -109,6 +109,8 @@ class Tasks:
                     scope=request.scope,
                     authority=Authority.parse(details) if details else None,
                     idempotency_key=request.idempotency_key,
+                    jkt=request.jkt,
+                    bearer=request.bearer,
                 )
                 if other is None
                 else None
@@ -119,7 +121,7 @@ class Tasks:
         issued = await self._exchange.issue(actor, issue)
         return tasks_pb2.IssuedToken(
             access_token=issued.access_token,
-            token_type="Bearer",  # noqa: S106 - the type's name
+            token_type=issued.token_type,
             expires_at=_seconds(issued.expires_at),
             scope=issued.scope,
             authorization_details=issued.authority.text(),

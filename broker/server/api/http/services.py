@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from broker.clock import Clock
+from broker.server.api.http.clients import Clients
 from broker.server.store.ports import Store
 from broker.server.tasks.assertions import Assertions
 from broker.server.tasks.changes import Changes
@@ -22,7 +23,7 @@ from broker.spiffe import BundleSet, TrustDomain
 
 @dataclass(frozen=True, slots=True)
 class HttpServices:
-    """The use cases and facts behind the endpoints. ``bundles`` gives those under which JWT-SVIDs are judged."""
+    """The use cases and facts behind the endpoints. ``bundles`` gives those under which SVIDs are judged, each by its own."""
 
     issuer: str
     trust_domain: TrustDomain
@@ -42,5 +43,6 @@ class HttpServices:
     logout_tokens: LogoutTokens
     events: SecurityEvents
     signals: Signals
+    clients: Clients
     audiences: Audiences = field(default_factory=Audiences)
     detail_types: DetailTypes = field(default_factory=DetailTypes)

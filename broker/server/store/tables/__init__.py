@@ -12,6 +12,7 @@ from broker.server.store.tables.idempotency import IdempotencyWriting
 from broker.server.store.tables.life import LifeReading, LifeWriting
 from broker.server.store.tables.nodes import NodeReading, NodeWriting
 from broker.server.store.tables.policies import PolicyReading, PolicyWriting
+from broker.server.store.tables.proofs import ProofReading, ProofWriting
 from broker.server.store.tables.revocations import RevocationReading, RevocationWriting
 from broker.server.store.tables.sessions import SessionReading, SessionWriting
 from broker.server.store.tables.supervision import SupervisionReading
@@ -36,6 +37,7 @@ class SqlReader(
     RevocationReading,
     PolicyReading,
     LifeReading,
+    ProofReading,
 ):
     """Everything that can be read, through one connection."""
 
@@ -56,6 +58,7 @@ class SqlWriter(
     RevocationWriting,
     PolicyWriting,
     LifeWriting,
+    ProofWriting,
     Sweeping,
 ):
     """Everything that can be read and written, through the writer's connection."""

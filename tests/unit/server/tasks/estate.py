@@ -31,6 +31,7 @@ from broker.server.tasks.decision import Policy
 from broker.server.tasks.delegations import Delegations
 from broker.server.tasks.exchange import Exchange
 from broker.server.tasks.feed import Feed
+from broker.server.tasks.foreign import ForeignStarters
 from broker.server.tasks.ids import Ids
 from broker.server.tasks.lifecycle import Lifecycle
 from broker.server.tasks.outward import RemoteServer, RemoteServers, TransactionRules
@@ -63,6 +64,7 @@ NEIGHBOUR = SpiffeId("spiffe://example.org/neighbour")
 INSPECTOR = SpiffeId("spiffe://example.org/tickets")
 REPLACER = SpiffeId("spiffe://example.org/billing")
 REMOTE = "https://as.partner.example"
+FOREIGN_STARTERS = ("spiffe://partner.example/agents/*",)
 X5T, X5T_2, X5T_3 = ("A" * 41 + letter + "w" for letter in "abc")
 
 
@@ -144,6 +146,7 @@ class Estate:
     tokens: TaskTokens
     audiences: Audiences
     counted: list[tuple[str, str]]
+    foreign: ForeignStarters
     ends: UserEnds
     supervisor: Supervisor
 
@@ -256,7 +259,8 @@ async def running(
     **subject: Any,
 ) -> AsyncIterator[Estate]:
     """Open the store in a directory (made at first), or another one, and wire the task half as the server does."""
-    clock, keys, starters = ManualClock(), Keys(), Starters()
+    foreign = ForeignStarters(FOREIGN_STARTERS, AGENT.trust_domain)
+    clock, keys, starters = ManualClock(), Keys(), Starters(foreign)
     trusted = {"issuer": oidc.issuer, "audiences": frozenset({"broker"}), "ca_path": oidc.ca_path} | subject
     audiences = Audiences(
         [
@@ -337,7 +341,7 @@ async def running(
             yield Estate(
                 store, clock, oidc, keys, known, starters, subjects, exchange, assertions, Lifecycle(store, clock), changes,
                 Sessions(store, clock, known, supervisor.agent_heard), feed, refusals, tokens, audiences, counted,
-                ends, supervisor,
+                foreign, ends, supervisor,
             )  # fmt: skip
         finally:
             feed.stop()
