@@ -72,7 +72,6 @@ async def test_an_assertion_is_for_this_issuer_alone(at: Desk) -> None:
         [ISSUER, "https://other.example"],
         ["https://other.example", ISSUER],
         [ISSUER + "/"],
-        [ISSUER, ISSUER],
         ["https://other.example"],
     ):
         answer = await prover.post(nobody, at.asserted(await at.jwt_svid(*audience)))
