@@ -58,6 +58,9 @@ async def first_fetch_x509_svid(house: House, seconds: float) -> list[Item]:
     ]
 
 
-async def first(newcomer: Process, socket: str, count: int) -> Mapping[str, Any]:
-    """So many new processes at a socket, one after the other; ``ms`` of each, and the answer's ``size``."""
-    return await newcomer.do("first", socket=socket, path=X509_PATH, count=count, pause=NEWCOMER_PAUSE)
+async def first(newcomer: Process, socket: str, count: int, *, bare: bool = False) -> Mapping[str, Any]:
+    """So many new processes at a socket, one after the other; ``ms`` of each, and the answer's ``size``.
+
+    ``bare``: without gRPC's library on their side.
+    """
+    return await newcomer.do("first", socket=socket, path=X509_PATH, count=count, pause=NEWCOMER_PAUSE, bare=bare)
