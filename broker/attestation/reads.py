@@ -20,6 +20,7 @@ T = TypeVar("T")
 MAX_READS = 32  # threads at once
 MAX_READS_PER_USER = 4
 KEPT_THREADS = 2  # that wait for the next read: to start one costs more than most reads do
+REST = 1.0  # seconds after which the others that have nothing to do may go
 Abandoned = Callable[[], bool]
 _Jobs = SimpleQueue[Callable[[], None] | None]  # None: one thread may go
 
@@ -32,6 +33,7 @@ class BlockingReads:
         self._by_user: Counter[int] = Counter()
         self._waiting: list[asyncio.Future[None]] = []
         self._jobs: _Jobs = SimpleQueue()
+        self._is_resting = False
 
     def __del__(self) -> None:
         """Let the threads go that wait for work; one that hangs goes when it returns."""
@@ -69,14 +71,20 @@ class BlockingReads:
             _thread.start_new_thread(_serve, (self._jobs,))
             self._threads += 1
 
+    def _rested(self) -> None:
+        self._is_resting = False
+        while self._threads > self._running + KEPT_THREADS:
+            self._threads -= 1
+            self._jobs.put(None)
+
     def _free(self, uid: int) -> None:
         self._running -= 1
         self._by_user[uid] -= 1
         if not self._by_user[uid]:
             del self._by_user[uid]
-        if self._threads > self._running + KEPT_THREADS:
-            self._threads -= 1
-            self._jobs.put(None)
+        if not self._is_resting and self._threads > self._running + KEPT_THREADS:
+            self._is_resting = True
+            asyncio.get_running_loop().call_later(REST, self._rested)
         waiting, self._waiting = self._waiting, []
         for turn in waiting:
             if not turn.done():
