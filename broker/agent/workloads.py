@@ -99,7 +99,7 @@ class Workloads:
         self.drop: Callable[[Callable[[Caller], bool]], object] = _nothing_to_drop
         self._room = SharedRoom(MAX_ATTESTATIONS, MAX_OF_ONE_USER)
         self._asking: dict[tuple[int, Facts], asyncio.Future[tuple[Answer, ...]]] = {}
-        self._early: set[asyncio.Task[Early]] = set()
+        self._early: dict[int, asyncio.Task[Early]] = {}  # by pid: one for each process, however often it connects
 
     def admit(self, peer: KernelPeer) -> Caller:
         """Snapshot the process at accept; raises NotAttested. Does not block."""
@@ -107,19 +107,25 @@ class Workloads:
 
     def attest_early(self, caller: Caller) -> None:
         """Begin to attest a caller that begins to speak: its call is still on its way, and finds what came of this."""
+        pid = caller.process.pid
+        if pid in self._early:
+            return
         caller.early = task = asyncio.get_running_loop().create_task(self._attest_early(caller))
-        self._early.add(task)
-        task.add_done_callback(self._early.discard)
+        self._early[pid] = task
+        task.add_done_callback(lambda _: self._early.pop(pid))
 
     async def close(self) -> None:
         """Give up attestations that no call has asked for."""
-        for task in list(self._early):
+        early = list(self._early.values())
+        for task in early:
             task.cancel()
-        await asyncio.gather(*self._early, return_exceptions=True)
+        await asyncio.gather(*early, return_exceptions=True)
 
     def closed(self, caller: Caller) -> None:
         """The connection is gone."""
         caller.is_closed = True
+        if caller.early is not None:
+            caller.early.cancel()
         if not caller.attesting.locked():
             self._let_go(caller)
 
@@ -232,6 +238,8 @@ class Workloads:
         while session is None and (asking := self._asking.get((process.pid, process.facts))) is not None:
             # Another connection of the same process was first: what it hears is heard for all.
             await asyncio.wait([asking])
+            if caller.is_closed:
+                return
             if not asking.cancelled():
                 caller.answers = asking.result()
                 combined(caller.answers)

@@ -4,6 +4,7 @@ import asyncio
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import grpc
@@ -20,6 +21,7 @@ from tests.fakes.processes import held_connection, reap, spawn_as
 from tests.fakes.running_agent import HEADER, ME, estate, until
 
 needs_root = pytest.mark.root("processes of other users, chosen process ids")
+EMPTY_SETTINGS = b"\0\0\0\4\0\0\0\0\0"
 PATH = "/SpiffeWorkloadAPI/FetchX509SVID"
 SLEEP = str(Path(shutil.which("sleep")).resolve())
 
@@ -244,13 +246,6 @@ async def test_an_attestor_that_cannot_tell_refuses_its_caller(monkeypatch) -> N
 async def test_attestors_that_hang_are_given_up(monkeypatch) -> None:
     monkeypatch.setattr(module, "ATTEST_TIMEOUT", 0.1)
     async with estate() as agent:
-
-        class Hanging:
-            name = "hanging"
-
-            async def attest(self, process):
-                await asyncio.Event().wait()
-
         agent.agent.workloads._attestors = (Hanging(),)
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await agent.x509()
@@ -300,7 +295,7 @@ async def test_a_caller_is_attested_when_it_begins_to_speak_and_not_before() -> 
         await until(lambda: agent.agent._socket.connections == 1)
         (connection,) = agent.agent._socket._listener._open
         await until(lambda: connection.meter._partial)
-        assert (asked.times, agent.agent.workloads._early) == (0, set())
+        assert (asked.times, agent.agent.workloads._early) == (0, {})
         writer.write(PREFACE[14:])
         await until(lambda: asked.times == 1)
         writer.close()
@@ -372,21 +367,58 @@ async def test_a_defect_found_early_is_found_by_the_call_again(monkeypatch) -> N
         assert (await agent.jwt_by(channel, "a")).svids
 
 
+class Hanging:
+    name = "hanging"
+
+    async def attest(self, process):
+        await asyncio.Event().wait()
+
+
 @pytest.mark.bears("A22")
-async def test_attestations_that_nobody_asked_for_end_with_the_agent() -> None:
+async def test_attestations_that_nobody_asked_for_are_one_for_a_process_and_end_with_their_connection() -> None:
     async with estate() as agent:
-
-        class Hanging:
-            name = "hanging"
-
-            async def attest(self, process):
-                await asyncio.Event().wait()
-
+        real, agent.agent.workloads._attestors = agent.agent.workloads._attestors, (Hanging(),)
+        async with agent.channel() as first, agent.channel() as second:
+            await first.channel_ready()
+            await second.channel_ready()
+            assert len(agent.agent.workloads._early) == 1
+            agent.agent.workloads._attestors = real
+            await first.close()
+            await until(lambda: not agent.agent.workloads._early)
+            assert not agent.agent.workloads._room
+            assert (await agent.jwt_by(second, "a")).svids
         agent.agent.workloads._attestors = (Hanging(),)
-        async with agent.channel() as channel:
-            await channel.channel_ready()
+        agent.agent.sessions.end_all()
+        async with agent.channel() as third:
+            await third.channel_ready()
             await until(lambda: len(agent.agent.workloads._early) == 1)
-    assert not agent.agent.workloads._early
+            early = agent.agent.workloads._early
+            await agent.agent.workloads.close()
+            assert not early
+
+
+@pytest.mark.bears("A22")
+async def test_connections_that_speak_and_close_leave_nothing_while_their_process_lives() -> None:
+    """None of them waits for those before it: that would be slower for each, by their number."""
+    script = (
+        "import socket, sys\nfor _ in range(1500):\n    with socket.socket(socket.AF_UNIX) as one:\n"
+        "        one.connect(sys.argv[1])\n        one.sendall(bytes.fromhex(sys.argv[2]))\n"
+        "print(1, flush=True)\nsys.stdin.read()\n"
+    )
+    async with estate() as agent:
+        before = len(os.listdir("/proc/self/fd"))
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-I", "-S", "-c", script, str(agent.socket), (PREFACE + EMPTY_SETTINGS).hex(),
+            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        try:
+            assert await process.stdout.readline()
+            await until(lambda: agent.agent._socket.connections == 0)
+            await until(lambda: not agent.agent.workloads._early and len(agent.agent.sessions) == 0, 5)
+        finally:
+            process.stdin.close()
+            await process.wait()
+        await until(lambda: len(os.listdir("/proc/self/fd")) <= before)
 
 
 @pytest.mark.bears("A22")
