@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import random
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -182,24 +183,23 @@ async def test_what_a_token_says_of_actors_is_believed_of_nobody(at: Desk, oidc:
 async def test_an_end_against_children_and_tokens_at_the_same_moment(at: Desk) -> None:
     """Whatever comes first: no child and no token is there after the end that was not ended by it."""
     first, second = await hop(at, 0), await hop(at, 1)
-    survivors, made = 0, 0
+    survivors, made, luck = 0, 0, random.Random(4711)
     ended: list[str] = []
     for number in range(ROUNDS):
         await begin(at, first)
         renewal = at.form(task=first.task)
         del renewal["purpose"]
         ending = "complete" if number % 2 else "revoke"
-        answers = await asyncio.gather(
-            child(first, second.id),
-            first.process.http.post("/token", data=renewal),
-            first.process.http.post(f"/tasks/{first.task}/{ending}"),
-            child(first, second.id),
-            first.process.http.post("/token", data=renewal),
-            first.process.http.post(f"/tasks/{first.task}/{ending}"),
-        )
-        assert [answers[at_end].status_code for at_end in (2, 5)] == [200, 200]
-        tokens = [one.json()["access_token"] for one in (answers[1], answers[4]) if one.status_code == 200]
-        children = [one.json()["id"] for one in (answers[0], answers[3]) if one.status_code == 201]
+        asks = {
+            "child": lambda: child(first, second.id),
+            "token": lambda asked=renewal: first.process.http.post("/token", data=asked),
+            "end": lambda how=ending: first.process.http.post(f"/tasks/{first.task}/{how}"),
+        }
+        order = luck.sample(2 * list(asks), 2 * len(asks))
+        answers = list(zip(order, await asyncio.gather(*(asks[one]() for one in order)), strict=True))
+        assert [answer.status_code for name, answer in answers if name == "end"] == [200, 200]
+        tokens = [one.json()["access_token"] for name, one in answers if name == "token" and one.status_code == 200]
+        children = [one.json()["id"] for name, one in answers if name == "child" and one.status_code == 201]
         made += len(tokens) + len(children)
         survivors += sum([await is_active(first, token) for token in [first.token, *tokens]])
         for each in children:
@@ -216,15 +216,12 @@ async def test_an_end_against_children_and_tokens_at_the_same_moment(at: Desk) -
 
 @pytest.mark.bears("RV04", "V06")
 async def test_a_dead_task_in_the_middle_shields_nothing_below_it(at: Desk) -> None:
-    hops = [await hop(at, 0)]
-    await begin(at, hops[0])
-    for number, ttl in ((1, "2"), (2, "600")):
-        own = await hop(at, number)
-        own.task = (await child(hops[-1], own.id, ttl=ttl)).json()["id"]
-        answer = await taken(at, hops[-1], own)
-        own.token = answer.json()["access_token"]
-        hops.append(own)
+    hops = [await hop(at, number) for number in range(3)]
     root, middle, leaf = hops
+    await begin(at, root)
+    for above, own, ttl in ((root, middle, "3"), (middle, leaf, "600")):
+        own.task = (await child(above, own.id, ttl=ttl)).json()["id"]
+        own.token = (await taken(at, above, own)).json()["access_token"]
     # Nobody calls: time alone ends it, for what is below as well.
 
     async def is_over() -> bool:
