@@ -33,10 +33,6 @@ LATER = {
     "RV23": "a proxy's cache of tokens: the proxies that enforce beside Envoy are not built yet",
 }
 """Ids without a test that bears all they ask, each with the reason."""
-APART = {
-    "SP04": "the client speaks TLS to real endpoints on loopback; which answers are believed is asked of the use case with a scripted one",
-}
-"""Ids that tests below ``unit`` bear alone, each with the reason why these ask what runs."""
 
 
 @cache
@@ -56,10 +52,9 @@ def test_every_id_is_borne_or_says_why_not() -> None:
 def test_every_id_is_asked_of_something_that_runs() -> None:
     # A rule may be right and a program wrong: each id is also asked through a real port or socket.
     found = bearers()
-    assert sorted(one for one in LISTED - LATER.keys() - APART.keys() if found[one] <= {"unit", "fuzz"}) == []
+    assert sorted(one for one in LISTED - LATER.keys() if found[one] <= {"unit", "fuzz"}) == []
 
 
 def test_reasons_are_of_listed_ids_and_say_something() -> None:
-    reasons = {**LATER, **APART}
-    assert sorted(reasons.keys() - LISTED) == []
-    assert all(len(reason) > 40 for reason in reasons.values())
+    assert sorted(LATER.keys() - LISTED) == []
+    assert all(len(reason) > 40 for reason in LATER.values())
