@@ -14,13 +14,14 @@ import grpc.aio
 
 from broker._proto.broker.server.v1 import feed_pb2, sessions_pb2, tasks_pb2
 from broker._proto.service import Stub
+from broker._proto.spire.api.server.svid.v1 import svid_pb2
 from broker.audit.events import Record
 from broker.client import Tasks
 from broker.errors import BrokerError
 from broker.sdk.feed import FeedState
-from broker.server.api.grpc import feed, sessions, tasks
+from broker.server.api.grpc import feed, sessions, svid, tasks
 from broker.server.app import Server
-from broker.server.settings import TaskSettings
+from broker.server.settings import AudienceSettings, TaskSettings
 from broker.spiffe import SpiffeId
 from broker.spiffe.jose import parse_compact
 from broker.transport.rpc_errors import from_rpc_error
@@ -29,6 +30,7 @@ from tests.fakes.oidc import OidcIssuer
 from tests.integration.test_server_identity import DEADLINE, Estate, Node, admin_channel, attested, running
 from tests.integration.test_token_endpoint import (
     DETAILS,
+    ISSUER,
     SERVICE,
     TICKETS,
     Process,
@@ -39,6 +41,7 @@ from tests.integration.test_token_endpoint import (
 )
 
 NEIGHBOUR = SpiffeId("spiffe://example.org/neighbour")
+WIKI = "https://wiki.example.org"
 
 
 def hop(number: int) -> SpiffeId:
@@ -69,6 +72,13 @@ class Life:
             self.entries[spiffe_id] = await register(self.server, self.agent_id, spiffe_id)
         made = process(self.server, self.node, self.channel, self.entries[spiffe_id], session, self.node.trusted)
         return await self.stack.enter_async_context(made)
+
+    async def jwt_svid(self, who: SpiffeId) -> str:
+        """A JWT-SVID of this workload for this issuer."""
+        request = svid_pb2.NewJWTSVIDRequest(entry_id=self.entries[who], audience=[ISSUER])
+        answer = await Stub(self.channel, svid.BINDING).NewJWTSVID(request, timeout=DEADLINE)
+        token: str = answer.svid.token
+        return token
 
     async def exits(self, *sessions_over: Process) -> None:
         """The node agent tells that these processes are gone."""
@@ -196,6 +206,7 @@ async def refused(asked: Awaitable[Any]) -> str:
 async def living(estate: Estate, oidc: OidcIssuer, **settings: Any) -> AsyncIterator[Life]:
     """Start everything; ``settings`` are of ``[server.tasks]``."""
     parts = task_settings(oidc) | {"tasks": TaskSettings(**settings)}
+    parts["audiences"] += (AudienceSettings(resource=WIKI, introspectors=(SERVICE,)),)
     async with (
         running(estate, **parts) as one,
         attested(one) as (node, agent_id, channel),
