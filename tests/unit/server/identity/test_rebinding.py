@@ -2,7 +2,7 @@
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from urllib.parse import urlsplit
 
@@ -24,7 +24,7 @@ PUBLIC = "93.184.216.34"
 
 
 @pytest.fixture
-def lookups(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def lookups(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The name leads into the world when it is looked up first, and to this machine from then on."""
     asked: list[str] = []
     truly = socket.getaddrinfo
@@ -37,7 +37,7 @@ def lookups(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         return truly(PUBLIC if len(asked) == 1 else "127.0.0.1", port, *more, **options)
 
     monkeypatch.setattr(socket, "getaddrinfo", rebinding)
-    yield asked
+    return asked
 
 
 @asynccontextmanager
