@@ -123,8 +123,7 @@ class Doors:
         try:
             read(rule)
         except PolicyRefused as refused:
-            assert {problem.code for problem in refused.problems} == {"policy_literal"}
-            return False
+            return {problem.code for problem in refused.problems} != {"policy_literal"}
         return True
 
     def tasks_of(self, text: str) -> Any:
