@@ -164,8 +164,12 @@ class IssuerKeys:
         body = bytearray()
         # NOTE(security): a name that the issuer's document gives must not lead into our network. The address that was dialled
         # counts, since a name may lead elsewhere the next time. Whoever configured a host knows where it is.
-        options = {} if _host(url) == _host(self._discovery) or self._address else {"extensions": {"trace": _outside}}
-        async with asyncio.timeout(FETCH_SECONDS), self._client.stream("GET", url, **options) as response:
+        is_told = bool(self._address) or _host(url) == _host(self._discovery)
+        extensions: dict[str, Any] = {} if is_told else {"trace": _outside}
+        async with (
+            asyncio.timeout(FETCH_SECONDS),
+            self._client.stream("GET", url, extensions=extensions) as response,
+        ):
             if response.status_code != httpx2.codes.OK:
                 raise Unavailable("the issuer did not give the document", code="issuer_status")
             async for chunk in response.aiter_raw():
