@@ -326,6 +326,7 @@ def _issuer(settings: SubjectSettings) -> SubjectIssuer:
         session_lease=0 if settings.session_lease is None else int(settings.session_lease.total_seconds()),
         delegation_clients=frozenset(settings.delegation_clients),
         delegation_max_age=int(settings.delegation_max_age.total_seconds()),
+        jwks_url=settings.jwks_url,
     )
 
 

@@ -76,6 +76,7 @@ class OidcIssuer:
         self.fetched: dict[str, int] = {}
         self.fault = ""
         self.claimed_issuer: str | None = None
+        self.jwks_uri: str | None = None
         self.extra_jwks: list[dict[str, Any]] = []
         self.events: dict[str, str] = {}
         self.polled: list[dict[str, Any]] = []
@@ -131,7 +132,7 @@ class OidcIssuer:
             return json.dumps(
                 {
                     "issuer": self.claimed_issuer or self.issuer,
-                    "jwks_uri": f"{self.issuer}/jwks",
+                    "jwks_uri": self.jwks_uri or f"{self.issuer}/jwks",
                     "id_token_signing_alg_values_supported": ["RS256", "ES256"],
                 }
             ).encode()
