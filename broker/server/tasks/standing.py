@@ -111,11 +111,12 @@ class Standing:
 
     def hear(self, writer: Writer, subject: Subject, now: datetime) -> None:
         """Take a user's token at its word: its session is confirmed by it. Raises Refused where the word was stopped."""
-        stops = writer.stops(names_of(subject.delegation()))
+        delegation = subject.delegation()
+        stops = writer.stops(names_of(delegation))
         if stops:
-            require_going(stops, subject.delegation(), now)
+            require_going(stops, delegation, now)
         self._see(writer, subject, now)
-        self._require_confirmed(writer, subject.delegation(), now)
+        self._require_confirmed(writer, delegation, now)
 
     def recall(self, reader: Reader, delegation_id: str, agent: SpiffeId, now: datetime) -> StandingWord:
         """Give a standing delegation's word to an agent that it names; raises Refused, PolicyDenied.
