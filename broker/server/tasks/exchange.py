@@ -7,8 +7,8 @@ again. What is decided is in ``decision``; what the wire looks like is the doors
 """
 
 import json
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final, Protocol
@@ -55,10 +55,10 @@ _WRITER: Final = json.JSONEncoder(separators=(",", ":"))
 
 @dataclass(frozen=True, slots=True)
 class _Committed:
-    """A token that is in the store: its payload is all that is needed to sign it, now or again."""
+    """A token that is in the store: the text of its payload is all that is needed to sign it, now or again."""
 
     claims: TaskClaims
-    payload: Mapping[str, JsonValue]
+    text: str
 
 
 class TaskKeys(Protocol):
@@ -171,10 +171,10 @@ class Exchange:
         grant = decide_issue(self._policy, admitted, lineage, request, now=now)
         self._require_standing(writer, lineage[-1], admitted, request, now)
         decision = self._permitted(lineage[-1], grant, now)
-        digest = digest_of("issue", subject, request.task_id, *_token_parts(request))
+        digest = request.idempotency_key and digest_of("issue", subject, request.task_id, *_token_parts(request))
         answers = Answers(writer, owner=admitted.owner, key=request.idempotency_key, digest=digest, now=now)
         if (kept := answers.recall_claims()) is not None:
-            return _Committed(TaskClaims.parse(kept), kept)
+            return _Committed(TaskClaims.parse(kept), payload_text(kept))
         committed = self._new_token(writer, admitted, lineage, grant, answers, decision=decision)
         failpoints.reach("exchange.before_commit")
         return committed
@@ -188,7 +188,7 @@ class Exchange:
         digest = digest_of("both", subject, *_parts(start), *_token_parts(issue))
         answers = Answers(writer, owner=admitted.owner, key=start.idempotency_key, digest=digest, now=now)
         if (kept := answers.recall_claims()) is not None:
-            again = _Committed(TaskClaims.parse(kept), kept)
+            again = _Committed(TaskClaims.parse(kept), payload_text(kept))
             lineage = writer.lineage(again.claims.task.id)
             grant = decide_issue(self._policy, admitted, lineage, issue, now=now)
             self._require_standing(writer, lineage[-1], admitted, issue, now)
@@ -259,8 +259,7 @@ class Exchange:
             not_after=grant.not_after,
             ancestors=tuple(reversed(lineage[:-1])),
         )
-        payload = claims.to_payload()
-        text = payload_text(payload)
+        text = payload_text(claims.to_payload())
         row = TokenRow(
             jti=claims.jti,
             task_id=task.id,
@@ -277,7 +276,7 @@ class Exchange:
         writer.add_token(row)
         writer.record(records.token_issued(row, claims, admitted.actor, now, decision=decision))
         answers.keep(text)
-        return _Committed(claims, payload)
+        return _Committed(claims, text)
 
     # ---- after the commit
 
@@ -286,7 +285,7 @@ class Exchange:
         signer, claims = self._keys.task_signer(), committed.claims
         header = {"alg": signer.algorithm, "kid": signer.id, "typ": TOKEN_TYPE}
         return IssuedToken(
-            access_token=jose.sign_compact(header, committed.payload, signer.sign),
+            access_token=jose.sign_text(header, committed.text, signer.sign),
             issued_at=datetime.fromtimestamp(claims.iat, UTC),
             expires_at=datetime.fromtimestamp(claims.exp, UTC),
             scope=claims.scope,
@@ -295,17 +294,16 @@ class Exchange:
             jti=claims.jti,
         )
 
-    @asynccontextmanager
-    async def _counted(self, actor: Actor, subject: str) -> AsyncIterator[None]:
-        try:
-            async with self._refusals.recorded(Event.TOKEN_REFUSED, actor, subject):
-                yield
-        except BrokerError as error:
-            if self._count is not None:
-                self._count("unavailable" if isinstance(error, Unavailable) else "refused", error.reason)
-            raise
-        if self._count is not None:
+    def _counted(self, actor: Actor, subject: str) -> AbstractAsyncContextManager[None]:
+        return self._refusals.recorded(Event.TOKEN_REFUSED, actor, subject, self._tell)
+
+    def _tell(self, error: BrokerError | None) -> None:
+        if self._count is None:
+            return
+        if error is None:
             self._count("issued", "")
+        else:
+            self._count("unavailable" if isinstance(error, Unavailable) else "refused", error.reason)
 
 
 def _parts(request: StartRequest) -> tuple[str | int | None, ...]:

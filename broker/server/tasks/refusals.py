@@ -5,9 +5,12 @@ were left out before it. A refusal whose record cannot be written is refused all
 """
 
 import contextlib
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from types import TracebackType
 from typing import Final
+
+from typing_extensions import override
 
 from broker.audit.events import Event, FieldValue, Record
 from broker.clock import Clock
@@ -26,6 +29,42 @@ UNKNOWN: Final = "-"
 """The subject of a refusal that came before the subject was known."""
 
 
+class _Recorded(AbstractAsyncContextManager[None]):
+    """The block of :meth:`Refusals.recorded`. A class: a generator for each exchange would cost more than what it does."""
+
+    __slots__ = ("_actor", "_event", "_refusals", "_subject", "_tell")
+
+    def __init__(
+        self,
+        refusals: "Refusals",
+        event: Event,
+        actor: Actor,
+        subject: str,
+        tell: Callable[[BrokerError | None], None] | None,
+    ) -> None:
+        self._refusals = refusals
+        self._event = event
+        self._actor = actor
+        self._subject = subject
+        self._tell = tell
+
+    @override
+    async def __aenter__(self) -> None:
+        return None
+
+    @override
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None and not isinstance(error, BrokerError):
+            return
+        # Unavailable: nobody was refused, nothing was decided.
+        if error is not None and not isinstance(error, Unavailable):
+            await self._refusals.record(self._event, self._actor, self._subject, error)
+        if self._tell is not None:
+            self._tell(error)
+
+
 class Refusals:
     """Writes refusals of the task half."""
 
@@ -36,17 +75,14 @@ class Refusals:
         self._counted_at = clock.monotonic()
         self._left_out = 0
 
-    @asynccontextmanager
-    async def recorded(self, event: Event, actor: Actor, subject: str) -> AsyncIterator[None]:
-        """Let what happens inside be refused, and record it: ``subject`` is the task or the resource, where it is known."""
-        try:
-            yield
-        except Unavailable:
-            # Nobody was refused: nothing was decided.
-            raise
-        except BrokerError as error:
-            await self._record(event, actor, subject, error)
-            raise
+    def recorded(
+        self, event: Event, actor: Actor, subject: str, tell: Callable[[BrokerError | None], None] | None = None
+    ) -> AbstractAsyncContextManager[None]:
+        """Let what happens inside be refused, and record it: ``subject`` is the task or the resource, where it is known.
+
+        ``tell`` hears afterwards how it came out: the error, or None.
+        """
+        return _Recorded(self, event, actor, subject, tell)
 
     async def note(self, make: Callable[[int], Record]) -> None:
         """Record a refusal of another form; ``make`` is told how many were left out before it."""
@@ -58,7 +94,8 @@ class Refusals:
         with contextlib.suppress(Unavailable):
             await self._store.write(lambda writer: writer.record(record))
 
-    async def _record(self, event: Event, actor: Actor, subject: str, error: BrokerError) -> None:
+    async def record(self, event: Event, actor: Actor, subject: str, error: BrokerError) -> None:
+        """Record one refusal, within the rate."""
         if not self._may_write():
             self._left_out += 1
             return
