@@ -5,7 +5,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Final
 
-from starlette.applications import Starlette
+from starlette.types import ASGIApp
 
 from broker._proto.service import handler
 from broker.clock import Clock
@@ -60,7 +60,7 @@ class Doors:
             ),
         )
 
-    async def open_tls(self, clock: Clock, federated: Federated, svid: ServerSvid, http_app: Starlette) -> TlsListener:
+    async def open_tls(self, clock: Clock, federated: Federated, svid: ServerSvid, http_app: ASGIApp) -> TlsListener:
         """Open the TLS port."""
         index: CallerIndex[TlsPeer] = CallerIndex()
         guard = detailed(CallGuard(index, self.access.checks(), on_refusal=_log_refusal))
