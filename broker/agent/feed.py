@@ -17,7 +17,7 @@ from broker._proto.broker.server.v1 import feed_pb2
 from broker.agent.backoff import Backoff
 from broker.agent.cache import Bell
 from broker.agent.feedstate import FeedState
-from broker.agent.upstream import Upstream
+from broker.agent.upstream import Upstream, answered
 from broker.clock import Clock
 from broker.errors import BrokerError, Invalid, Unavailable
 from broker.telemetry.log import get_logger
@@ -93,6 +93,11 @@ class FeedRelay:
             yield from messages
         elif heartbeats != self._heartbeats:
             yield feed_pb2.FeedMessage(seq=state.seq, store=state.store, heartbeat=feed_pb2.FeedHeartbeat())
+
+    async def find_leaf(self, request: feed_pb2.FindLeafRequest, timeout: float) -> feed_pb2.FindLeafResponse:  # noqa: ASYNC109
+        """Ask the server whose leaf this is; raises BrokerError."""
+        answer: feed_pb2.FindLeafResponse = await answered(self._upstream.feed.FindLeaf(request, timeout=timeout))
+        return answer
 
     async def run(self) -> None:
         """Subscribe while somebody listens; runs until cancelled."""

@@ -25,6 +25,7 @@ class FeedState:
     base: int = 0
     issuer: str = ""
     keys: str = ""
+    audiences: tuple[feed_pb2.PublishedAudience, ...] = ()
     _frames: dict[_Key, feed_pb2.Frame] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -34,6 +35,7 @@ class FeedState:
         """Put a whole snapshot in the place of everything."""
         self.store, self.seq, self.base = store, seq, seq
         self.issuer, self.keys = pages[-1].issuer or pages[0].issuer, pages[-1].keys or pages[0].keys
+        self.audiences = tuple(each for page in pages for each in page.audiences)
         self._frames = {}
         for page in pages:
             for frame in page.frames:
@@ -61,6 +63,7 @@ class FeedState:
                 keys=self.keys,
                 frames=frames[start : start + PAGE],
                 more=start + PAGE < len(frames),
+                audiences=self.audiences,
             )
             yield feed_pb2.FeedMessage(seq=self.seq, store=self.store, snapshot=page)
 

@@ -33,7 +33,7 @@ MAX_ITEMS: Final = 256
 _UNFIT: Final = re.compile(
     "(?<![A-Za-z0-9_-])eyJ[A-Za-z0-9_-]{5,}\\.[A-Za-z0-9_-]*\\.[A-Za-z0-9_-]*|-----BEGIN [A-Z ]*PRIVATE KEY|[\ud800-\udfff]"
 )
-_TOKEN_SIGN: Final = "eyJ"
+_TOKEN_SIGN: Final = "eyJ"  # noqa: S105  # how every JWS begins
 _KEY_SIGN: Final = "-----BEGIN"
 _TIME: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{6}Z")
 
@@ -62,8 +62,10 @@ class Event(StrEnum):
     SESSION_STARTED = "session_started"
     SESSION_ENDED = "session_ended"
     WORKLOAD_REFUSED = "workload_refused"
+    CONNECTION_REFUSED = "connection_refused"
     TASK_STARTED = "task_started"
     TASK_REFUSED = "task_refused"
+    TASK_ATTACHED = "task_attached"
     TASK_SUSPENDED = "task_suspended"
     TASK_RESUMED = "task_resumed"
     TASK_ENDED = "task_ended"
@@ -169,8 +171,9 @@ _TASK: Final = frozenset(
         "subject_hash",
         "frame_seq",
         "tasks_ended",
-        "tasks_below",
         "resource",
+        "resumed_from",
+        "supersedes",
     }
 )
 _TOKEN: Final = _TASK | {
@@ -182,6 +185,7 @@ _TOKEN: Final = _TASK | {
     "kid",
     "token_hash",
     "binding",
+    "jkt",
     "active",
     "kind",
 }
@@ -230,7 +234,14 @@ _FAMILIES: Final = {
     _SVID: (Event.SVID_ISSUED, Event.SVID_REFUSED, Event.SVID_REVOKED),
     _CRL: (Event.CRL_PUBLISHED,),
     _SESSION: (Event.SESSION_STARTED, Event.SESSION_ENDED),
-    _TASK: (Event.TASK_STARTED, Event.TASK_REFUSED, Event.TASK_SUSPENDED, Event.TASK_RESUMED, Event.TASK_ENDED),
+    _TASK: (
+        Event.TASK_STARTED,
+        Event.TASK_REFUSED,
+        Event.TASK_ATTACHED,
+        Event.TASK_SUSPENDED,
+        Event.TASK_RESUMED,
+        Event.TASK_ENDED,
+    ),
     _TOKEN: (Event.TOKEN_ISSUED, Event.TOKEN_REFUSED, Event.TOKEN_REVOKED, Event.TOKEN_INTROSPECTED),
     _USER: (
         Event.TASKS_STOPPED,
@@ -252,7 +263,7 @@ _FAMILIES: Final = {
     _BUNDLE: (Event.BUNDLE_CHANGED, Event.BUNDLE_DELETED),
     _POLICY: (Event.POLICY_CHANGED,),
     _RELATIONSHIP: (Event.RELATIONSHIP_CREATED, Event.RELATIONSHIP_UPDATED, Event.RELATIONSHIP_DELETED),
-    frozenset[str](): (Event.ADMIN_REFUSED, Event.WORKLOAD_REFUSED),
+    frozenset[str](): (Event.ADMIN_REFUSED, Event.WORKLOAD_REFUSED, Event.CONNECTION_REFUSED),
 }
 
 FIELDS: Final[Mapping[Event, frozenset[str]]] = {

@@ -23,13 +23,15 @@ class Tasks:
         task: tasks_pb2.Task = await self._tasks.call("GetTask", tasks_pb2.GetTaskRequest(id=task_id))
         return task
 
-    async def list(self, *, state: str = "", user: str = "", agent: str = "") -> Sequence[tasks_pb2.Task]:
-        """Give the tasks of this state, user and agent (empty: any), page by page."""
+    async def list(
+        self, *, state: str = "", user: str = "", agent: str = "", root: str = "", parent: str = ""
+    ) -> Sequence[tasks_pb2.Task]:
+        """Give the tasks of this state, user, agent, tree and parent (empty: any), page by page."""
         found: list[tasks_pb2.Task] = []
         token = ""
         while True:
             request = tasks_pb2.ListTasksRequest(
-                state=state, user=user, agent=agent, page_size=PAGE_SIZE, page_token=token
+                state=state, user=user, agent=agent, page_size=PAGE_SIZE, page_token=token, root=root, parent=parent
             )
             page: tasks_pb2.ListTasksResponse = await self._tasks.call("ListTasks", request)
             found.extend(page.tasks)
@@ -42,3 +44,25 @@ class Tasks:
         request = tasks_pb2.RevokeTaskRequest(task_id=task_id, reason=reason, expected_version=expected_version)
         task: tasks_pb2.Task = await self._tasks.call("RevokeTask", request)
         return task
+
+    async def change(
+        self,
+        task_id: str,
+        operation: str,
+        *,
+        to: str = "",
+        reason: str = "",
+        expected_version: int = 0,
+        idempotency_key: str = "",
+    ) -> tasks_pb2.ChangedTask:
+        """Do ``suspend``, ``resume``, ``revoke`` or ``handoff`` (``to`` another agent); raises NotFound, Conflict, Refused."""
+        request = tasks_pb2.ChangeTaskRequest(
+            task_id=task_id,
+            operation=operation,
+            to=to,
+            reason=reason,
+            expected_version=expected_version,
+            idempotency_key=idempotency_key,
+        )
+        changed: tasks_pb2.ChangedTask = await self._tasks.call("ChangeTask", request)
+        return changed

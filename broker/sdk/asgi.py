@@ -4,15 +4,24 @@ The connection's certificate comes from the server's protocol class (``broker.tr
 """
 
 from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from typing import Any, Final
 
 from broker.errors import BrokerError, Invalid, Unavailable
+from broker.sdk.proofs import DpopRequest
 from broker.sdk.verify import TokenVerifier
 from broker.spiffe import strictjson
+from broker.tasks import NonceWanted
+from broker.tasks.dpop import ALGORITHM
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+_OAUTH: Final = {
+    "use_dpop_nonce": "use_dpop_nonce",
+    "invalid_dpop_proof": "invalid_dpop_proof",
+    "proof_replayed": "invalid_dpop_proof",
+}
+_DPOP: Final = frozenset(_OAUTH) | {"dpop_required"}
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
@@ -35,25 +44,43 @@ class RequireToken:
         if scope["type"] != "http":
             return  # WebSocket and others carry no Authorization per message: closed, until an adapter judges them
         try:
-            caller = await self._verifier.verify(bearer_token(scope), scope)
+            token, dpop = presented(scope)
+            caller = await self._verifier.verify(token, scope, dpop=dpop)
         except BrokerError as error:
             await refuse(send, error)
             return
         scope.setdefault("state", {})["caller"] = caller
-        await self._app(scope, receive, send)
+        await self._app(scope, receive, send if dpop is None else self._with_nonce(send))
+
+    def _with_nonce(self, send: Send) -> Send:
+        """Say with each answer which nonce the next proof needs (RFC 9449, section 8.2)."""
+
+        async def sending(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                nonce = (b"dpop-nonce", self._verifier.proofs.nonce.encode())
+                message = {**message, "headers": [*message.get("headers", ()), nonce]}
+            await send(message)
+
+        return sending
 
 
-def bearer_token(scope: Scope) -> str:
-    """Take the one bearer token from the ``Authorization`` header (RFC 6750, section 2.1).
+def presented(scope: Scope) -> tuple[str, DpopRequest | None]:
+    """Take the one token from the ``Authorization`` header (RFC 6750, section 2.1; RFC 9449, section 7.1).
+
+    Gives it with what its proof must be for, or with None for a bearer's.
 
     Raises:
         Invalid: no such header, more than one, or another scheme.
     """
     values = [value for name, value in scope["headers"] if name == b"authorization"]
     scheme, _, token = values[0].partition(b" ") if len(values) == 1 else (b"", b"", b"")
-    if scheme.lower() != b"bearer" or not token or not token.isascii():
-        raise Invalid("one Authorization: Bearer header is required", code="token_missing")
-    return token.decode("ascii")
+    if scheme.lower() not in (b"bearer", b"dpop") or not token or not token.isascii():
+        raise Invalid("one Authorization header, Bearer or DPoP, is required", code="token_missing")
+    if scheme.lower() == b"bearer":
+        return token.decode("ascii"), None
+    proofs = tuple(value.decode("latin-1") for name, value in scope["headers"] if name == b"dpop")
+    path = scope.get("raw_path") or scope["path"].encode()
+    return token.decode("ascii"), DpopRequest(proofs, scope["method"], path.decode("latin-1").split("?", 1)[0])
 
 
 async def refuse(send: Send, error: BrokerError) -> None:
@@ -61,18 +88,28 @@ async def refuse(send: Send, error: BrokerError) -> None:
     status = 503 if isinstance(error, Unavailable) else 401
     body = strictjson.canonical(
         {
-            "error": "invalid_token" if status == 401 else "temporarily_unavailable",
+            "error": _OAUTH.get(error.reason, "invalid_token") if status == 401 else "temporarily_unavailable",
             "code": error.reason,
             "error_description": error.message,
         }
     )
-    challenge = b"Bearer" if error.reason == "token_missing" else b'Bearer error="invalid_token"'
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(body)).encode()),
         (b"cache-control", b"no-store"),
     ]
     if status == 401:
-        headers.append((b"www-authenticate", challenge))
+        headers.append((b"www-authenticate", _challenge(error)))
+    if isinstance(error, NonceWanted):
+        headers.append((b"dpop-nonce", error.nonce.encode()))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
+
+
+def _challenge(error: BrokerError) -> bytes:
+    if error.reason == "token_missing":
+        return b"Bearer"
+    if error.reason in _DPOP:
+        oauth = _OAUTH.get(error.reason, "invalid_token")
+        return f'DPoP error="{oauth}", algs="{ALGORITHM}"'.encode()
+    return b'Bearer error="invalid_token"'

@@ -5,7 +5,6 @@ replaces it; a frame is forgotten only when no token that it kills can still be 
 :meth:`FeedState.liveness` turns it into STALE and PARTITIONED.
 """
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -24,6 +23,10 @@ SUSPENDED = "suspended"
 
 FORGET_EVERY = 256
 """Frames between two sweeps of what may be forgotten."""
+
+
+NEVER = 2**63
+"""Above every epoch."""
 
 
 class Liveness(StrEnum):
@@ -45,15 +48,16 @@ class Risk(StrEnum):
 
 @dataclass(slots=True)
 class _Dead:
-    epochs: dict[str, tuple[int, int]] = field(default_factory=dict)  # root -> (first living epoch, forget_at)
-    tasks: dict[str, tuple[float, int]] = field(default_factory=dict)  # task -> (first living epoch, forget_at)
+    # root or task -> (first living epoch, whether it is only suspended, forget_at)
+    epochs: dict[str, tuple[int, bool, int]] = field(default_factory=dict)
+    tasks: dict[str, tuple[int, bool, int]] = field(default_factory=dict)
     sessions: dict[str, int] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     stops: dict[tuple[str, str, str], tuple[int, int]] = field(default_factory=dict)  # -> (first iat, forget_at)
 
     def sweep(self, now: int) -> None:
-        self.epochs = {k: v for k, v in self.epochs.items() if v[1] > now}
-        self.tasks = {k: v for k, v in self.tasks.items() if v[1] > now}
+        self.epochs = {k: v for k, v in self.epochs.items() if v[2] > now}
+        self.tasks = {k: v for k, v in self.tasks.items() if v[2] > now}
         self.sessions = {k: v for k, v in self.sessions.items() if v > now}
         self.tokens = {k: v for k, v in self.tokens.items() if v > now}
         self.stops = {k: v for k, v in self.stops.items() if v[1] > now}
@@ -70,14 +74,16 @@ class FeedState:
         self._ready = False
         self._applied = 0
         self.issuer = ""
+        self.bindings: dict[str, frozenset[str]] = {}
+        """What the tokens of each published audience may be bound to."""
         self.keys = ""
         self.store = ""
         self.seq = 0
 
     def apply(self, message: feed_pb2.FeedMessage, *, monotonic: float, now: int) -> bool:
-        """Take one message in; true when the keys may have changed. ``now`` is in seconds since 1970."""
+        """Take one message in; true when the keys, or what is published of audiences, may have changed. ``now`` is in seconds since 1970."""
         kind = message.WhichOneof("kind")
-        keys_before = self.keys
+        before = self.keys, self.bindings
         if kind == "snapshot":
             self._snapshot(message)
         elif kind == "frame":
@@ -88,7 +94,7 @@ class FeedState:
         self._applied += 1
         if self._applied % FORGET_EVERY == 0:
             self._dead.sweep(now)
-        return self.keys != keys_before
+        return (self.keys, self.bindings) != before
 
     def _snapshot(self, message: feed_pb2.FeedMessage) -> None:
         snapshot = message.snapshot
@@ -99,6 +105,7 @@ class FeedState:
             return
         self._dead, self._pending, self._ready = pending, None, True
         self.issuer, self.keys = snapshot.issuer, snapshot.keys
+        self.bindings = {each.resource: frozenset(each.binding) for each in snapshot.audiences}
         self.seq, self.store = message.seq, message.store
 
     def _take(self, dead: _Dead, frames: Iterable[feed_pb2.Frame]) -> None:
@@ -108,13 +115,10 @@ class FeedState:
     def _frame(self, dead: _Dead, frame: feed_pb2.Frame) -> None:
         until = frame.forget_at
         if frame.kind == "subtree":
-            epoch, kept = dead.epochs.get(frame.root, (0, 0))
-            dead.epochs[frame.root] = (max(epoch, frame.epoch), max(kept, until))
+            _raise(dead.epochs, frame.root, frame.epoch, frame)
         elif frame.kind == "task":
             # A task that is over has no living epoch; one that is suspended may go on, with tokens of a later one.
-            first = frame.epoch if frame.state == SUSPENDED else math.inf
-            living, kept = dead.tasks.get(frame.task, (0, 0))
-            dead.tasks[frame.task] = (max(living, first), max(kept, until))
+            _raise(dead.tasks, frame.task, frame.epoch if frame.state == SUSPENDED else NEVER, frame)
         elif frame.kind == "session":
             dead.sessions[frame.session] = max(dead.sessions.get(frame.session, 0), until)
         elif frame.kind == "token":
@@ -157,13 +161,15 @@ class FeedState:
         """Refuse what has ended.
 
         Raises:
-            Refused: the task, its tree, its workload session or this one token has ended.
+            Refused: the task, its tree, its workload session or this one token has ended, or it was suspended since.
         """
         dead = self._dead
-        known = dead.epochs.get(root)
-        own = dead.tasks.get(task)
-        if (known is not None and epoch < known[0]) or (own is not None and epoch < own[0]):
-            raise Refused("the task has ended, or was suspended", code="task_ended", hint="start a new task")
+        # Over before suspended: of two reasons the one that nothing undoes.
+        known = [each for each in (dead.epochs.get(root), dead.tasks.get(task)) if each is not None and epoch < each[0]]
+        if any(not is_suspended for _, is_suspended, _ in known):
+            raise Refused("the task has ended", code="task_ended", hint="start a new task")
+        if known:
+            raise Refused("the task was suspended", code="task_suspended", hint="resume it, then ask for a new token")
         if session is not None and session in dead.sessions:
             raise Refused("the workload session has ended", code="session_ended", hint="a new process needs a new task")
         if jti in dead.tokens:
@@ -186,3 +192,10 @@ class FeedState:
                 raise Refused(
                     f"what the {name[0]} had until then was stopped", code=f"{name[0]}_stopped", hint="start a new task"
                 )
+
+
+def _raise(known: dict[str, tuple[int, bool, int]], name: str, epoch: int, frame: feed_pb2.Frame) -> None:
+    before, is_suspended, kept = known.get(name, (0, False, 0))
+    if epoch >= before:
+        before, is_suspended = epoch, frame.state == SUSPENDED
+    known[name] = (before, is_suspended, max(kept, frame.forget_at))

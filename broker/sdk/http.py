@@ -1,10 +1,11 @@
-"""``task.http()``: an httpx2 client with mutual TLS and the task's token on every request."""
+"""``task.http()``: an httpx2 client with mutual TLS and the task's token on every request, with a DPoP proof where asked."""
 
 from collections.abc import AsyncGenerator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import httpx2
 
+from broker.sdk.dpop import ProofKey
 from broker.sdk.tls import client_context
 
 if TYPE_CHECKING:
@@ -12,24 +13,42 @@ if TYPE_CHECKING:
     from broker.sdk.workload import Workload
 
 HttpClient = httpx2.AsyncClient
+UNAUTHORIZED: Final = 401
 
 
 class BrokerAuth(httpx2.Auth):
-    """Puts the token of the resource that the URL belongs to into ``Authorization``."""
+    """Puts the token of the resource that the URL belongs to into ``Authorization``.
 
-    def __init__(self, task: "Task") -> None:
-        """Hold the task whose tokens are used."""
+    With a key, tokens are bound to it and each request has a proof of its own, with the nonce that its service wants.
+    """
+
+    def __init__(self, task: "Task", key: ProofKey | None = None) -> None:
+        """Hold the task whose tokens are used, and the key that proves them."""
         self._task = task
+        self._key = key
+        self._nonces: dict[str, str] = {}
 
     async def async_auth_flow(self, request: httpx2.Request) -> AsyncGenerator[httpx2.Request, httpx2.Response]:
-        """Authenticate one request (RFC 6750, section 2.1)."""
+        """Authenticate one request (RFC 6750, section 2.1; RFC 9449, section 7.1)."""
         resource = self._task.resource_of(str(request.url))
-        request.headers["Authorization"] = f"Bearer {await self._task.token(resource)}"
-        yield request
+        if self._key is None:
+            request.headers["Authorization"] = f"Bearer {await self._task.token(resource)}"
+            yield request
+            return
+        token = await self._task.token(resource, key=self._key)
+        request.headers["Authorization"] = f"DPoP {token}"
+        for is_last in (False, True):
+            nonce = self._nonces.get(resource, "")
+            request.headers["DPoP"] = self._key.proof(request.method, str(request.url), token=token, nonce=nonce)
+            response = yield request
+            self._nonces[resource] = response.headers.get("dpop-nonce", nonce)
+            # RFC 9449 §9: once more with the nonce of the answer, and never a third time.
+            if is_last or response.status_code != UNAUTHORIZED or self._nonces[resource] == nonce:
+                return
 
 
-def http_client(workload: "Workload", task: "Task", **options: Any) -> HttpClient:
+def http_client(workload: "Workload", task: "Task", *, key: ProofKey | None = None, **options: Any) -> HttpClient:
     """Make the client; ``options`` go to ``httpx2.AsyncClient``. Redirects are not followed: a token has one resource."""
     return httpx2.AsyncClient(
-        auth=BrokerAuth(task), verify=client_context(workload), follow_redirects=False, trust_env=False, **options
+        auth=BrokerAuth(task, key), verify=client_context(workload), follow_redirects=False, trust_env=False, **options
     )

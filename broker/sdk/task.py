@@ -1,18 +1,22 @@
-"""A task as a block: entering starts it, leaving ends it, and every token of it dies.
+"""A task as a block: entering starts it (or takes it up), leaving ends it, and every token of it dies.
 
-Tokens are bound to this process's X.509-SVID. They are kept until shortly before they expire or until the SVID rotates, then
-asked for anew; there is nothing to refresh by hand. While the block lasts the task is kept alive in the background: its
-supervision is the server's default, ``attached`` (this process holds a stream), or ``lease`` (it sends a heartbeat).
+Tokens are bound to this process: to its X.509-SVID and its workload session, or to a key for proofs. They are kept until shortly
+before they expire or until the SVID rotates, then asked for anew; there is nothing to refresh by hand. While nobody can give a
+new one, a token that names the session goes on: the new certificate holds it, too. While the block lasts the task is kept alive
+in the background: its supervision is the server's default, ``attached`` (this process holds a stream), or ``lease`` (it sends a
+heartbeat).
 """
 
 import asyncio
 import contextlib
 import secrets
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import grpc
+from typing_extensions import override
 
 from broker._proto.broker.agent.v1 import tasks_pb2
 from broker._proto.broker.server.v1 import tasks_pb2 as server_pb2
@@ -21,12 +25,13 @@ from broker.clock import Clock, SystemClock
 from broker.errors import BrokerError, PolicyDenied, Unavailable
 from broker.sdk.endpoint import CALL_SECONDS, SECURITY_HEADER
 from broker.sdk.keeping import Keeper
-from broker.spiffe import strictjson
-from broker.tasks import Authority, Resource
+from broker.spiffe import SpiffeId, strictjson
+from broker.tasks import Authority, Confirmation, Resource, State
 from broker.tasks.verify import unverified_confirmation
 from broker.transport.rpc_errors import from_rpc_error
 
 if TYPE_CHECKING:
+    from broker.sdk.dpop import ProofKey
     from broker.sdk.http import HttpClient
     from broker.sdk.workload import Workload
 
@@ -49,7 +54,7 @@ class Task:
         self._state = state
         self._clock = clock
         self._api = Stub(workload.channel, ServiceBinding.of(tasks_pb2.DESCRIPTOR, "Tasks"))
-        self._kept: dict[tuple[str, str, str], tuple[server_pb2.IssuedToken, str]] = {}
+        self._kept: dict[tuple[str, str, str, str], tuple[server_pb2.IssuedToken, Confirmation | None]] = {}
         self._asking = asyncio.Lock()
         self.keeper = Keeper(workload.channel, state, _chosen(workload))
         """Keeps the task alive while this process works on it."""
@@ -85,41 +90,57 @@ class Task:
         """The start, in seconds since 1970."""
         return self._state.created_at
 
+    def version(self) -> int:
+        """The version as last told by the server: what a change may name as the one it expects."""
+        return self._state.version
+
     @property
     def expires_at(self) -> int:
         """The end at the latest, in seconds since 1970."""
         return self._state.expires_at
 
     async def token(
-        self, resource: str, *, scope: str = "", authorization_details: Sequence[Mapping[str, object]] | None = None
+        self,
+        resource: str,
+        *,
+        scope: str = "",
+        authorization_details: Sequence[Mapping[str, object]] | None = None,
+        key: "ProofKey | None" = None,
     ) -> str:
-        """Give a token for this resource, bound to this process.
+        """Give a token for this resource, bound to this process, or with ``key`` to that key (RFC 9449).
 
         Raises:
             Refused: the task has ended, or its authority does not reach that far.
             Unavailable: agent or server cannot answer now.
         """
         wanted = _json(authorization_details) if authorization_details else ""
-        key = (Resource(resource).text, scope, wanted)
+        name = (Resource(resource).text, scope, wanted, "" if key is None else key.jkt)
         async with self._asking:
             if self.keeper.lost is not None:
                 # What was kept is dead: the server says whether there is another.
                 self._kept.clear()
-            kept = self._kept.get(key)
-            if kept is not None and self._usable(*kept):
+            kept = self._kept.get(name)
+            if kept is not None and self._is_current(*kept):
                 return kept[0].access_token
-            issued = await self._issue(
-                tasks_pb2.IssueTokenRequest(
-                    task_id=self.id,
-                    spiffe_id=_chosen(self._workload),
-                    resource=resource,
-                    scope=scope,
-                    authorization_details=wanted,
-                    idempotency_key=secrets.token_urlsafe(16),
-                )
-            )
-            self._kept[key] = (issued, await self._settle(issued))
+            try:
+                issued = await self._issue(self._request(*name))
+            except Unavailable:
+                if kept is None or not self._is_good(*kept):
+                    raise
+                return kept[0].access_token
+            self._kept[name] = (issued, await self._settle(issued))
             return issued.access_token
+
+    def _request(self, resource: str, scope: str, details: str, jkt: str) -> tasks_pb2.IssueTokenRequest:
+        return tasks_pb2.IssueTokenRequest(
+            task_id=self.id,
+            spiffe_id=_chosen(self._workload),
+            resource=resource,
+            scope=scope,
+            authorization_details=details,
+            idempotency_key=secrets.token_urlsafe(16),
+            jkt=jkt,
+        )
 
     def resource_of(self, url: str) -> str:
         """Find the task's resource that holds this URL: the longest of its locations that contains it.
@@ -138,7 +159,10 @@ class Task:
         return max(holding, key=lambda r: len(r.text)).text
 
     def http(self, **options: Any) -> "HttpClient":
-        """Give an httpx2 client: mTLS with this process's SVID, and the right token on each request."""
+        """Give an httpx2 client: mTLS with this process's SVID, and the right token on each request.
+
+        ``key``, a :class:`broker.sdk.dpop.ProofKey`, binds the tokens to it and proves it with each request.
+        """
         from broker.sdk.http import http_client  # noqa: PLC0415 - httpx2 is an extra
 
         return http_client(self._workload, self, **options)
@@ -151,39 +175,159 @@ class Task:
         self._state = await self._call("CompleteTask", request)
         self._kept.clear()
 
-    async def _settle(self, issued: server_pb2.IssuedToken) -> str:
-        """Wait until this process holds the certificate that the token is bound to; give its thumbprint."""
-        x5t = unverified_confirmation(issued.access_token).x5t
-        current = self._workload.current
-        if current is None or current.x5t != x5t:
-            await self._workload.wait_for_x5t(x5t, timeout=ROTATION_SECONDS)
-        return x5t
+    async def child(
+        self,
+        agent: SpiffeId | str,
+        *,
+        purpose: str,
+        authorization_details: Sequence[Mapping[str, object]],
+        ttl: int = 0,
+        supervision: str = "",
+        idempotency_key: str = "",
+    ) -> str:
+        """Start a task below this one for another workload, within this one's authority; give its id.
 
-    def _usable(self, issued: server_pb2.IssuedToken, x5t: str) -> bool:
+        That workload takes it up by :meth:`broker.sdk.Workload.attach` and fetches its own tokens: none passes through here.
+
+        Raises:
+            PolicyDenied: the authority goes beyond this task's, or the chain is too long, or the agent is in it already.
+            Refused: this task, or one above it, is not active.
+        """
+        request = tasks_pb2.StartChildTaskRequest(
+            spiffe_id=_chosen(self._workload),
+            parent=self.id,
+            agent=str(agent),
+            purpose=purpose,
+            authorization_details=_json(authorization_details),
+            ttl=ttl,
+            supervision=supervision,
+            idempotency_key=idempotency_key or secrets.token_urlsafe(16),
+        )
+        child: server_pb2.Task = await self._call("StartChildTask", request)
+        return child.id
+
+    async def suspend(self) -> None:
+        """Stop for a while: every token of the task and of those below it dies, and none is issued. Twice is fine."""
+        await self._change("suspend")
+        await self.keeper.stop()
+
+    async def resume(self) -> None:
+        """Go on after :meth:`suspend`: tokens are asked for anew.
+
+        Raises:
+            Conflict: the task is not suspended.
+            Refused: somebody else suspended it, or it was resumed too often.
+        """
+        await self._change("resume")
+        await self._keep()
+
+    async def handoff(self, agent: SpiffeId | str) -> str:
+        """Give the work to another workload and stop; give the id of its task, which it takes up by ``attach``.
+
+        This task ends, and those below it.
+        """
+        changed = await self._change("handoff", to=str(agent))
+        await self.keeper.stop()
+        return changed.successor.id
+
+    async def _keep(self) -> None:
+        await self.keeper.stop()
+        self.keeper = Keeper(self._workload.channel, self._state, _chosen(self._workload))
+        await self.keeper.start()
+
+    async def _change(self, operation: str, *, to: str = "") -> server_pb2.ChangedTask:
+        request = tasks_pb2.ChangeTaskRequest(
+            spiffe_id=_chosen(self._workload),
+            task_id=self.id,
+            operation=operation,
+            to=to,
+            idempotency_key=secrets.token_urlsafe(16),
+        )
+        changed: server_pb2.ChangedTask = await self._call("ChangeTask", request)
+        self._state = changed.task
+        self._kept.clear()
+        return changed
+
+    async def _settle(self, issued: server_pb2.IssuedToken) -> Confirmation | None:
+        """Wait until this process holds the certificate that the token is bound to; give what it is bound to."""
+        cnf = unverified_confirmation(issued.access_token)
+        current = self._workload.current
+        if cnf is not None and cnf.x5t is not None and (current is None or current.x5t != cnf.x5t):
+            await self._workload.wait_for_x5t(cnf.x5t, timeout=ROTATION_SECONDS)
+        return cnf
+
+    def _is_current(self, issued: server_pb2.IssuedToken, cnf: Confirmation | None) -> bool:
+        """Tell whether a kept token is as good as a new one."""
         current = self._workload.current
         fresh = issued.expires_at - self._clock.now().timestamp() > RENEW_BEFORE
-        return fresh and current is not None and current.x5t == x5t
+        return fresh and (cnf is None or cnf.x5t is None or (current is not None and current.x5t == cnf.x5t))
+
+    def _is_good(self, issued: server_pb2.IssuedToken, cnf: Confirmation | None) -> bool:
+        """Tell whether a kept token still works: by its session also under the certificate that came after its own."""
+        if issued.expires_at <= self._clock.now().timestamp():
+            return False
+        current = self._workload.current
+        is_held = cnf is None or cnf.x5t is None or (current is not None and current.x5t == cnf.x5t)
+        return is_held or (cnf is not None and cnf.session is not None)
 
     async def _issue(self, request: tasks_pb2.IssueTokenRequest) -> server_pb2.IssuedToken:
-        for attempt in (1, 2):
-            try:
-                issued: server_pb2.IssuedToken = await self._call("IssueToken", request)
-            except Unavailable:
-                # The same key: if the first one was committed, this gives the same token and is charged once.
-                if attempt == 2:
-                    raise
-            else:
-                return issued
-        raise AssertionError("unreachable")
+        # The same key twice: if the first one was committed, this gives the same token and is charged once.
+        issued: server_pb2.IssuedToken = await self._call("IssueToken", request)
+        return issued
 
     async def _call(self, method: str, request: object) -> Any:
+        """Ask, and once more where nobody answered: every request bears a key under which it is done once."""
         try:
-            return await getattr(self._api, method)(request, metadata=SECURITY_HEADER, timeout=CALL_SECONDS)
-        except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error) from None
+            return await _asked(self._api, method, request)
+        except Unavailable:
+            return await _asked(self._api, method, request)
 
 
-class TaskBlock:
+async def _asked(api: Stub, method: str, request: object) -> Any:
+    try:
+        return await getattr(api, method)(request, metadata=SECURITY_HEADER, timeout=CALL_SECONDS)
+    except grpc.aio.AioRpcError as error:
+        raise from_rpc_error(error) from None
+
+
+class _Block(ABC):
+    """A task that lives as long as a block of code; how it begins is the subclass's."""
+
+    def __init__(self, workload: "Workload", clock: Clock | None) -> None:
+        self._workload = workload
+        self._clock = clock or SystemClock()
+        self._task: Task | None = None
+
+    @abstractmethod
+    async def _begin(self, api: Stub) -> server_pb2.Task: ...
+
+    async def __aenter__(self) -> Task:
+        """Begin."""
+        api = Stub(self._workload.channel, ServiceBinding.of(tasks_pb2.DESCRIPTOR, "Tasks"))
+        self._task = Task(self._workload, await self._begin(api), clock=self._clock)
+        await self._task.keeper.start()
+        return self._task
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End the task, also when the block was left by an error or by cancellation; one that was given away has ended."""
+        assert self._task is not None
+        ending = asyncio.ensure_future(_end(self._task))
+        try:
+            await asyncio.shield(ending)
+        except asyncio.CancelledError:
+            with contextlib.suppress(BrokerError):
+                await ending
+            raise
+        except BrokerError:
+            if error is None:
+                raise
+        finally:
+            await self._task.keeper.stop()
+
+
+class TaskBlock(_Block):
     """What :meth:`broker.sdk.Workload.task` gives: nothing is started before ``async with``."""
 
     def __init__(
@@ -201,8 +345,7 @@ class TaskBlock:
         clock: Clock | None = None,
     ) -> None:
         """Hold the request."""
-        self._workload = workload
-        self._clock = clock or SystemClock()
+        super().__init__(workload, clock)
         self._request = tasks_pb2.StartTaskRequest(
             spiffe_id=_chosen(workload),
             user_token=user_token,
@@ -214,47 +357,44 @@ class TaskBlock:
             supervision=supervision,
             idempotency_key=idempotency_key or secrets.token_urlsafe(16),
         )
-        self._task: Task | None = None
 
-    async def __aenter__(self) -> Task:
-        """Start the task."""
-        stub = Stub(self._workload.channel, ServiceBinding.of(tasks_pb2.DESCRIPTOR, "Tasks"))
-        try:
-            state = await stub.StartTask(self._request, metadata=SECURITY_HEADER, timeout=CALL_SECONDS)
-        except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error) from None
-        self._task = Task(self._workload, state, clock=self._clock)
-        await self._task.keeper.start()
-        return self._task
+    @override
+    async def _begin(self, api: Stub) -> server_pb2.Task:
+        task: server_pb2.Task = await _asked(api, "StartTask", self._request)
+        return task
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """End the task, also when the block was left by an error or by cancellation."""
-        assert self._task is not None
-        ending = asyncio.ensure_future(self._end(self._task))
-        try:
-            await asyncio.shield(ending)
-        except asyncio.CancelledError:
-            with contextlib.suppress(BrokerError):
-                await ending
-            raise
-        except BrokerError:
-            if error is None:
-                raise
-        finally:
-            await self._task.keeper.stop()
 
-    async def _end(self, task: Task) -> None:
-        try:
-            async with asyncio.timeout(COMPLETE_SECONDS):
-                await task.complete()
-        except TimeoutError:
-            raise Unavailable(
-                "the end of the task was not confirmed in time",
-                code="end_unconfirmed",
-                hint="it ends with this process, or when it expires",
-            ) from None
+class AttachedBlock(_Block):
+    """What :meth:`broker.sdk.Workload.attach` gives: nothing is taken up before ``async with``."""
+
+    def __init__(self, workload: "Workload", task_id: str, *, is_resumed: bool, clock: Clock | None = None) -> None:
+        """Hold the request."""
+        super().__init__(workload, clock)
+        self._request = tasks_pb2.ChangeTaskRequest(
+            spiffe_id=_chosen(workload),
+            task_id=task_id,
+            operation="resume" if is_resumed else "attach",
+            idempotency_key=secrets.token_urlsafe(16),
+        )
+
+    @override
+    async def _begin(self, api: Stub) -> server_pb2.Task:
+        changed: server_pb2.ChangedTask = await _asked(api, "ChangeTask", self._request)
+        return changed.task
+
+
+async def _end(task: Task) -> None:
+    if State(task.state).is_terminal:
+        return
+    try:
+        async with asyncio.timeout(COMPLETE_SECONDS):
+            await task.complete()
+    except TimeoutError:
+        raise Unavailable(
+            "the end of the task was not confirmed in time",
+            code="end_unconfirmed",
+            hint="it ends with this process, or when it expires",
+        ) from None
 
 
 def _chosen(workload: "Workload") -> str:

@@ -2,7 +2,8 @@
 
 The order is cheapest first: freshness of the feed, the cache by the token's SHA-256, structure, signature, claims, the
 certificate on this connection, the binding, the state of the task. The state is asked on every call, also when everything
-else is remembered: a token whose task has ended is dead at the next call after the frame.
+else is remembered: a token whose task has ended is dead at the next call after the frame. A leaf that is seen for the first
+time after a rotation is looked up, once: that alone waits.
 """
 
 import asyncio
@@ -11,12 +12,15 @@ import ssl
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Self
 
 from broker.clock import Clock, SystemClock
 from broker.errors import InvalidToken, Refused, Unavailable
 from broker.sdk.feed import FeedState, Risk
+from broker.sdk.leaves import Leaves
+from broker.sdk.proofs import DpopRequest, ProofJudge
 from broker.sdk.steady import SteadyClock
 from broker.sdk.subscription import FeedSubscription
 from broker.sdk.workload import Workload
@@ -24,11 +28,13 @@ from broker.spiffe import SpiffeId, TrustDomain, X509Svid, verify_x509_svid
 from broker.spiffe.jose import PublicKey
 from broker.tasks import (
     LEEWAY,
+    Accepted,
     Authority,
     AuthorizationDetail,
     BindingMatch,
     PeerEvidence,
     Resource,
+    ShownProof,
     VerifiedToken,
     check_binding,
     verify_task_token,
@@ -80,6 +86,15 @@ class _Peer:
     bundles: object
 
 
+class _LeafUnknown(Refused):
+    """The leaf is not the token's, and may be another one of the token's session: somebody else has to say."""
+
+    def __init__(self, session: str, evidence: PeerEvidence) -> None:
+        super().__init__("the token is bound to another holder", code="binding_mismatch")
+        self.session = session
+        self.evidence = evidence
+
+
 @dataclass(slots=True)
 class _Known:
     """A token whose signature holds, and the caller on the connection that showed it last."""
@@ -92,7 +107,9 @@ class _Known:
 class TokenVerifier:
     """Verifies task tokens for one audience against the live feed. Make it with :meth:`discover`."""
 
-    def __init__(self, workload: Workload, issuer: str, audience: Resource, risk: Risk, clock: Clock) -> None:
+    def __init__(
+        self, workload: Workload, issuer: str, audience: Resource, risk: Risk, clock: Clock, *, origin: str = ""
+    ) -> None:
         """Prepare; :meth:`discover` or ``async with`` connects it."""
         self._workload = workload
         self._issuer = issuer
@@ -103,7 +120,10 @@ class TokenVerifier:
         self._owns_workload = False
         self._tokens: OrderedDict[bytes, _Known] = OrderedDict()
         self._peers: OrderedDict[bytes, _Peer] = OrderedDict()
-        self._svids: OrderedDict[str, tuple[X509Svid, PeerEvidence]] = OrderedDict()
+        self._svids: OrderedDict[str, tuple[X509Svid, PeerEvidence, float]] = OrderedDict()
+        self._leaves = Leaves(workload.channel, clock)
+        self.proofs = ProofJudge(origin or audience.text, clock)
+        self._accepted = Accepted()
         self._keys: Mapping[str, PublicKey] = {}
         self.feed = FeedState()
         self._subscription = FeedSubscription(workload.channel, self.feed, self._clock, self._keys_changed)
@@ -118,10 +138,12 @@ class TokenVerifier:
         risk: Risk = Risk.HIGH,
         clock: Clock | None = None,
         timeout: float = FIRST_SNAPSHOT_SECONDS,  # noqa: ASYNC109
+        origin: str = "",
     ) -> Self:
         """Connect to the feed through the node agent and wait for the first snapshot.
 
         ``issuer`` must be the feed's issuer, exactly. Without ``workload`` one is opened on ``SPIFFE_ENDPOINT_SOCKET``.
+        ``origin`` is the address that callers write, if it is not the audience's own: DPoP proofs must be for it.
 
         Raises:
             Unavailable: no snapshot in time.
@@ -130,7 +152,7 @@ class TokenVerifier:
         owned = workload is None
         if workload is None:
             workload = await Workload.connect().__aenter__()
-        verifier = cls(workload, issuer, Resource(audience), risk, clock or SystemClock())
+        verifier = cls(workload, issuer, Resource(audience), risk, clock or SystemClock(), origin=origin)
         verifier._owns_workload = owned
         try:
             await verifier._start(timeout)
@@ -156,20 +178,28 @@ class TokenVerifier:
         if self._owns_workload:
             await self._workload.__aexit__(None, None, None)
 
-    async def verify(self, token: str, connection: Connection) -> Caller:
+    async def verify(self, token: str, connection: Connection, *, dpop: DpopRequest | None = None) -> Caller:
         """Accept the token on this connection, or raise.
 
-        ``connection`` is the TLS connection, its certificates as DER (leaf first), or the ASGI scope.
+        ``connection`` is the TLS connection, its certificates as DER (leaf first), or the ASGI scope. ``dpop`` is what came
+        with ``Authorization: DPoP``; None for ``Bearer``: the two are not the same token (RFC 9449 §7.2).
 
         Raises:
-            InvalidToken: not a token of this issuer for this audience, or expired.
+            InvalidToken: not a token of this issuer for this audience, or expired; or a proof that does not hold.
+            NonceWanted: the proof lacks a nonce of this service.
             Refused: bound to somebody else, or its task, session or user has ended.
             Unavailable: the verifier does not know enough to accept.
         """
-        return self.verify_now(token, connection)
+        try:
+            return self.verify_now(token, connection, dpop=dpop)
+        except _LeafUnknown as unknown:
+            if not await self._leaves.ask(unknown.session, unknown.evidence):
+                raise
+        # Again from the beginning: meanwhile the task may have ended.
+        return self.verify_now(token, connection, dpop=dpop)
 
-    def verify_now(self, token: str, connection: Connection) -> Caller:
-        """Do the same without a coroutine: nothing here waits."""
+    def verify_now(self, token: str, connection: Connection, *, dpop: DpopRequest | None = None) -> Caller:
+        """Do the same without a coroutine: nothing here waits, so a leaf that nobody has asked about is a stranger's."""
         self.feed.require_fresh(self._clock.monotonic(), self._risk)
         known = self._known(token)
         verified = known.verified
@@ -177,7 +207,7 @@ class TokenVerifier:
             root=verified.root,
             epoch=verified.epoch,
             task=verified.task_id,
-            session=verified.claims.cnf.session,
+            session=None if verified.claims.cnf is None else verified.claims.cnf.session,
             jti=verified.jti,
         )
         claims = verified.claims
@@ -188,10 +218,16 @@ class TokenVerifier:
             audience=claims.aud.text,
             issued_at=claims.iat,
         )
-        evidence = self._evidence_of(connection)
-        if known.caller is None or known.evidence is not evidence:
-            # The binding is a matter of these two values alone: for the same two it is the same answer.
-            known.caller, known.evidence = _caller(verified, evidence), evidence
+        proof = None if dpop is None else self.proofs.judge(dpop, token)
+        cnf = claims.cnf
+        evidence = None if cnf is None or cnf.x5t is None else self._evidence_of(connection)
+        if proof is not None or known.caller is None or known.evidence is not evidence:
+            # The binding is a matter of these two values alone: for the same two it is the same answer. A proof is of one call.
+            caller = self._caller(verified, evidence, proof)
+            if proof is not None:
+                self.proofs.spend(proof)
+                return caller
+            known.caller, known.evidence = caller, evidence
         return known.caller
 
     def verify_transaction(self, token: str, trust_domain: TrustDomain | str) -> VerifiedTransaction:
@@ -207,6 +243,30 @@ class TokenVerifier:
         self.feed.require_alive(root=claims.root, epoch=claims.epoch, task=claims.task, session=None, jti=claims.jti)
         return verified
 
+    def _caller(self, verified: VerifiedToken, evidence: PeerEvidence | None, proof: ShownProof | None) -> Caller:
+        claims = verified.claims
+        cnf = claims.cnf
+        life = datetime.fromtimestamp(claims.iat, UTC), datetime.fromtimestamp(claims.exp, UTC)
+
+        def match(shown: PeerEvidence | None) -> BindingMatch:
+            return check_binding(cnf, verified.agent, shown, proof=proof, life=life, accepted=self._accepted)
+
+        try:
+            found = match(evidence)
+        except Refused as error:
+            session = None if cnf is None else cnf.session
+            # NOTE(security): only the same ID under its own bundle is worth a question.
+            if error.reason != "binding_mismatch" or session is None or not _is_of(evidence, verified):
+                raise
+            assert evidence is not None
+            held = self._leaves.holds(session, evidence.x5t)
+            if held is None:
+                raise _LeafUnknown(session, evidence) from None
+            if not held:
+                raise
+            found = match(evidence.of_session(session))
+        return Caller(claims.sub, verified.agent, verified.task_id, verified, found, claims.authorization_details)
+
     def _known(self, token: str) -> _Known:
         digest = hashlib.sha256(token.encode()).digest()
         known = self._tokens.get(digest)
@@ -216,7 +276,14 @@ class TokenVerifier:
                 return known
             del self._tokens[digest]
             raise InvalidToken("the token has expired", code="token_expired", hint="ask for a new one")
-        verified = verify_task_token(token, self._keys, issuer=self._issuer, audience=self._audience, now=now)
+        verified = verify_task_token(
+            token,
+            self._keys,
+            issuer=self._issuer,
+            audience=self._audience,
+            now=now,
+            bearer=self._accepted.bearer,
+        )
         known = self._tokens[digest] = _Known(verified)
         if len(self._tokens) > TOKENS_REMEMBERED:
             self._tokens.popitem(last=False)
@@ -233,13 +300,14 @@ class TokenVerifier:
     def _evidence_of_svid(self, svid: X509Svid) -> PeerEvidence:
         """Give the evidence of an SVID that the listener verified on this connection, and goes on judging."""
         known = self._svids.get(svid.x5t)
-        if known is not None and known[0] is svid:
-            return known[1]
-        evidence = PeerEvidence.from_svid(svid)
-        self._svids[svid.x5t] = (svid, evidence)
-        if len(self._svids) > PEERS_REMEMBERED:
-            self._svids.popitem(last=False)
-        return evidence
+        if known is None or known[0] is not svid:
+            known = self._svids[svid.x5t] = svid, PeerEvidence.from_svid(svid), svid.expires_at.timestamp()
+            if len(self._svids) > PEERS_REMEMBERED:
+                self._svids.popitem(last=False)
+        # NOTE(security): a connection may outlive its SVID by a moment; nothing is accepted on it then (PB13).
+        if self._clock.now().timestamp() >= known[2]:
+            raise Refused("the connection's certificate has expired", code="svid_expired", hint="connect anew")
+        return known[1]
 
     def _evidence(self, chain: Sequence[bytes]) -> PeerEvidence:
         if not chain:
@@ -258,6 +326,8 @@ class TokenVerifier:
 
     def _keys_changed(self) -> None:
         self._keys = read_keys(self.feed.keys)
+        binding = self.feed.bindings.get(self._audience.text, frozenset())
+        self._accepted = Accepted(window="window" in binding, bearer="bearer" in binding)
         self._tokens.clear()  # a key that is gone must not live on in what it signed
 
     async def _start(self, timeout: float) -> None:  # noqa: ASYNC109
@@ -279,7 +349,5 @@ class TokenVerifier:
             )
 
 
-def _caller(verified: VerifiedToken, evidence: PeerEvidence) -> Caller:
-    claims = verified.claims
-    match = check_binding(claims.cnf, verified.agent, evidence)
-    return Caller(claims.sub, verified.agent, verified.task_id, verified, match, claims.authorization_details)
+def _is_of(evidence: PeerEvidence | None, verified: VerifiedToken) -> bool:
+    return evidence is not None and evidence.spiffe_id == verified.agent

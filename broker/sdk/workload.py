@@ -22,7 +22,7 @@ from broker._proto.service import ServiceBinding, Stub
 from broker._proto.spiffe import workload_pb2
 from broker.errors import BrokerError, Invalid, InvalidBundle, InvalidSvid, NoIdentity, Unavailable
 from broker.sdk.endpoint import CALL_SECONDS, SECURITY_HEADER, socket_target
-from broker.sdk.task import TaskBlock
+from broker.sdk.task import AttachedBlock, TaskBlock
 from broker.spiffe import Bundle, BundleSet, SpiffeId, TrustDomain, certificates
 from broker.spiffe.jose import b64url_encode
 from broker.spiffe.revocation import read_crls
@@ -195,6 +195,20 @@ class Workload:
             supervision=supervision,
             idempotency_key=idempotency_key,
         )
+
+    def attach(self, task_id: str) -> AttachedBlock:
+        """Prepare to take up a task that another agent started, or handed off, for this one; ``async with`` takes it up.
+
+        From then on it is this process's, and leaving the block ends it.
+        """
+        return AttachedBlock(self, task_id, is_resumed=False)
+
+    def resume(self, task_id: str) -> AttachedBlock:
+        """Prepare to take up a suspended task of a process of this workload that is gone; ``async with`` takes it up.
+
+        Nothing of the other process goes on but the task: this one asks for tokens of its own.
+        """
+        return AttachedBlock(self, task_id, is_resumed=True)
 
     async def _call(self, method: str, request: object) -> Any:
         try:

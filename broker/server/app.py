@@ -110,7 +110,13 @@ async def _assemble(settings: ServerSettings, clock: Clock, stack: AsyncExitStac
     tasks: TasksHalf | None = None
     if "tasks" in settings.roles:
         tasks = await tasks_half(
-            settings, store, clock, authorities=authorities, directory=identity.directory, metrics=running.metrics
+            settings,
+            store,
+            clock,
+            authorities=authorities,
+            directory=identity.directory,
+            bundles=lambda: identity.federated.trusted,
+            metrics=running.metrics,
         )
         stack.push_async_callback(tasks.close)
     services = [*identity.services(), *(tasks.services() if tasks else ())]
@@ -132,7 +138,7 @@ async def _assemble(settings: ServerSettings, clock: Clock, stack: AsyncExitStac
         )
     )
     app = create_app(tasks.http if tasks else None, Discovery(settings.issuer, lambda: authorities.bundle))
-    listener = await doors.open_tls(clock, identity.federated, svid, DirectApp(app))
+    listener = await doors.open_tls(clock, identity.federated, svid, DirectApp(app), tasks.refusals if tasks else None)
     running.bundle_port = await doors.open_bundle_endpoint(clock, authorities, svid)
     running._port = listener.port  # noqa: SLF001  # the same module
     _keep_in_step(listener, authorities, identity)

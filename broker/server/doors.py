@@ -18,6 +18,7 @@ from broker.server.bundle_endpoint import bundle_endpoint
 from broker.server.identity.federated import Federated
 from broker.server.identity_half import Service
 from broker.server.settings import ServerSettings
+from broker.server.tasks.refusals import Refusals
 from broker.telemetry.log import get_logger
 from broker.transport.callers import CallerIndex
 from broker.transport.grpc_server import CallGuard, PrivateGrpcServer
@@ -60,8 +61,16 @@ class Doors:
             ),
         )
 
-    async def open_tls(self, clock: Clock, federated: Federated, svid: ServerSvid, http_app: ASGIApp) -> TlsListener:
-        """Open the TLS port."""
+    async def open_tls(
+        self, clock: Clock, federated: Federated, svid: ServerSvid, http_app: ASGIApp, refusals: Refusals | None
+    ) -> TlsListener:
+        """Open the TLS port; connections that are refused are recorded where the task half keeps refusals."""
+
+        def refused(error: BrokerError, address: str) -> None:
+            log.info("connection_refused", code=error.reason, address=address)
+            if refusals is not None:
+                refusals.connection(error.reason, address)
+
         index: CallerIndex[TlsPeer] = CallerIndex()
         guard = detailed(CallGuard(index, self.access.checks(), on_refusal=_log_refusal))
         handlers = [handler(binding, service, guard) for binding, service in self.services]
@@ -81,7 +90,7 @@ class Doors:
             index=index,
             grpc_backend=backend.path,
             http_app=http_app,
-            on_refusal=lambda error, address: log.info("connection_refused", code=error.reason, address=address),
+            on_refusal=refused,
         )
         await self._start(backend, listener)
         return listener

@@ -167,13 +167,27 @@ class SsfSettings(Table):
     streams: tuple[TransmitterSettings, ...] = Field(default=(), description="who is heard; none: nobody")
 
 
+class WitIssuerSettings(Table):
+    """One trust domain whose workload identity tokens (WIT, incubating) are taken at the token endpoint."""
+
+    trust_domain: TrustDomainName = Field(description="its name")
+    keys_path: Path = Field(description="JWK Set of the keys that sign its WITs")
+
+
 class TaskSettings(Table):
     """Tasks and their tokens."""
 
     token_ttl: Duration = Field(default=timedelta(seconds=180), description="life of a task token, 10s to 300s")
     task_ttl: Duration = Field(default=timedelta(hours=1), description="life of a task whose request does not say")
     max_task_ttl: Duration = Field(default=timedelta(days=1), description="the longest life that a task may ask for")
-    max_depth: int = Field(default=5, ge=1, le=16, description="how deep tasks may start tasks")
+    max_depth: int = Field(default=5, ge=1, le=16, description="most agents in one chain of tasks that start tasks")
+    max_children: int = Field(
+        default=100, ge=0, le=100_000, description="most tasks that one task may start over its life; 0: none"
+    )
+    max_resumes: int = Field(default=20, ge=0, description="how often a workload may resume one task by itself")
+    max_resumes_per_minute: int = Field(
+        default=3, ge=0, description="how often within a minute; beyond either it stays suspended for an operator"
+    )
     supervision: Literal["attached", "lease", "none"] = Field(
         default="attached",
         description="of tasks whose request does not say. attached: ends with the process that started it; lease: lives by"
@@ -197,6 +211,19 @@ class TaskSettings(Table):
         description="how they are stopped; end: they are revoked, and the workload sessions end with them",
     )
     allow_unsupervised: bool = Field(default=False, description="whether a caller may ask for supervision none")
+    allow_bearer: bool = Field(
+        default=False, description="whether a caller may ask for a token bound to nobody, where its audience takes one"
+    )
+    foreign_starters: tuple[str, ...] = Field(
+        default=(),
+        description="workloads of other trust domains that may start tasks: SPIFFE IDs, or all below one: …/*",
+    )
+    trusted_proxies: tuple[SpiffeIdText, ...] = Field(
+        default=(), description="proxies that may forward their clients' certificates (x-forwarded-client-cert)"
+    )
+    wit_issuers: tuple[WitIssuerSettings, ...] = Field(
+        default=(), description="trust domains whose workload identity tokens are taken (incubating); none: nobody's"
+    )
 
 
 class PolicySettings(Table):
@@ -213,8 +240,10 @@ class AudienceSettings(Table):
     """One service that task tokens may be for."""
 
     resource: str = Field(description="the service's https URI, the tokens' aud")
-    binding: tuple[Literal["x5t", "session", "dpop"], ...] = Field(
-        default=("x5t", "session"), min_length=1, description="proofs of possession that it accepts"
+    binding: tuple[Literal["x5t", "session", "dpop", "window", "bearer"], ...] = Field(
+        default=("x5t", "session"),
+        min_length=1,
+        description="proofs of possession that it accepts; window and bearer are weak",
     )
     risk: Literal["high", "normal", "low"] = Field(
         default="high", description="how its verifiers behave while the feed is stale"

@@ -8,12 +8,13 @@ from typing import Any, Final
 
 from broker._proto.service import ServiceBinding
 from broker.clock import Clock
-from broker.errors import BrokerError
+from broker.errors import BrokerError, Invalid, Misconfigured
 from broker.server.api.grpc import delegations as delegations_api
 from broker.server.api.grpc import feed as feed_api
 from broker.server.api.grpc import policies as policies_api
 from broker.server.api.grpc import sessions as sessions_api
 from broker.server.api.grpc import tasks as tasks_api
+from broker.server.api.http.clients import Clients
 from broker.server.api.http.services import HttpServices
 from broker.server.authority.authorities import Authorities
 from broker.server.identity.directory import Directory
@@ -23,16 +24,19 @@ from broker.server.settings import (
     OutwardSettings,
     ServerSettings,
     SubjectSettings,
+    WitIssuerSettings,
 )
 from broker.server.stillness import Stillness
 from broker.server.store.ports import Store
 from broker.server.tasks.admission import Starters
 from broker.server.tasks.assertions import Assertions
+from broker.server.tasks.changes import Changes
 from broker.server.tasks.config import Audience, Audiences, SubjectIssuer, TaskDefaults
 from broker.server.tasks.decision import Policy
 from broker.server.tasks.detail_types import DetailType, DetailTypes
 from broker.server.tasks.exchange import Exchange
 from broker.server.tasks.feed import Feed
+from broker.server.tasks.foreign import ForeignStarters
 from broker.server.tasks.ids import Ids
 from broker.server.tasks.lifecycle import Lifecycle
 from broker.server.tasks.outward import RemoteServer, RemoteServers, TransactionRules
@@ -40,6 +44,7 @@ from broker.server.tasks.policy.bundles import Bundles
 from broker.server.tasks.policy.explain import Explain
 from broker.server.tasks.policy.rejudge import Rejudge
 from broker.server.tasks.policy.rules import Rules
+from broker.server.tasks.proofs import Proofs
 from broker.server.tasks.refusals import Refusals
 from broker.server.tasks.sessions import Sessions
 from broker.server.tasks.subjects import Subjects
@@ -47,10 +52,12 @@ from broker.server.tasks.supervisor import SupervisionRules, Supervisor
 from broker.server.tasks.tokens import TaskTokens
 from broker.server.tasks.withdrawals import Distrust
 from broker.server.user_ends import UserEnds, standing_of, user_ends
-from broker.spiffe import TrustDomain
+from broker.spiffe import BundleSet, TrustDomain, strictjson
+from broker.spiffe.jose import PublicKey
 from broker.tasks import Resource, Supervision
 from broker.tasks.authority import OPTIONAL_MEMBERS
 from broker.tasks.grants import GrantFormat
+from broker.tasks.wit import read_wit_keys
 from broker.telemetry.log import get_logger
 from broker.telemetry.metrics import Metrics
 
@@ -72,6 +79,7 @@ class TasksHalf:
     exchange: Exchange
     assertions: Assertions
     lifecycle: Lifecycle
+    changes: Changes
     sessions: Sessions
     feed: Feed
     refusals: Refusals
@@ -90,6 +98,7 @@ class TasksHalf:
             exchange=self.exchange,
             assertions=self.assertions,
             lifecycle=self.lifecycle,
+            changes=self.changes,
             feed=self.feed,
             refusals=self.refusals,
             supervisor=self.supervisor,
@@ -132,23 +141,30 @@ async def tasks_half(
     *,
     authorities: Authorities,
     directory: Directory,
+    bundles: Callable[[], BundleSet],
     metrics: Metrics,
 ) -> TasksHalf:
-    """Make the use cases, load what they keep in memory, follow the change log; raises Misconfigured, Unavailable."""
+    """Make the use cases, load what they keep in memory, follow the change log; raises Misconfigured, Unavailable.
+
+    ``bundles`` gives those under which workloads are judged: our own, and those of trust domains that we federate with.
+    """
     audiences = Audiences(_audience(one) for one in settings.audiences)
     subjects = Subjects((_issuer(one) for one in settings.subjects), clock)
-    starters = Starters()
+    foreign = ForeignStarters(settings.tasks.foreign_starters, settings.trust_domain)
+    starters = Starters(foreign)
     # The directory was loaded before and has every commit since: nothing falls between these two lines.
     starters.load(directory.entries())
     store.subscribe(starters.apply)
     refusals = Refusals(store, clock)
-    feed = Feed(store, authorities, clock, issuer=settings.issuer, observe=metrics.revocation_delay.observe)
+    feed = Feed(
+        store, authorities, clock, issuer=settings.issuer, observe=metrics.revocation_delay.observe, audiences=audiences
+    )
     await feed.start()
     lifecycle = Lifecycle(store, clock, count=lambda cause: metrics.ends.labels(cause).inc())
     rules = Rules(audiences, count=lambda action, effect: metrics.decisions.labels(action, effect).inc())
     rejudge = Rejudge(store, rules, clock, count=lambda cause: metrics.ends.labels(cause).inc())
-    bundles = Bundles(store, rules, clock, path=settings.policy.path, on_change=rejudge.soon)
-    stop_policy = await bundles.start()
+    policies = Bundles(store, rules, clock, path=settings.policy.path, on_change=rejudge.soon)
+    stop_policy = await policies.start()
     ids, detail_types = Ids(secrets.token_bytes), DetailTypes.of(map(_detail_type, settings.authorization_details))
     policy = Policy(audiences, _defaults(settings), rules, detail_types)
 
@@ -177,7 +193,19 @@ async def tasks_half(
     await supervisor.start()
     tainted = (row.id for row in authorities.x509_keys if row.tainted)
     await Distrust(store, clock).settle(tainted, (audience.resource.text for audience in audiences))
+    changes = Changes(
+        store=store,
+        clock=clock,
+        vouching=directory,
+        starters=starters,
+        policy=policy,
+        standing=standing,
+        ids=ids,
+        refusals=refusals,
+        count=lambda cause: metrics.ends.labels(cause).inc(),
+    )
     exchange = Exchange(
+        is_alive=tokens.is_alive,
         store=store,
         subjects=subjects,
         keys=authorities,
@@ -215,18 +243,25 @@ async def tasks_half(
         exchange=exchange,
         assertions=assertions,
         lifecycle=lifecycle,
+        changes=changes,
         tokens=tokens,
         feed=feed,
         keys=authorities,
         refusals=refusals,
         supervisor=supervisor,
-        bundles=lambda: authorities.bundles,
         delegations=ends.delegations,
         logout_tokens=ends.logout_tokens,
         events=ends.events,
         signals=ends.signals,
         audiences=audiences,
         detail_types=detail_types,
+        bundles=bundles,
+        clients=Clients(
+            Proofs(store, clock, secrets.token_bytes),
+            foreign,
+            wit_keys={one.trust_domain: _wit_keys(one) for one in settings.tasks.wit_issuers},
+            proxies=frozenset(settings.tasks.trusted_proxies),
+        ),
     )
     return TasksHalf(
         store=store,
@@ -236,13 +271,14 @@ async def tasks_half(
         exchange=exchange,
         assertions=assertions,
         lifecycle=lifecycle,
+        changes=changes,
         sessions=Sessions(store, clock, directory, supervisor.agent_heard),
         feed=feed,
         refusals=refusals,
         http=http,
         ends=ends,
         policies=policies_api.Policies(
-            bundles, Explain(store, rules, clock, tokens), rules, audiences, [one.issuer for one in settings.subjects]
+            policies, Explain(store, rules, clock, tokens), rules, audiences, [one.issuer for one in settings.subjects]
         ),
         rejudge=rejudge,
         stop_policy=stop_policy,
@@ -304,9 +340,23 @@ def _defaults(settings: ServerSettings) -> TaskDefaults:
         max_task_ttl=int(tasks.max_task_ttl.total_seconds()),
         supervision=Supervision(tasks.supervision),
         allow_unsupervised=tasks.allow_unsupervised,
+        max_depth=tasks.max_depth,
+        max_children=tasks.max_children,
+        max_resumes=tasks.max_resumes,
+        max_resumes_per_minute=tasks.max_resumes_per_minute,
+        allow_bearer=tasks.allow_bearer,
     )
 
 
 def _supervision(settings: ServerSettings) -> SupervisionRules:
     tasks = settings.tasks
     return SupervisionRules(tasks.lease_ttl, tasks.lapsed_ttl, tasks.agent_lease_ttl, tasks.agent_lost == "end")
+
+
+def _wit_keys(settings: WitIssuerSettings) -> dict[str, PublicKey]:
+    try:
+        return read_wit_keys(strictjson.loads(settings.keys_path.read_bytes()))
+    except (OSError, Invalid) as error:
+        raise Misconfigured(
+            f"{settings.keys_path}: {error}", code="wit_keys", hint="a JWK Set with use wit-svid and a kid for each key"
+        ) from None

@@ -17,7 +17,7 @@ from broker.spiffe.jose import b64url_encode, numeric_date
 from broker.spiffe.strictjson import JsonValue
 from broker.tasks.authority import Authority
 from broker.tasks.binding import Confirmation
-from broker.tasks.lineage import act_chain, require_lineage_active
+from broker.tasks.lineage import act_chain, lineage_epoch, require_lineage_active
 from broker.tasks.resource import Resource
 from broker.tasks.task import MAX_ACT_DEPTH, Task
 from broker.tasks.texts import DIGEST, ID, NAME, check_id, check_issuer
@@ -48,7 +48,7 @@ FATES: Final[Mapping[str, Fate]] = {
     "sub": Fate.RECORDED,
     "client_id": Fate.VERIFIED,  # equal to act.sub
     "act": Fate.VERIFIED,  # nothing but IDs, not too deep, no agent twice
-    "cnf": Fate.VERIFIED,  # against the connection, by whoever holds it
+    "cnf": Fate.OPTIONAL_VERIFIED,  # against the holder; absent only where the audience takes bearer tokens
     "scope": Fate.VERIFIED,  # equal to the actions of authorization_details
     "authorization_details": Fate.VERIFIED,  # known types and members
     "task": Fate.VERIFIED,  # its state, by the verifier's feed; its hop equals the length of act
@@ -112,7 +112,7 @@ class TaskClaims:
     txn: str
     scope: str
     act: tuple[SpiffeId, ...]
-    cnf: Confirmation
+    cnf: Confirmation | None
     authorization_details: Authority
     task: TaskReference
     nbf: int | None = None
@@ -127,7 +127,8 @@ class TaskClaims:
             raise _invalid("client_id is not the present actor")
         if len(self.act) > MAX_ACT_DEPTH or len(set(self.act)) != len(self.act):
             raise _invalid("the chain of actors is too long, or meets one twice")
-        if self.task.hop != len(self.act) or (self.task.hop == 1) != (self.task.parent is None):
+        # A root that was handed off has history and no parent.
+        if self.task.hop != len(self.act) or (self.task.hop == 1 and self.task.parent is not None):
             raise _invalid("the task's hop does not fit the chain of actors")
         if self.exp <= self.iat:
             raise _invalid("exp is not after iat")
@@ -147,10 +148,11 @@ class TaskClaims:
             "txn": self.txn,
             "scope": self.scope,
             "act": nested_act(self.act),
-            "cnf": self.cnf.to_json(),
             "authorization_details": self.authorization_details.to_json(),
             "task": self.task.to_json(),
         }
+        if self.cnf is not None:
+            payload["cnf"] = self.cnf.to_json()
         optional = {"nbf": self.nbf, "sid": self.sid, "acr": self.acr, "auth_time": self.auth_time}
         return payload | {name: value for name, value in optional.items() if value is not None}
 
@@ -179,7 +181,7 @@ class TaskClaims:
                 sid=_named(payload, "sid") if "sid" in payload else None,
                 scope=_string(payload, "scope"),
                 act=act,
-                cnf=Confirmation.parse(payload["cnf"]),
+                cnf=Confirmation.parse(payload["cnf"]) if "cnf" in payload else None,
                 authorization_details=Authority.parse(_array(payload["authorization_details"])),
                 task=_reference(payload["task"]),
                 acr=_named(payload, "acr") if "acr" in payload else None,
@@ -198,7 +200,7 @@ def issue_claims(
     issuer: str,
     resource: Resource,
     authority: Authority,
-    cnf: Confirmation,
+    cnf: Confirmation | None,
     jti: str,
     txn: str,
     now: datetime,
@@ -242,8 +244,7 @@ def issue_claims(
             id=task.id,
             root=task.root,
             parent=task.parent,
-            # Its own: whatever raises an ancestor's raises those of all below it, in the same transaction.
-            epoch=task.epoch,
+            epoch=lineage_epoch(lineage),
             hop=len(act),
             purpose=purpose_hash(task.purpose),
             authority_hash=task.authority.digest,

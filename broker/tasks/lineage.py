@@ -11,7 +11,7 @@ from broker.errors import PolicyDenied, Refused
 from broker.spiffe import SpiffeId
 from broker.tasks.authority import Authority
 from broker.tasks.delegation import Delegation
-from broker.tasks.task import MAX_ACT_DEPTH, Supervision, Task, require_active
+from broker.tasks.task import MAX_ACT_DEPTH, State, Supervision, Task, effective_state, require_active
 
 
 def start_task(
@@ -66,10 +66,7 @@ def start_child(
     """
     require_lineage_active(parent, ancestors, now)
     chain = act_chain(parent, ancestors)
-    if agent in chain:
-        raise PolicyDenied("the agent is in the chain already", code="act_chain_cycle")
-    if len(chain) >= min(max_depth, parent.delegation.max_hops or MAX_ACT_DEPTH, MAX_ACT_DEPTH):
-        raise PolicyDenied("the chain of agents is too long", code="act_chain_depth")
+    _require_room(agent, chain, min(max_depth, parent.delegation.max_hops or MAX_ACT_DEPTH))
     lineage = (parent, *ancestors)
     return Task(
         id=id,
@@ -87,6 +84,73 @@ def start_child(
         supervision=supervision,
         epoch=parent.epoch,
     )
+
+
+def start_successor(
+    task: Task,
+    ancestors: Sequence[Task],
+    *,
+    id: str,  # noqa: A002 - the field's name
+    agent: SpiffeId,
+    now: datetime,
+    max_depth: int = MAX_ACT_DEPTH,
+) -> Task:
+    """Begin the task that takes over a task's work, beside it; raises Refused, PolicyDenied.
+
+    It has the same user, purpose, authority, place and end at the latest; the agent that gives the work away, and those
+    before it, stay in the chain. The task itself has to end as superseded: that is the caller's part. ``ancestors`` are the
+    task's own.
+    """
+    require_lineage_active(task, ancestors, now)
+    _require_room(agent, act_chain(task, ancestors), min(max_depth, task.delegation.max_hops or MAX_ACT_DEPTH))
+    return Task(
+        id=id,
+        root=id if task.parent is None else task.root,
+        parent=task.parent,
+        depth=task.depth,
+        user=task.user,
+        agent=agent,
+        session=None,
+        purpose=task.purpose,
+        authority=task.authority,
+        delegation=task.delegation,
+        created_at=now,
+        expires_at=task.expires_at,
+        supervision=task.supervision,
+        epoch=0 if task.parent is None else task.epoch,
+        supersedes=task.id,
+        history=(task.agent, *task.history),
+    )
+
+
+def _require_room(agent: SpiffeId, chain: Sequence[SpiffeId], max_depth: int) -> None:
+    if agent in chain:
+        raise PolicyDenied("the agent is in the chain already", code="act_chain_cycle")
+    if len(chain) >= min(max_depth, MAX_ACT_DEPTH):
+        raise PolicyDenied("the chain of agents is too long", code="act_chain_depth")
+
+
+def lineage_epoch(lineage: Sequence[Task]) -> int:
+    """Give the epoch below which tokens of a task are dead; ``lineage`` is the task and its ancestors, in any order.
+
+    All take theirs from one counter of the tree, so that what is issued with it is above all suspensions so far.
+    """
+    return max(each.epoch for each in lineage)
+
+
+def lineage_state(task: Task, ancestors: Sequence[Task], now: datetime) -> State:
+    """Give the state that counts: the task's own, or a worse one of an ancestor; raises Refused for another's ancestors.
+
+    Below a task that is over a task is cascaded, swept or not; below one that is suspended it is suspended.
+    """
+    require_lineage(task, ancestors)
+    own = effective_state(task, now)
+    if own.is_terminal:
+        return own
+    above = [effective_state(each, now) for each in ancestors]
+    if any(state.is_terminal for state in above):
+        return State.CASCADED
+    return own if all(state is State.ACTIVE for state in above) else State.SUSPENDED
 
 
 def require_lineage_active(task: Task, ancestors: Sequence[Task], now: datetime) -> None:
@@ -109,9 +173,12 @@ def require_lineage(task: Task, ancestors: Sequence[Task]) -> None:
 
 
 def act_chain(task: Task, ancestors: Sequence[Task]) -> tuple[SpiffeId, ...]:
-    """Give the agents behind a task from our own records, the present actor first (RFC 8693 §4.1); raises Refused."""
+    """Give the agents behind a task from our own records, the present actor first (RFC 8693 §4.1); raises Refused.
+
+    Whoever handed a task off stands behind the one who took it over.
+    """
     require_lineage(task, ancestors)
-    chain = tuple(each.agent for each in (task, *ancestors))
+    chain = tuple(agent for each in (task, *ancestors) for agent in (each.agent, *each.history))
     if len(set(chain)) != len(chain):
         raise Refused("the chain of agents meets one twice", code="act_chain_cycle")
     return chain

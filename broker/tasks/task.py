@@ -2,7 +2,7 @@
 
 Invariants: only ``active`` derives or acts. ``completed revoked expired superseded cascaded`` are final. The clock is
 asked before the stored state: past its deadline a task is expired, whatever was written. Every change raises the
-version by one. Parent, root, depth, agent, user and authority never change.
+version by one. Parent, root, depth, agent, user, authority and what it superseded never change.
 """
 
 from dataclasses import dataclass, replace
@@ -67,8 +67,10 @@ _BEFORE: Final = {
 class Task:
     """One task of one agent for one user; raises Invalid. ``depth`` is 0 for a root, whose ``root`` is its own id.
 
-    ``session`` is the workload session that it is attached to, None where nobody supervises it. ``epoch`` is its tree's when
-    it was made or was last let go on after a suspension: a token of a lower one is dead.
+    ``session`` is the workload session that it is attached to, None where nobody supervises it or nobody has taken it up yet.
+    ``epoch``: a token of the task, or of one below it, that bears a lower epoch is dead. It is raised each time the task is
+    suspended, from one counter for the whole tree. ``supersedes`` is the task that was handed off to this one, ``history`` the
+    agents that held the work before, the latest first.
     """
 
     id: str
@@ -89,6 +91,8 @@ class Task:
     epoch: int = 0
     cause: Cause | None = None
     ended_at: datetime | None = None
+    supersedes: str | None = None
+    history: tuple[SpiffeId, ...] = ()
 
     def __post_init__(self) -> None:
         check_id(self.id, "task id")
@@ -112,6 +116,8 @@ class Task:
             raise Invalid("the task's user is not its delegation's", code="invalid_task")
         if not self.agent.path:
             raise Invalid("the task's agent is a trust domain, not a workload", code="invalid_task")
+        if (self.supersedes is None) != (not self.history) or len(self.history) >= MAX_ACT_DEPTH:
+            raise Invalid("what the task superseded and who held it do not fit each other", code="invalid_task")
 
     def _check_times(self) -> None:
         if any(time is not None and time.tzinfo is None for time in (self.created_at, self.expires_at, self.ended_at)):

@@ -23,6 +23,9 @@ LEEWAY: Final = 30
 TOKEN_TYPE: Final = "at+jwt"  # noqa: S105 - a media type
 """What we write as ``typ`` (RFC 9068 §2.1)."""
 
+BEARER_SECONDS: Final = 60
+"""Longest life of a token that is bound to nobody: whoever sees it has it."""
+
 _TYPES: Final = frozenset({TOKEN_TYPE, "application/" + TOKEN_TYPE})
 _SEAL: Final = object()
 
@@ -70,10 +73,17 @@ class VerifiedToken:
 
 
 def verify_task_token(
-    token: str, keys: Mapping[str, PublicKey], *, issuer: str, audience: Resource | str, now: datetime
+    token: str,
+    keys: Mapping[str, PublicKey],
+    *,
+    issuer: str,
+    audience: Resource | str,
+    now: datetime,
+    bearer: bool = False,
 ) -> VerifiedToken:
     """Verify a task token under the issuer's keys by ``kid``, for one audience, at an aware time; raises InvalidToken.
 
+    ``bearer``: whether a token that is bound to nobody is one at all: only where the audience was published so.
     Raises Invalid when the audience itself is not a resource.
     """
     if now.tzinfo is None:
@@ -88,6 +98,7 @@ def verify_task_token(
     if claims.aud != ours:
         raise InvalidToken("the token is for another audience", code="token_audience")
     _check_times(claims, now.timestamp())
+    _check_bearer(claims, bearer=bearer)
     return VerifiedToken(claims, _SEAL)
 
 
@@ -108,6 +119,18 @@ def _check_times(claims: TaskClaims, now: float) -> None:
         raise InvalidToken("the token is not valid yet", code="token_not_yet_valid")
 
 
-def unverified_confirmation(token: str) -> Confirmation:
-    """Read the ``cnf`` of one's own new token, to know which certificate it needs; proves nothing. Raises InvalidToken."""
-    return Confirmation.parse(parse_compact(token).payload.get("cnf"))
+def _check_bearer(claims: TaskClaims, *, bearer: bool) -> None:
+    if claims.cnf is not None:
+        return
+    if not bearer:
+        raise InvalidToken(
+            "the token is bound to nobody", code="token_claim_missing", hint="this service takes no bearer tokens"
+        )
+    if claims.exp - claims.iat > BEARER_SECONDS:
+        raise InvalidToken("a bearer token does not live so long", code="token_cnf")
+
+
+def unverified_confirmation(token: str) -> Confirmation | None:
+    """Read the ``cnf`` of one's own new token, to know what it needs; None: nothing. Proves nothing. Raises InvalidToken."""
+    payload = parse_compact(token).payload
+    return Confirmation.parse(payload["cnf"]) if "cnf" in payload else None

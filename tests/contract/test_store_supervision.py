@@ -44,21 +44,6 @@ async def test_tasks_by_their_agent_and_its_trust_domain(store: Store) -> None:
     assert await store.read(lambda r: r.tasks_of_trust_domain(TrustDomain("c.test"))) == ()
 
 
-async def test_an_epoch_is_raised_below_a_task_and_with_it_the_version(store: Store) -> None:
-    root = task("tsk_1")
-    branch = task("tsk_2", parent=root)
-    leaf, gone, sibling = task("tsk_3", parent=branch), task("tsk_4", parent=branch), task("tsk_5", parent=root)
-    rows = (root, branch, leaf, ended(gone), sibling)
-    await store.write(lambda w: [w.add_task(row) for row in rows])
-    # Read once, so that what is kept parsed must be seen to be old.
-    await store.write(lambda w: [w.task(row.id) for row in rows])
-    assert await store.write(lambda w: w.raise_epochs("tsk_2", 7)) == 1
-    raised = replace(leaf, epoch=7, version=leaf.version + 1)
-    assert await store.write(lambda w: w.task("tsk_3")) == raised
-    assert await store.read(lambda r: r.subtree("tsk_1")) == (root, branch, sibling, raised, ended(gone))
-    assert await store.write(lambda w: w.raise_epochs("tsk_3", 8)) == 0
-
-
 async def test_sessions_by_the_run_of_their_agent(store: Store) -> None:
     one, two = session("ws_1", run="run_1"), session("ws_2", run="run_2", x5t=SECOND_LEAF)
     old, other = session("ws_3", x5t=THIRD_LEAF), session("ws_4", agent=OTHER, run="run_1")

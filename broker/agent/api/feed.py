@@ -9,6 +9,7 @@ from broker._proto.service import Context
 from broker.agent.cache import EstateCache
 from broker.agent.entitlement import Entitlement
 from broker.agent.feed import FeedRelay, Listener
+from broker.agent.upstream import RPC_TIMEOUT
 from broker.agent.workloads import Caller
 from broker.errors import Invalid
 
@@ -43,6 +44,14 @@ class FeedApi:
             finally:
                 reader.cancel()
                 await asyncio.gather(reader, return_exceptions=True)
+
+    async def FindLeaf(  # noqa: N802 - the RPC's name
+        self, request: feed_pb2.FindLeafRequest, context: Context, caller: Caller
+    ) -> feed_pb2.FindLeafResponse:
+        """Pass the question on to the server, for a caller that has an identity."""
+        await self._entitlement.of(caller)
+        left = context.time_remaining()  # None: no deadline, whatever grpcio's stubs say
+        return await self._relay.find_leaf(request, min(left or RPC_TIMEOUT, RPC_TIMEOUT))
 
     async def _read(self, requests: AsyncIterator[feed_pb2.SubscribeRequest], listener: Listener) -> None:
         # A verifier that ends its half goes on listening; one that sends nonsense only loses its acknowledgements.

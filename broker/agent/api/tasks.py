@@ -23,6 +23,7 @@ from broker.agent.upstream import RPC_TIMEOUT, Upstream, answered
 from broker.agent.workloads import NO_IDENTITY, Caller
 from broker.errors import Invalid, InvalidSpiffeId, NoIdentity, Refused, Unavailable
 from broker.spiffe import SpiffeId
+from broker.tasks import State
 
 MAX_TOKEN: Final = 16 * 1024  # a user's token; identity providers stay below 8 KiB
 
@@ -85,6 +86,8 @@ class TasksApi:
             audience=request.audience,
             request_context=request.request_context,
             request_details=request.request_details,
+            jkt=request.jkt,
+            bearer=request.bearer,
         )
         issued: server_pb2.IssuedToken = await self._forward(
             self._upstream.tasks.IssueToken, forwarded, context, caller
@@ -160,6 +163,47 @@ class TasksApi:
             while not reader.done() and (left := due - loop.time()) > 0:
                 await bell.wait(left)
                 self._entitlement.check(session)
+
+    async def StartChildTask(  # noqa: N802
+        self, request: tasks_pb2.StartChildTaskRequest, context: Context, caller: Caller
+    ) -> server_pb2.Task:
+        """Start a task below one of the caller's own, for another workload."""
+        forwarded = server_pb2.StartChildTaskRequest(
+            workload=await self._workload(caller, request.spiffe_id),
+            parent=request.parent,
+            agent=request.agent,
+            purpose=request.purpose,
+            authorization_details=request.authorization_details,
+            ttl=request.ttl,
+            supervision=request.supervision,
+            idempotency_key=request.idempotency_key,
+            limits=request.limits,
+        )
+        task: server_pb2.Task = await self._forward(self._upstream.tasks.StartChildTask, forwarded, context, caller)
+        return task
+
+    async def ChangeTask(  # noqa: N802
+        self, request: tasks_pb2.ChangeTaskRequest, context: Context, caller: Caller
+    ) -> server_pb2.ChangedTask:
+        """Take up, suspend, resume, end or hand off a task of the caller's own."""
+        workload = await self._workload(caller, request.spiffe_id)
+        # As in CompleteTask: what a process takes up or stops it need not have started.
+        await self._reports.settle(workload.id)
+        forwarded = server_pb2.ChangeOwnTaskRequest(
+            workload=workload,
+            task_id=request.task_id,
+            operation=request.operation,
+            to=request.to,
+            expected_version=request.expected_version,
+            idempotency_key=request.idempotency_key,
+        )
+        changed: server_pb2.ChangedTask = await self._forward(
+            self._upstream.tasks.ChangeOwnTask, forwarded, context, caller
+        )
+        if changed.task.state != State.ACTIVE:
+            # Nobody need hold it: it is over, or waits for its resume.
+            self._attachments.forget(request.task_id)
+        return changed
 
     async def _workload(self, caller: Caller, wanted: str) -> sessions_pb2.WorkloadSession:
         session, entries = await self._entitlement.of(caller)

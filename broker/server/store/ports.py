@@ -13,10 +13,12 @@ from collections.abc import Callable, Sequence
 from typing import Final, Protocol, TypeVar
 
 from broker.server.store.federation_ports import FederationReads, FederationWrites
+from broker.server.store.life_ports import LifeReads, LifeWrites
 from broker.server.store.policy_ports import PolicyReads, PolicyWrites
+from broker.server.store.proof_ports import ProofReads, ProofWrites
 from broker.server.store.revocation_ports import RevocationReads, RevocationWrites
 from broker.server.store.rows import Change
-from broker.server.store.supervision_ports import SupervisionReads, SupervisionWrites
+from broker.server.store.supervision_ports import SupervisionReads
 from broker.server.store.table_ports import (
     AuthorityReads,
     AuthorityWrites,
@@ -70,6 +72,8 @@ class Reader(
     PolicyReads,
     UserReads,
     SupervisionReads,
+    LifeReads,
+    ProofReads,
     Protocol,
 ):
     """All that a read may ask, from one snapshot."""
@@ -89,7 +93,9 @@ class Writer(
     RevocationWrites,
     PolicyWrites,
     UserWrites,
-    SupervisionWrites,
+    SupervisionReads,
+    LifeWrites,
+    ProofWrites,
     Housekeeping,
     Protocol,
 ):
@@ -161,10 +167,14 @@ __all__ = [
     "FrameWrites",
     "Housekeeping",
     "IdempotencyWrites",
+    "LifeReads",
+    "LifeWrites",
     "NodeReads",
     "NodeWrites",
     "PolicyReads",
     "PolicyWrites",
+    "ProofReads",
+    "ProofWrites",
     "Reader",
     "RevocationReads",
     "RevocationWrites",
@@ -172,7 +182,6 @@ __all__ = [
     "SessionWrites",
     "Store",
     "SupervisionReads",
-    "SupervisionWrites",
     "TaskReads",
     "TaskWrites",
     "TokenReads",

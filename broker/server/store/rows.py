@@ -206,6 +206,18 @@ class TaskFilter:
     state: State | None = None
     user: str | None = None
     agent: SpiffeId | None = None
+    root: str | None = None
+    parent: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ResumeRow:
+    """A task that was taken up again: by which session, and which had it before (None: no session)."""
+
+    task_id: str
+    at: datetime
+    session: str | None
+    resumed_from: str | None
 
 
 @dataclass(frozen=True, slots=True)

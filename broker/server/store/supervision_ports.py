@@ -55,11 +55,3 @@ class SupervisionReads(Protocol):
     def tokens_for(self, resource: str, now: datetime, limit: int) -> tuple[TokenRow, ...]:
         """Give up to ``limit`` tokens for a resource that have neither expired nor been revoked. Looks at every token."""
         ...
-
-
-class SupervisionWrites(SupervisionReads, Protocol):
-    """The epochs of tasks, written."""
-
-    def raise_epochs(self, task_id: str, epoch: int) -> int:
-        """Give all living descendants of a task (not itself) this epoch, and a higher version; give their number."""
-        ...

@@ -262,7 +262,7 @@ class TaskWrites(TaskReads, Protocol):
         ...
 
     def bump_epoch(self, root: str) -> int:
-        """Raise a tree's epoch by one and give it: every token of a lower epoch is dead."""
+        """Raise a tree's epoch by one and give it: higher than that of any token issued in the tree so far."""
         ...
 
 

@@ -15,6 +15,7 @@ from broker.server.identity.changes import ENTRY_KIND, GONE, entry_of
 from broker.server.store.ports import Reader, Writer
 from broker.server.store.rows import Change, SessionRow
 from broker.server.tasks import records
+from broker.server.tasks.foreign import ForeignStarters
 from broker.server.tasks.requests import Actor, Door
 from broker.spiffe import SpiffeId
 
@@ -28,9 +29,13 @@ class Vouching(Protocol):
 
 
 class Starters:
-    """The entries that may start tasks, by SPIFFE ID: who may come to the HTTPS door. Fed by the change log."""
+    """The entries that may start tasks, by SPIFFE ID: who may come to the HTTPS door. Fed by the change log.
 
-    def __init__(self) -> None:
+    ``foreign``: the workloads of other trust domains, which have no entries.
+    """
+
+    def __init__(self, foreign: ForeignStarters | None = None) -> None:
+        self._foreign = foreign
         self._by_id: dict[str, SpiffeId] = {}
         self._by_spiffe_id: dict[SpiffeId, set[str]] = {}
 
@@ -48,6 +53,10 @@ class Starters:
     def entry_ids_of(self, spiffe_id: SpiffeId) -> tuple[str, ...]:
         """Give the ids of the entries that issue this SPIFFE ID and may start tasks, in one order."""
         return tuple(sorted(self._by_spiffe_id.get(spiffe_id, ())))
+
+    def foreign_entry(self, spiffe_id: SpiffeId) -> Entry | None:
+        """Give what stands for the entry of a workload of another trust domain, if it may start tasks."""
+        return None if self._foreign is None else self._foreign.entry_of(spiffe_id)
 
     def _note(self, entry_id: str, entry: Entry | None) -> None:
         before = self._by_id.pop(entry_id, None)
@@ -67,6 +76,7 @@ class Claim:
 
     actor: Actor
     entry_ids: tuple[str, ...]
+    foreign: Entry | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +89,7 @@ class Caller:
     @property
     def owner(self) -> str:
         """Who an idempotency key belongs to: this process, not all that share its SPIFFE ID."""
-        return f"{self.actor.spiffe_id} {self.session or self.actor.x5t}"
+        return f"{self.actor.spiffe_id} {self.session or self.actor.x5t or self.actor.jkt}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +107,7 @@ def claim(actor: Actor, vouching: Vouching, starters: Starters) -> Claim:
         if vouching.authorized_entry(actor.agent, actor.entry_id) is None:
             raise Refused("this node agent may not speak for that entry", code="agent_not_authorized")
         return Claim(actor, (actor.entry_id,))
-    return Claim(actor, starters.entry_ids_of(actor.spiffe_id))
+    return Claim(actor, starters.entry_ids_of(actor.spiffe_id), starters.foreign_entry(actor.spiffe_id))
 
 
 def admit(writer: Writer, claimed: Claim, now: datetime) -> Admitted:
@@ -109,7 +119,9 @@ def admit(writer: Writer, claimed: Claim, now: datetime) -> Admitted:
         _require_node(writer, actor.agent)
         entry = _usable(writer, claimed.entry_ids, actor.spiffe_id, now)
         return Admitted(actor, _note_session(writer, actor, entry, now), entry)
-    row = writer.session_by_x5t(actor.x5t)
+    if claimed.foreign is not None:
+        return Admitted(actor, None, claimed.foreign)
+    row = _session_of(writer, actor)
     if row is None:
         return Admitted(actor, None, _usable(writer, claimed.entry_ids, actor.spiffe_id, now))
     if row.ended_at is not None or row.spiffe_id != actor.spiffe_id:
@@ -136,7 +148,7 @@ def admit_requester(reader: Reader, actor: Actor, now: datetime) -> Caller:
 def identify(writer: Reader, actor: Actor) -> Caller:
     """Find an actor's session without judging whether it may still start anything: enough to end or see its own task."""
     if actor.door is Door.HTTPS:
-        row = writer.session_by_x5t(actor.x5t)
+        row = _session_of(writer, actor)
         return Caller(actor, row.id if row is not None and row.spiffe_id == actor.spiffe_id else None)
     known = None if actor.session is None else writer.session(actor.session)
     if known is None or known.agent != actor.agent or known.spiffe_id != actor.spiffe_id:
@@ -149,6 +161,11 @@ def _require_svid(reader: Reader, actor: Actor, now: datetime) -> None:
         raise Refused("the workload's certificate has expired", code="svid_expired")
     if actor.serial and reader.is_revoked(actor.serial):
         raise Refused("the workload's SVID was revoked", code="svid_revoked", hint="fetch a new one and ask again")
+
+
+def _session_of(reader: Reader, actor: Actor) -> SessionRow | None:
+    """Find the session of a certificate; who came without one has none that we could tell."""
+    return reader.session_by_x5t(actor.x5t) if actor.x5t else None
 
 
 def _require_node(writer: Reader, agent: SpiffeId) -> None:

@@ -19,7 +19,7 @@ from broker.server.tasks.policy.asked import Action
 from broker.server.tasks.requests import Actor, Door
 from broker.server.tasks.subjects import Subject
 from broker.server.tasks.tokens import TaskTokens
-from broker.tasks import Authority, Resource, Task, TaskClaims
+from broker.tasks import Authority, Confirmation, Resource, Task, TaskClaims, lineage_epoch
 from broker.tasks.transactions import TransactionClaims
 
 
@@ -88,7 +88,7 @@ class Bases:
             require_same_user(task, asked.user)
             self._tokens.standing.hear(writer, asked.user, now)
         resource = self._resource(asked.request)
-        epoch = min(each.epoch for each in lineage)
+        epoch = lineage_epoch(lineage)
         return Basis(admitted, admitted, lineage, resource, None, (), self._ids.new("txn", now), epoch)
 
     def _resource(self, request: AssertionRequest) -> Resource:
@@ -155,10 +155,7 @@ class Bases:
 
     def _require_may_bring(self, request: AssertionRequest, caller: Caller, claims: TaskClaims) -> None:
         """Refuse who neither holds the token nor is named by its audience, before anything is said of the token."""
-        holds = caller.actor.spiffe_id == claims.client_id and (
-            caller.actor.x5t == claims.cnf.x5t
-            or (claims.cnf.session is not None and caller.session == claims.cnf.session)
-        )
+        holds = caller.actor.spiffe_id == claims.client_id and _holds(caller, claims.cnf)
         audience = self._audiences.find(claims.aud)
         named = isinstance(request, TransactionRequest) and caller.actor.spiffe_id in audience.transaction_requesters
         if not holds and not named:
@@ -173,6 +170,13 @@ class Bases:
                 code="invalid_target",
                 hint="an operator sets transactions = true on the audience",
             )
+
+
+def _holds(caller: Caller, cnf: Confirmation | None) -> bool:
+    """Tell whether a workload has what its token is bound to; a token that is bound to nobody is its workload's."""
+    if cnf is None or caller.actor.x5t == cnf.x5t or caller.actor.jkt == cnf.jkt:
+        return True
+    return cnf.session is not None and caller.session == cnf.session
 
 
 def _moment(seconds: int) -> datetime:

@@ -14,7 +14,8 @@ from urllib.parse import urlsplit
 from broker.errors import Misconfigured, PolicyDenied
 from broker.spiffe import SpiffeId
 from broker.tasks import Resource
-from broker.tasks.task import Supervision
+from broker.tasks.task import MAX_ACT_DEPTH, Supervision
+from broker.tasks.verify import BEARER_SECONDS
 
 MIN_TOKEN_TTL: Final = 10
 """Seconds: below it a token is dead before a slow caller has used it."""
@@ -25,8 +26,11 @@ MAX_TASK_TTL: Final = 30 * 86400
 """Seconds: no user's word is taken for longer than a month."""
 DEFAULT_DELEGATION_AGE: Final = 300
 """Seconds since the user signed in: a standing delegation is the word of somebody who is there."""
-BINDINGS: Final = frozenset({"x5t", "session", "dpop"})
-"""How a token may be tied to its holder. There is no bearer token in this version."""
+MAX_CHILDREN: Final = 100_000
+"""Beyond it a single task could fill the store."""
+BINDINGS: Final = frozenset({"x5t", "session", "dpop", "window", "bearer"})
+"""How a token may be tied to its holder: ``window`` and ``bearer`` are weaker, and never a default."""
+MAX_BEARER_TTL: Final = BEARER_SECONDS
 RISKS: Final = frozenset({"high", "normal", "low"})
 
 _NAMESPACE: Final = re.compile(r"[\x21-\x7e]{0,64}")
@@ -59,7 +63,13 @@ class Audience:
             raise Misconfigured(
                 f"the audience {self.resource.text} names a binding that is not one of {', '.join(sorted(BINDINGS))}",
                 code="audience_binding",
-                hint="bearer tokens are not issued: every token is bound to its holder",
+                hint="x5t, session and dpop bind a token to its holder",
+            )
+        if self.binding == {"bearer"}:
+            raise Misconfigured(
+                f"the audience {self.resource.text} takes bearer tokens only",
+                code="audience_binding",
+                hint="name a binding for those who can: bearer is only for a caller that asks for it",
             )
         if self.risk not in RISKS:
             raise Misconfigured(f"the audience {self.resource.text} has an unknown risk", code="audience_risk")
@@ -70,6 +80,11 @@ class Audience:
     def session_bound(self) -> bool:
         """Whether tokens for it survive the rotation of a certificate, by the workload session."""
         return "session" in self.binding
+
+    @property
+    def takes_bearer(self) -> bool:
+        """Whether it takes tokens that are bound to nobody."""
+        return "bearer" in self.binding
 
 
 class Audiences:
@@ -231,7 +246,9 @@ class TaskDefaults:
     """Lives and supervision where a request does not say; all lives in seconds; raises Misconfigured.
 
     ``allow_unsupervised`` lets a caller ask for supervision "none": a task that no process has to stay alive for. Where no
-    node agent has told of a caller's workload session, its task lives no longer than the certificate it was started with.
+    node agent has told of a caller's workload session, its task lives no longer than the certificate it was started with. ``max_depth`` is the most agents in one chain,
+    ``max_children`` the most tasks that one task may start over its life. A workload may take a task up again
+    ``max_resumes`` times, and ``max_resumes_per_minute`` times within a minute: beyond, an operator has to look.
     """
 
     token_ttl: int = DEFAULT_TOKEN_TTL
@@ -239,6 +256,11 @@ class TaskDefaults:
     max_task_ttl: int = 86400
     supervision: Supervision = Supervision.ATTACHED
     allow_unsupervised: bool = False
+    max_depth: int = 5
+    max_children: int = 100
+    max_resumes: int = 20
+    max_resumes_per_minute: int = 3
+    allow_bearer: bool = False
 
     def __post_init__(self) -> None:
         """Check each field."""
@@ -247,6 +269,12 @@ class TaskDefaults:
             raise Misconfigured(
                 "task_ttl must be at least 1 s and at most max_task_ttl, which is at most 30 days", code="task_ttl"
             )
+        if not 1 <= self.max_depth <= MAX_ACT_DEPTH:
+            raise Misconfigured(f"max_depth must be 1 to {MAX_ACT_DEPTH}", code="max_depth")
+        if not 0 <= self.max_children <= MAX_CHILDREN:
+            raise Misconfigured(f"max_children must be 0 to {MAX_CHILDREN}", code="max_children")
+        if self.max_resumes < 0 or self.max_resumes_per_minute < 0:
+            raise Misconfigured("max_resumes and max_resumes_per_minute must not be negative", code="max_resumes")
 
 
 def check_https(url: str, what: str) -> None:

@@ -9,16 +9,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
-from broker.errors import InvalidToken, NotFound, PolicyDenied, Refused
+from broker.errors import Invalid, InvalidToken, NotFound, PolicyDenied, Refused
 from broker.server.tasks.admission import Admitted, Caller
+from broker.server.tasks.bindings import bind
 from broker.server.tasks.config import Audience, Audiences, TaskDefaults
 from broker.server.tasks.detail_types import DetailTypes
 from broker.server.tasks.policy.rules import Rules
-from broker.server.tasks.requests import IssueRequest, StartRequest, unmetered
+from broker.server.tasks.requests import ChildRequest, IssueRequest, StartRequest, unmetered
 from broker.server.tasks.standing import StandingWord
 from broker.server.tasks.subjects import Subject
-from broker.tasks import Authority
-from broker.tasks.lineage import require_lineage_active, start_task
+from broker.tasks import Authority, Confirmation
+from broker.tasks.lineage import require_lineage_active, start_child, start_task
 from broker.tasks.task import Supervision, Task
 
 
@@ -38,7 +39,7 @@ class Grant:
 
     audience: Audience
     authority: Authority
-    session: str | None
+    cnf: Confirmation | None
     ttl: timedelta
     not_after: tuple[datetime, ...]
 
@@ -56,6 +57,8 @@ def decide_start(
     if subject.expires_at <= now:
         # Within the leeway it was readable; nothing can be granted on it (TX19).
         raise InvalidToken("the user token has expired", code="subject_expired", hint="get a new one from the issuer")
+    if isinstance(subject, Subject):
+        require_may_act(subject, admitted)
     ceiling = subject.ceiling
     authority = request.authority if ceiling is None else ceiling.narrow(request.authority)
     policy.detail_types.require(authority)
@@ -103,14 +106,56 @@ def decide_issue(
     if request.scope:
         # Of the resource first: an action that only another service offers is not in the scope of this one.
         authority = authority.for_resource(audience.resource).for_scope(request.scope)
-    session = admitted.session if audience.session_bound else None
+    bound = bind(audience, admitted, request, allow_bearer=policy.defaults.allow_bearer)
     ends = [each.expires_at for each in lineage] + [task.delegation.expires_at]
     if admitted.entry.expires_at is not None:
         ends.append(admitted.entry.expires_at)
-    if session is None:
-        # Bound to this certificate alone: beyond its end nobody can use the token (tokens.md 7.1).
+    if bound.ends_with_svid:
         ends.append(admitted.actor.not_after)
-    return Grant(audience, authority, session, _token_ttl(policy.defaults, audience), tuple(ends))
+    ttl = min(_token_ttl(policy.defaults, audience), bound.longest)
+    return Grant(audience, authority, bound.cnf, ttl, tuple(ends))
+
+
+def decide_child(
+    policy: Policy,
+    lineage: Sequence[Task],
+    request: ChildRequest,
+    *,
+    task_id: str,
+    children: int,
+    now: datetime,
+) -> Task:
+    """Give the task that may start below another, not written yet; ``lineage`` is the parent and its ancestors, root first.
+
+    Raises Refused when one of them is not active, PolicyDenied when authority, depth, number or chain says no.
+    """
+    parent, ancestors = lineage[-1], tuple(reversed(lineage[:-1]))
+    require_lineage_active(parent, ancestors, now)
+    if children >= policy.defaults.max_children:
+        raise PolicyDenied(
+            f"a task may start {policy.defaults.max_children} tasks over its life",
+            code="too_many_children",
+            hint="an operator sets max_children under [server.tasks]",
+        )
+    if request.authority.metered():
+        raise unmetered()
+    supervision = request.supervision or parent.supervision
+    if supervision is Supervision.NONE and parent.supervision is not Supervision.NONE:
+        _require_unsupervised(policy.defaults)
+    return start_child(
+        parent,
+        ancestors,
+        id=task_id,
+        agent=request.agent,
+        # Nobody's until a process of its agent takes it up, by its own identity.
+        session=None,
+        purpose=request.purpose,
+        authority=request.authority,
+        now=now.replace(microsecond=0),
+        ttl=timedelta(seconds=min(request.ttl or policy.defaults.task_ttl, policy.defaults.max_task_ttl)),
+        max_depth=policy.defaults.max_depth,
+        supervision=supervision,
+    )
 
 
 def own_task(lineage: Sequence[Task], caller: Caller) -> Task:
@@ -139,18 +184,24 @@ def require_same_delegation(task: Task, delegation_id: str) -> None:
         raise PolicyDenied("the delegation is not the task's", code="subject_mismatch")
 
 
+def require_may_act(subject: Subject, caller: Caller) -> None:
+    """Refuse an actor whom the user's token does not name, where it names one (RFC 8693 §4.4); raises Invalid."""
+    if subject.may_act is not None and subject.may_act != caller.actor.spiffe_id:
+        raise Invalid(
+            "the user token names another workload in may_act",
+            code="may_act_mismatch",
+            hint="only the workload that may_act names acts on this token",
+        )
+
+
 def task_unknown() -> NotFound:
     """Give the one answer for a task that is not there and for one that is not yours."""
     return NotFound("no such task", code="task_unknown")
 
 
 def _supervision(defaults: TaskDefaults, admitted: Admitted, request: StartRequest) -> Supervision:
-    if request.supervision is Supervision.NONE and not defaults.allow_unsupervised:
-        raise PolicyDenied(
-            "this server does not permit tasks without supervision",
-            code="unsupervised_not_allowed",
-            hint="leave supervision out, or have an operator set allow_unsupervised under [server.tasks]",
-        )
+    if request.supervision is Supervision.NONE:
+        _require_unsupervised(defaults)
     wanted = request.supervision or defaults.supervision
     if admitted.session is not None or wanted is Supervision.LEASE:
         # A heartbeat says who lives, also where no node agent does.
@@ -162,6 +213,15 @@ def _supervision(defaults: TaskDefaults, admitted: Admitted, request: StartReque
             hint="start the task through the node agent's socket, or leave supervision out",
         )
     return Supervision.NONE
+
+
+def _require_unsupervised(defaults: TaskDefaults) -> None:
+    if not defaults.allow_unsupervised:
+        raise PolicyDenied(
+            "this server does not permit tasks without supervision",
+            code="unsupervised_not_allowed",
+            hint="leave supervision out, or have an operator set allow_unsupervised under [server.tasks]",
+        )
 
 
 def _task_ttl(

@@ -15,7 +15,7 @@ from typing import Final, Protocol
 
 from broker.audit.events import Event
 from broker.clock import Clock
-from broker.errors import BrokerError, PolicyDenied, Unavailable
+from broker.errors import BrokerError, Invalid, InvalidToken, PolicyDenied, Unavailable
 from broker.keys import Signer
 from broker.server import failpoints
 from broker.server.store.ports import Store, Writer
@@ -23,27 +23,30 @@ from broker.server.store.rows import TokenRow
 from broker.server.tasks import records
 from broker.server.tasks.admission import Admitted, Claim, Starters, Vouching, admit, claim
 from broker.server.tasks.answers import Answers, digest_of, spent
+from broker.server.tasks.bindings import token_type
 from broker.server.tasks.decision import (
     Grant,
     Policy,
     decide_issue,
     decide_start,
     own_task,
+    require_may_act,
     require_same_delegation,
     require_same_user,
 )
+from broker.server.tasks.delegated import IsAlive, Presented, attach, is_own, narrowed, resolve
 from broker.server.tasks.ids import Ids
 from broker.server.tasks.policy.decision import Decision
 from broker.server.tasks.refusals import Refusals
 from broker.server.tasks.requests import Actor, IssuedToken, IssueRequest, StartRequest
 from broker.server.tasks.standing import Standing, StandingWord
-from broker.server.tasks.subjects import Subject, Subjects
+from broker.server.tasks.subjects import Subject, SubjectKind, Subjects
 from broker.server.tasks.supervisor import begin_lease
 from broker.spiffe import jose
 from broker.spiffe.jose import PublicKey
 from broker.spiffe.strictjson import JsonValue
-from broker.tasks import Confirmation, Task, TaskClaims, issue_claims
-from broker.tasks.verify import TOKEN_TYPE
+from broker.tasks import Resource, Task, TaskClaims, issue_claims, lineage_epoch
+from broker.tasks.verify import TOKEN_TYPE, verify_task_token
 
 MAX_PAYLOAD: Final = 5632
 """Largest payload, in bytes: signed it stays below the 8 KiB that verifiers take."""
@@ -88,11 +91,15 @@ class Exchange:
         ids: Ids,
         refusals: Refusals,
         policy: Policy,
+        is_alive: IsAlive,
         issuer: str,
         standing: Standing | None = None,
         count: Callable[[str, str], None] | None = None,
     ) -> None:
-        """``issuer`` is the ``iss`` of every token; ``count`` is told (``issued`` or ``refused``, the code) of each exchange."""
+        """``is_alive`` judges a token of ours that is shown as a subject; ``issuer`` is the ``iss`` of every token.
+
+        ``count`` is told (``issued`` or ``refused``, the code) of each exchange.
+        """
         self._store = store
         self._subjects = subjects
         self._keys = keys
@@ -102,6 +109,7 @@ class Exchange:
         self._ids = ids
         self._refusals = refusals
         self._policy = policy
+        self._is_alive = is_alive
         self._issuer = issuer
         self._standing = standing or Standing()
         self._count = count
@@ -124,8 +132,16 @@ class Exchange:
         """Issue one token of a running task; raises as :meth:`start`, and NotFound for a task that is not the actor's."""
         async with self._counted(actor, request.task_id):
             claimed = claim(actor, self._vouching, self._starters)
-            subject = await self._subjects.verify(request.user_token, request.kind) if request.user_token else None
-            return self._sign(await self._store.write(lambda writer: self._issue(writer, claimed, subject, request)))
+            shown: Subject | Presented | None = None
+            if self.is_own(request.user_token):
+                shown = self._own_token(request)
+            elif request.user_token:
+                shown = await self._subjects.verify(request.user_token, request.kind)
+            return self._sign(await self._store.write(lambda writer: self._issue(writer, claimed, shown, request)))
+
+    def is_own(self, token: str) -> bool:
+        """Tell whether a token says that it is one of ours: as a subject it leads to the task behind it, not to a new one."""
+        return bool(token) and is_own(token, self._issuer)
 
     async def start_and_issue(self, actor: Actor, start: StartRequest, issue: IssueRequest) -> IssuedToken:
         """Start a task and issue its first token in one transaction: the one-step exchange of RFC 8693."""
@@ -158,23 +174,48 @@ class Exchange:
         failpoints.reach("exchange.before_commit")
         return task
 
-    def _issue(self, writer: Writer, claimed: Claim, subject: Subject | None, request: IssueRequest) -> _Committed:
+    def _own_token(self, request: IssueRequest) -> Presented:
+        token = request.user_token
+        if request.kind is SubjectKind.ID:
+            raise Invalid("a task token is not an ID token", code="subject_token_type")
+        now, keys = self._clock.now(), self._keys.task_keys()
+        try:
+            # Compared with itself: whom it was for is not what it is judged by here.
+            audience = Resource(str(jose.parse_compact(token).payload.get("aud")))
+        except InvalidToken:
+            raise
+        except Invalid:
+            raise InvalidToken("the subject token is not a task token", code="token_audience") from None
+        return Presented(verify_task_token(token, keys, issuer=self._issuer, audience=audience, now=now).claims)
+
+    def _issue(
+        self, writer: Writer, claimed: Claim, shown: Subject | Presented | None, request: IssueRequest
+    ) -> _Committed:
         now = self._clock.now()
         admitted = admit(writer, claimed, now)
-        lineage = writer.lineage(request.task_id)
+        presented = shown if isinstance(shown, Presented) else None
+        subject = shown if isinstance(shown, Subject) else None
+        if presented is not None:
+            request = resolve(writer, self._is_alive, admitted, presented, request, now=now)
+        lineage = attach(writer, admitted, writer.lineage(request.task_id), now)
         if subject is not None:
+            require_may_act(subject, admitted)
             require_same_user(own_task(lineage, admitted), subject)
             self._standing.hear(writer, subject, now)
         elif request.delegation_id:
             require_same_delegation(own_task(lineage, admitted), request.delegation_id)
         # The state is judged before the key: a repeated request gets nothing from a task that has ended since.
-        grant = decide_issue(self._policy, admitted, lineage, request, now=now)
+        if presented is None:
+            grant = decide_issue(self._policy, admitted, lineage, request, now=now)
+        else:
+            grant = narrowed(self._policy, admitted, lineage, request, presented, now=now)
         self._require_standing(writer, lineage[-1], admitted, request, now)
         decision = self._permitted(lineage[-1], grant, now)
-        digest = request.idempotency_key and digest_of("issue", subject, request.task_id, *_token_parts(request))
+        by = () if presented is None else (presented.claims.jti,)
+        digest = request.idempotency_key and digest_of("issue", subject, request.task_id, *_token_parts(request), *by)
         answers = Answers(writer, owner=admitted.owner, key=request.idempotency_key, digest=digest, now=now)
         if (kept := answers.recall_claims()) is not None:
-            return _Committed(TaskClaims.parse(kept), payload_text(kept))
+            return _again(kept, lineage)
         committed = self._new_token(writer, admitted, lineage, grant, answers, decision=decision)
         failpoints.reach("exchange.before_commit")
         return committed
@@ -188,12 +229,11 @@ class Exchange:
         digest = digest_of("both", subject, *_parts(start), *_token_parts(issue))
         answers = Answers(writer, owner=admitted.owner, key=start.idempotency_key, digest=digest, now=now)
         if (kept := answers.recall_claims()) is not None:
-            again = _Committed(TaskClaims.parse(kept), payload_text(kept))
-            lineage = writer.lineage(again.claims.task.id)
+            lineage = writer.lineage(TaskClaims.parse(kept).task.id)
             grant = decide_issue(self._policy, admitted, lineage, issue, now=now)
             self._require_standing(writer, lineage[-1], admitted, issue, now)
             self._permitted(lineage[-1], grant, now)
-            return again
+            return _again(kept, lineage)
         task = self._new_task(writer, admitted, subject, start, now)
         grant = decide_issue(self._policy, admitted, (task,), issue, now=now)
         self._require_standing(writer, task, admitted, issue, now)
@@ -251,7 +291,7 @@ class Exchange:
             issuer=self._issuer,
             resource=grant.audience.resource,
             authority=grant.authority,
-            cnf=Confirmation(admitted.actor.x5t, grant.session),
+            cnf=grant.cnf,
             jti=self._ids.new("jti", now),
             txn=self._ids.new("txn", now),
             now=now,
@@ -268,7 +308,7 @@ class Exchange:
             scope=claims.scope,
             agent=task.agent,
             session=admitted.session,
-            x5t=admitted.actor.x5t,
+            x5t=None if claims.cnf is None else claims.cnf.x5t,
             issued_at=datetime.fromtimestamp(claims.iat, UTC),
             expires_at=datetime.fromtimestamp(claims.exp, UTC),
             hash=records.sha256(text.encode()),
@@ -292,6 +332,7 @@ class Exchange:
             authority=claims.authorization_details,
             task_id=claims.task.id,
             jti=claims.jti,
+            token_type=token_type(claims.cnf),
         )
 
     def _counted(self, actor: Actor, subject: str) -> AbstractAsyncContextManager[None]:
@@ -306,12 +347,22 @@ class Exchange:
             self._count("unavailable" if isinstance(error, Unavailable) else "refused", error.reason)
 
 
+def _again(kept: Mapping[str, JsonValue], lineage: tuple[Task, ...]) -> _Committed:
+    claims = TaskClaims.parse(kept)
+    if claims.task.epoch < lineage_epoch(lineage):
+        # Suspended since: at verifiers it is dead.
+        raise spent()
+    return _Committed(claims, payload_text(kept))
+
+
 def _parts(request: StartRequest) -> tuple[str | int | None, ...]:
     return request.authority.text(), request.purpose, request.ttl, request.supervision
 
 
 def _token_parts(request: IssueRequest) -> tuple[str | int | None, ...]:
-    return request.resource.text, request.scope, None if request.authority is None else request.authority.text()
+    binding = "bearer" if request.bearer else request.jkt
+    authority = None if request.authority is None else request.authority.text()
+    return request.resource.text, request.scope, authority, *([binding] if binding else [])
 
 
 def payload_text(payload: Mapping[str, JsonValue]) -> str:

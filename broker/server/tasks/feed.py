@@ -8,7 +8,7 @@ server knows all that has ended, so that silence means something. Which wire car
 import asyncio
 import json
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final, TypeAlias
@@ -16,11 +16,13 @@ from typing import Final, TypeAlias
 from broker.clock import Clock
 from broker.server.store.ports import Reader, Store, Writer
 from broker.server.store.rows import Change, FrameRow, NewFrame
+from broker.server.tasks.config import Audience
 from broker.server.tasks.deliveries import Deliveries, Delivery
 from broker.server.tasks.exchange import TaskKeys
 from broker.server.tasks.lifecycle import FORGET_AFTER
 from broker.spiffe.jose import PublicKey
 from broker.tasks.keyset import write_keys
+from broker.tasks.texts import ID, THUMBPRINT
 
 HEARTBEAT_SECONDS: Final = 1.0
 """Silence at most: a verifier that misses three no longer believes."""
@@ -43,6 +45,7 @@ class Snapshot:
     keys: str
     frames: tuple[FrameRow, ...]
     more: bool
+    bindings: tuple[tuple[str, frozenset[str]], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +78,17 @@ class Feed:
         issuer: str,
         observe: Callable[[float], None] | None = None,
         heartbeat: float = HEARTBEAT_SECONDS,
+        audiences: Iterable[Audience] = (),
     ) -> None:
-        """``observe`` is told the seconds from commit to acknowledgement, of each frame and subscriber."""
+        """``observe`` is told the seconds from commit to acknowledgement, of each frame and subscriber.
+
+        ``audiences``: what each service's tokens may be bound to is published with every snapshot.
+        """
         self._store = store
         self._keys = keys
         self._clock = clock
         self._issuer = issuer
+        self._bindings = tuple((each.resource.text, each.binding) for each in audiences)
         self.heartbeat = heartbeat
         self._frames: dict[int, FrameRow] = {}
         self._ends: dict[str, int] = {}
@@ -148,6 +156,13 @@ class Feed:
             self._subscribers.discard(subscriber)
             self.deliveries.gone(subscriber)
 
+    async def holds_leaf(self, session: str, x5t: str) -> bool:
+        """Say whether a living workload session holds this leaf, or held it before a rotation; raises Unavailable."""
+        if ID.fullmatch(session) is None or THUMBPRINT.fullmatch(x5t) is None:
+            return False
+        now = self._clock.now()
+        return await self._store.read(lambda reader: reader.holds_leaf(session, x5t, now))
+
     # ---- what comes in
 
     def _committed(self, changes: Sequence[Change]) -> None:
@@ -197,7 +212,10 @@ class Feed:
         frames = sorted(self._frames.values(), key=lambda frame: frame.seq)
         pages = [tuple(frames[at : at + SNAPSHOT_PAGE]) for at in range(0, len(frames), SNAPSHOT_PAGE)] or [()]
         last = len(pages) - 1
-        return [Snapshot(self._head, self._issuer, keys, page, number < last) for number, page in enumerate(pages)]
+        return [
+            Snapshot(self._head, self._issuer, keys, page, number < last, () if number < last else self._bindings)
+            for number, page in enumerate(pages)
+        ]
 
     def acked(self, subscriber: _Subscriber, seq: int) -> None:
         """Note that a subscriber has applied every message up to ``seq``."""

@@ -83,7 +83,7 @@ def _end_tree(writer: Writer, root: Task, now: datetime) -> tuple[int, Sequence[
     count = writer.cascade(root.id, Cause.PARENT_ENDED, now)
     below = _just_ended(writer.subtree(root.id), root, count, now) if 0 < count <= RECORDED_EACH else ()
     epoch = writer.bump_epoch(root.root)
-    return count, below, writer.add_frame(_frame("subtree", root, now, epoch=epoch))
+    return count, below, writer.add_frame(frame_of("subtree", root, now, epoch=epoch))
 
 
 def _just_ended(tree: Sequence[Task], root: Task, count: int, now: datetime) -> Sequence[Task]:
@@ -117,11 +117,12 @@ def _end_branch(writer: Writer, branch: Task, now: datetime) -> tuple[int, Seque
     below = [ended(each, State.CASCADED, Cause.PARENT_ENDED, now) for each in living]
     seq = 0
     for each in (branch, *below):
-        seq = writer.add_frame(_frame("task", each, now))
+        seq = writer.add_frame(frame_of("task", each, now))
     return len(below), below if len(below) <= RECORDED_EACH else (), seq
 
 
-def _frame(kind: str, task: Task, now: datetime, *, epoch: int = 0) -> NewFrame:
+def frame_of(kind: str, task: Task, now: datetime, *, epoch: int = 0) -> NewFrame:
+    """Make the frame that tells of a task's state: of its whole tree (``subtree``) or of itself alone (``task``)."""
     return NewFrame(
         kind=kind,
         committed_at=_milliseconds(now),
@@ -175,7 +176,8 @@ def end_session(
 
     ``by`` says who, where it is not the node agent.
 
-    An unsupervised task has no session and outlives its process; the tokens that the process held die with the session's frame.
+    A task that is suspended outlives its process: it holds nothing, and goes on only when another process of the same entry
+    takes it up, as another session. An unsupervised task has no session and outlives its process; the tokens that the process held die with the session's frame.
     """
     known = writer.session(session_id)
     if known is None or known.agent != agent or writer.end_session(session_id, now) is None:
@@ -190,13 +192,18 @@ def end_session(
         )
     )
     # Ancestors first: what hangs below them ends with them, once.
-    tasks = sorted(writer.tasks_of_session(session_id), key=lambda task: task.depth)
+    attached = (task for task in writer.tasks_of_session(session_id) if not _outlives(task, cause))
+    tasks = sorted(attached, key=lambda task: task.depth)
     for task in tasks:
         current = writer.task(task.id)
         if current is not None and not current.state.is_terminal:
             end(writer, current, State.REVOKED, cause.of_tasks, by=by or str(agent), now=now)
     writer.record(records.session_ended(known, cause, len(tasks), now, by))
     return True
+
+
+def _outlives(task: Task, cause: SessionEnd) -> bool:
+    return task.state is State.SUSPENDED and cause is SessionEnd.PROCESS_EXITED
 
 
 def end_revoked(writer: Writer, session: SessionRow, by: str, now: datetime) -> int:

@@ -11,6 +11,7 @@ from broker.server.tasks.requests import Actor
 from broker.spiffe import SpiffeId
 from broker.spiffe.jose import b64url_encode
 from broker.tasks import Task, TaskClaims
+from broker.tasks.binding import bound_by
 from broker.tasks.causes import SessionEnd
 from broker.tasks.claims import purpose_hash
 
@@ -37,17 +38,33 @@ def decided(decision: Decision) -> dict[str, FieldValue]:
     return fields
 
 
-def task_started(task: Task, actor: Actor, entry_id: str, at: datetime, *, decision: Decision) -> Record:
-    """Record that a task began, on whose word, with what authority, and which rules of the policy let it."""
+def task_started(task: Task, actor: Actor, entry_id: str | None, at: datetime, *, decision: Decision) -> Record:
+    """Record that a task began, on whose word, with what authority, and which rules of the policy let it.
+
+    One that was started below another, or took over from one, began by the actor's word for another agent.
+    """
+    fields = (
+        _begun(task)
+        | decided(decision)
+        | {
+            "door": actor.door.value,
+            "agent": str(task.agent),
+            "node": None if actor.agent is None else str(actor.agent),
+            "entry_id": entry_id,
+        }
+    )
+    return Record(Event.TASK_STARTED, at, str(actor.spiffe_id), task.id, fields)
+
+
+def _begun(task: Task) -> dict[str, FieldValue]:
     delegation = task.delegation
-    fields: dict[str, FieldValue] = {
-        "door": actor.door.value,
-        "agent": str(task.agent),
-        "node": None if actor.agent is None else str(actor.agent),
-        "entry_id": entry_id,
+    return {
         "session": task.session,
         "user": task.user,
         "root": task.root,
+        "parent": task.parent,
+        "depth": task.depth,
+        "supersedes": task.supersedes,
         "issuer": delegation.issuer,
         "client": delegation.client,
         "user_session": delegation.session,
@@ -58,9 +75,62 @@ def task_started(task: Task, actor: Actor, entry_id: str, at: datetime, *, decis
         "authority_hash": task.authority.digest,
         "supervision": task.supervision.value,
         "expires_at": int(task.expires_at.timestamp()),
-        **decided(decision),
     }
-    return Record(Event.TASK_STARTED, at, str(task.agent), task.id, fields)
+
+
+def task_started_for(task: Task, actor: Actor | str, at: datetime, *, decision: Decision) -> Record:
+    """Record that a task began for an agent by another's word: a workload's, or an operator's name."""
+    if isinstance(actor, Actor):
+        return task_started(task, actor, actor.entry_id, at, decision=decision)
+    fields = _begun(task) | decided(decision) | {"door": "admin", "agent": str(task.agent)}
+    return Record(Event.TASK_STARTED, at, actor, task.id, fields)
+
+
+def task_attached(task: Task, actor: Actor, at: datetime) -> Record:
+    """Record that a process of its agent has taken up a task that another started for it."""
+    fields: dict[str, FieldValue] = {
+        "door": actor.door.value,
+        "agent": str(task.agent),
+        "node": None if actor.agent is None else str(actor.agent),
+        "session": task.session,
+        "user": task.user,
+        "root": task.root,
+        "parent": task.parent,
+        "version": task.version,
+    }
+    return Record(Event.TASK_ATTACHED, at, str(task.agent), task.id, fields)
+
+
+def task_suspended(task: Task, by: str, *, frame_seq: int, at: datetime, reason: str) -> Record:
+    """Record that a task was stopped for a while: why, by whom, and which frame told of it."""
+    fields = _moved(task, reason) | {
+        "frame_seq": frame_seq,
+        "epoch": task.epoch,
+        "supervision": task.supervision.value,
+    }
+    return Record(Event.TASK_SUSPENDED, at, by, task.id, fields)
+
+
+def task_resumed(task: Task, by: str, *, resumed_from: str | None, at: datetime, reason: str) -> Record:
+    """Record that a task goes on: by whom, in which session, and in which it was before."""
+    fields = _moved(task, reason) | {"resumed_from": resumed_from}
+    return Record(Event.TASK_RESUMED, at, by, task.id, fields)
+
+
+def _moved(task: Task, reason: str) -> dict[str, FieldValue]:
+    fields: dict[str, FieldValue] = {
+        "agent": str(task.agent),
+        "session": task.session,
+        "user": task.user,
+        "root": task.root,
+        "parent": task.parent,
+        "state": task.state.value,
+        "cause": None if task.cause is None else task.cause.value,
+        "version": task.version,
+    }
+    if reason:
+        fields["reasons"] = [reason]
+    return fields
 
 
 def token_issued(row: TokenRow, claims: TaskClaims, actor: Actor, at: datetime, *, decision: Decision) -> Record:
@@ -77,6 +147,8 @@ def token_issued(row: TokenRow, claims: TaskClaims, actor: Actor, at: datetime, 
         "audience": row.resource,
         "scope": row.scope,
         "x5t": row.x5t,
+        "binding": bound_by(claims.cnf).value,
+        "jkt": None if claims.cnf is None else claims.cnf.jkt,
         "hop": claims.task.hop,
         "epoch": claims.task.epoch,
         "authority_hash": claims.authorization_details.digest,
@@ -151,27 +223,6 @@ def task_ended(task: Task, by: str, *, frame_seq: int, tasks_ended: int, at: dat
     if reason:
         fields["reasons"] = [reason]
     return Record(Event.TASK_ENDED, at, by, task.id, fields)
-
-
-def task_suspended(task: Task, by: str, *, frame_seq: int, below: int, at: datetime, reason: str = "") -> Record:
-    """Record that a task was suspended: why and by whom, and how many tasks below it can do nothing meanwhile."""
-    fields: dict[str, FieldValue] = {
-        "agent": str(task.agent),
-        "session": task.session,
-        "user": task.user,
-        "root": task.root,
-        "parent": task.parent,
-        "state": task.state.value,
-        "cause": None if task.cause is None else task.cause.value,
-        "supervision": task.supervision.value,
-        "version": task.version,
-        "epoch": task.epoch,
-        "frame_seq": frame_seq,
-        "tasks_below": below,
-    }
-    if reason:
-        fields["reasons"] = [reason]
-    return Record(Event.TASK_SUSPENDED, at, by, task.id, fields)
 
 
 def session_started(row: SessionRow) -> Record:

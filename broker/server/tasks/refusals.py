@@ -4,9 +4,10 @@ A flood of refusals must not become a flood of writes: beyond the rate they are 
 were left out before it. A refusal whose record cannot be written is refused all the same.
 """
 
+import asyncio
 import contextlib
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from types import TracebackType
 from typing import Final
 
@@ -18,13 +19,16 @@ from broker.errors import BrokerError, Unavailable
 from broker.server.store.ports import Store
 from broker.server.tasks.policy.decision import DeniedByPolicy
 from broker.server.tasks.records import decided
-from broker.server.tasks.requests import Actor
+from broker.server.tasks.requests import Actor, Door
+from broker.tasks import NonceWanted
 
 PER_SECOND: Final = 50.0
 """Records a second in the long run: a few percent of what the store can write."""
 BURST: Final = 500.0
 """Records at once: a test, a misconfigured fleet or a first attack is seen in full."""
 
+STRANGER: Final = "anonymous"
+"""The actor of a refusal that came before it was known who asks."""
 UNKNOWN: Final = "-"
 """The subject of a refusal that came before the subject was known."""
 
@@ -58,9 +62,9 @@ class _Recorded(AbstractAsyncContextManager[None]):
     ) -> None:
         if error is not None and not isinstance(error, BrokerError):
             return
-        # Unavailable: nobody was refused, nothing was decided.
-        if error is not None and not isinstance(error, Unavailable):
-            await self._refusals.record(self._event, self._actor, self._subject, error)
+        # Unavailable, NonceWanted: nobody was refused, nothing was decided.
+        if error is not None and not isinstance(error, Unavailable | NonceWanted):
+            await self._refusals.refused(self._event, self._actor, self._subject, error)
         if self._tell is not None:
             self._tell(error)
 
@@ -71,9 +75,10 @@ class Refusals:
     def __init__(self, store: Store, clock: Clock) -> None:
         self._store = store
         self._clock = clock
-        self._allowance = BURST
-        self._counted_at = clock.monotonic()
-        self._left_out = 0
+        self._known = _Allowance(clock)
+        # Their own: strangers must not use up what records the refusals of those we know.
+        self._strangers = _Allowance(clock)
+        self._writing: set[asyncio.Task[None]] = set()
 
     def recorded(
         self, event: Event, actor: Actor, subject: str, tell: Callable[[BrokerError | None], None] | None = None
@@ -84,41 +89,89 @@ class Refusals:
         """
         return _Recorded(self, event, actor, subject, tell)
 
+    @asynccontextmanager
+    async def recorded_of(self, event: Event, by: str, subject: str) -> AsyncIterator[None]:
+        """Do the same for who is no workload: ``by`` is an operator."""
+        try:
+            yield
+        except Unavailable:
+            raise
+        except BrokerError as error:
+            await self._refused(event, by, subject, error, {"door": "admin"})
+            raise
+
+    @asynccontextmanager
+    async def recorded_stranger(self, event: Event) -> AsyncIterator[None]:
+        """Do the same at the HTTPS door before it is known who asks: what a stranger says of himself is not recorded."""
+        try:
+            yield
+        except (Unavailable, NonceWanted):
+            raise
+        except BrokerError as error:
+            await self._refused(event, STRANGER, "", error, {"door": Door.HTTPS.value})
+            raise
+
     async def note(self, make: Callable[[int], Record]) -> None:
         """Record a refusal of another form; ``make`` is told how many were left out before it."""
-        if not self._may_write():
-            self._left_out += 1
-            return
-        left_out, self._left_out = self._left_out, 0
-        record = make(left_out)
-        with contextlib.suppress(Unavailable):
-            await self._store.write(lambda writer: writer.record(record))
+        if self._known.take():
+            await self._write(make(self._known.left_out()))
 
-    async def record(self, event: Event, actor: Actor, subject: str, error: BrokerError) -> None:
-        """Record one refusal, within the rate."""
-        if not self._may_write():
-            self._left_out += 1
-            return
-        left_out, self._left_out = self._left_out, 0
+    def connection(self, reason: str, address: str) -> None:
+        """Record a connection whose certificate was refused before it could ask for anything; does not wait for the store."""
+        fields: dict[str, FieldValue] = {"reason": reason, "door": Door.HTTPS.value, "remote": address}
+        writing = asyncio.get_running_loop().create_task(self._record(Event.CONNECTION_REFUSED, STRANGER, "", fields))
+        self._writing.add(writing)
+        writing.add_done_callback(self._writing.discard)
+
+    async def refused(self, event: Event, actor: Actor, subject: str, error: BrokerError) -> None:
+        """Record the refusal of a workload, within the rate."""
         fields: dict[str, FieldValue] = {
-            "reason": error.reason,
             "door": actor.door.value,
             "session": actor.session,
             "node": None if actor.agent is None else str(actor.agent),
         }
+        await self._refused(event, str(actor.spiffe_id), subject, error, fields)
+
+    async def _refused(
+        self, event: Event, by: str, subject: str, error: BrokerError, told: Mapping[str, FieldValue]
+    ) -> None:
+        fields: dict[str, FieldValue] = {"reason": error.reason, **told}
         if isinstance(error, DeniedByPolicy):
             fields |= decided(error.decision)
-        if left_out:
+        await self._record(event, by, subject, fields)
+
+    async def _record(self, event: Event, actor: str, subject: str, fields: dict[str, FieldValue]) -> None:
+        allowance = self._strangers if actor == STRANGER else self._known
+        if not allowance.take():
+            return
+        if left_out := allowance.left_out():
             fields["reasons"] = [f"left_out:{left_out}"]
-        record = Record(event, self._clock.now(), str(actor.spiffe_id), subject or UNKNOWN, fields)
+        await self._write(Record(event, self._clock.now(), actor, subject or UNKNOWN, fields))
+
+    async def _write(self, record: Record) -> None:
         with contextlib.suppress(Unavailable):
             await self._store.write(lambda writer: writer.record(record))
 
-    def _may_write(self) -> bool:
+
+class _Allowance:
+    """So many records in a burst, and so many a second after it; what was left out is counted."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._left = BURST
+        self._counted_at = clock.monotonic()
+        self._left_out = 0
+
+    def take(self) -> bool:
         now = self._clock.monotonic()
-        self._allowance = min(BURST, self._allowance + (now - self._counted_at) * PER_SECOND)
+        self._left = min(BURST, self._left + (now - self._counted_at) * PER_SECOND)
         self._counted_at = now
-        if self._allowance < 1:
+        if self._left < 1:
+            self._left_out += 1
             return False
-        self._allowance -= 1
+        self._left -= 1
         return True
+
+    def left_out(self) -> int:
+        count, self._left_out = self._left_out, 0
+        return count

@@ -14,7 +14,7 @@ from broker.server.tasks.subjects import SubjectKind
 from broker.spiffe import SpiffeId, strictjson
 from broker.tasks import Authority, Resource
 from broker.tasks.task import Supervision
-from broker.tasks.texts import check_id, check_purpose
+from broker.tasks.texts import THUMBPRINT, check_id, check_purpose
 
 MAX_KEY: Final = 255
 """Longest idempotency key, in characters."""
@@ -34,14 +34,14 @@ class Door(StrEnum):
     AGENT = "agent"
     """A node agent vouches for a local process that it attested."""
     HTTPS = "https"
-    """The workload itself, by the X.509-SVID of its connection."""
+    """The workload itself, by the X.509-SVID of its connection, or by a JWT-SVID or WIT with a proof."""
 
 
 @dataclass(frozen=True, slots=True)
 class Actor:
     """The authenticated workload. ``session`` and ``entry_id`` are None where only the certificate is known.
 
-    ``x5t``, ``not_after`` and ``serial`` (lower hex; empty where an older agent did not tell) are of the leaf that it holds now; ``agent`` is the node agent that vouches, None at the HTTPS
+    ``x5t`` is empty, and ``jkt`` is the key of its proof, where it came without a certificate. ``x5t``, ``not_after`` and ``serial`` (lower hex; empty where an older agent did not tell) are of the leaf that it holds now; ``agent`` is the node agent that vouches, None at the HTTPS
     door.
     """
 
@@ -55,6 +55,7 @@ class Actor:
     serial: str = ""
     run: str = ""
     """The run of the node agent that vouches; empty where it did not say."""
+    jkt: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,14 +104,80 @@ class IssueRequest:
     kind: SubjectKind = SubjectKind.ANY
     idempotency_key: str = ""
     delegation_id: str = ""
+    jkt: str = ""
+    """The thumbprint of the key that the token is to be bound to; empty: to the certificate."""
+    bearer: bool = False
+    """Ask for a token that is bound to nobody, where server and audience permit it."""
 
     def __post_init__(self) -> None:
         """Check each field; raises Invalid."""
+        if self.jkt and (self.bearer or THUMBPRINT.fullmatch(self.jkt) is None):
+            raise Invalid("the key's thumbprint is malformed, or the token is to be a bearer's", code="invalid_binding")
         if self.task_id:
             check_id(self.task_id, "task id")
         check_scope(self.scope)
         check_key(self.idempotency_key)
         check_delegation(self.delegation_id, self.user_token)
+
+
+@dataclass(frozen=True, slots=True)
+class ChildRequest:
+    """Start a task below a running one, for another workload; ``ttl`` 0 and ``supervision`` None take the usual.
+
+    That workload fetches its own tokens: nothing of them passes through the one that asks.
+    """
+
+    parent: str
+    agent: SpiffeId
+    purpose: str
+    authority: Authority
+    ttl: int = 0
+    supervision: Supervision | None = None
+    limits: str = ""
+    idempotency_key: str = ""
+
+    def __post_init__(self) -> None:
+        """Check each field; raises Invalid."""
+        if self.ttl < 0:
+            raise Invalid("the ttl is negative", code="invalid_ttl")
+        check_purpose(self.purpose)
+        check_key(self.idempotency_key)
+        refuse_limits(self.limits)
+
+
+class Operation(StrEnum):
+    """How a task can be changed. Which of them a workload may, and which an operator, is decided elsewhere."""
+
+    ATTACH = "attach"
+    """Take up a task that another agent, or an operator, has left for this one."""
+    SUSPEND = "suspend"
+    RESUME = "resume"
+    COMPLETE = "complete"
+    REVOKE = "revoke"
+    """End it unfinished."""
+    HAND_OFF = "handoff"
+    """Give the work to another agent and stop."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChangeRequest:
+    """Change one task. ``to`` is whom a hand-off is for; ``reason`` an operator's sentence for the record."""
+
+    task_id: str
+    operation: Operation
+    to: SpiffeId | None = None
+    expected_version: int | None = None
+    idempotency_key: str = ""
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        """Check each field; raises Invalid."""
+        check_id(self.task_id, "task id")
+        check_key(self.idempotency_key)
+        if self.reason:
+            check_purpose(self.reason)
+        if (self.operation is Operation.HAND_OFF) != (self.to is not None):
+            raise Invalid("a hand-off names one agent, and nothing else does", code="invalid_handoff")
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +191,8 @@ class IssuedToken:
     authority: Authority
     task_id: str
     jti: str
+    token_type: str = "Bearer"  # noqa: S105 - the type's name
+    """How it is sent: ``DPoP`` with a proof (RFC 9449 §5), else ``Bearer``."""
 
 
 def check_scope(scope: str) -> None:

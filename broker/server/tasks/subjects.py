@@ -15,10 +15,10 @@ from enum import StrEnum
 from typing import Final, overload
 
 from broker.clock import Clock
-from broker.errors import Invalid, InvalidToken
+from broker.errors import Invalid, InvalidSpiffeId, InvalidToken
 from broker.server.tasks.config import SubjectIssuer, check_issuers
 from broker.server.tasks.issuer_keys import IssuerKey, IssuerKeys
-from broker.spiffe import jose
+from broker.spiffe import SpiffeId, jose
 from broker.spiffe.strictjson import JsonValue
 from broker.tasks import Authority, Delegation
 from broker.tasks.texts import NAME
@@ -29,7 +29,7 @@ MAX_AUDIENCES: Final = 16
 """Audiences in one token: more is a list, not an address."""
 
 # Names of the signing certificate that some issuers put beside kid. They are never looked at.
-_HEADERS: Final = jose.DEFAULT_HEADERS | {"x5t", "x5t#S256"}
+SUBJECT_HEADERS: Final = jose.DEFAULT_HEADERS | {"x5t", "x5t#S256"}
 _ACCESS: Final = frozenset({"at+jwt"})
 _PLAIN: Final = frozenset({"jwt", None})
 _SUBJECT: Final = re.compile(r"[\x21-\x7e]{1,255}")
@@ -54,7 +54,7 @@ class Subject:
 
     ``user`` is the issuer's namespace and ``sub``; ``ceiling`` is what the token itself limits the delegation to (its own
     ``authorization_details``), if it does; ``party`` is the client that the token was given to: the one that it names, else
-    its only audience.
+    its only audience; ``may_act`` is the one workload that may act on it, if it names one.
     """
 
     user: str
@@ -68,6 +68,7 @@ class Subject:
     ceiling: Authority | None
     issued_at: datetime
     party: str
+    may_act: SpiffeId | None
     _made_by: object = field(repr=False, compare=False)
     _delegation: Delegation = field(init=False, repr=False, compare=False)
 
@@ -170,7 +171,7 @@ class Subjects:
         return await self._read(token, kind)
 
     async def _read(self, token: str, kind: SubjectKind) -> Subject:
-        jws = jose.parse_compact(token, allowed_headers=_HEADERS)
+        jws = jose.parse_compact(token, allowed_headers=SUBJECT_HEADERS)
         _check_type(jws.typ, kind)
         trusted = self._issuers.get(_text(jws.payload, "iss", _SHORT))
         if trusted is None:
@@ -232,22 +233,33 @@ def _judge(payload: Mapping[str, JsonValue], issuer: SubjectIssuer, dates: _Date
         ceiling=None if details is None else Authority.parse(details),
         issued_at=_moment(dates.issued_at),
         party=party,
+        may_act=_may_act(payload["may_act"]) if "may_act" in payload else None,
         _made_by=_VERIFIED,
     )
 
 
 def _refuse_foreign_kinds(payload: Mapping[str, JsonValue]) -> None:
     # NOTE(security): judged by content. Taking such a token without its actor would turn delegation into impersonation.
-    if "act" in payload or "may_act" in payload:
+    if "act" in payload:
         raise Invalid(
-            "the subject token is delegated already",
+            "the subject token was delegated by another issuer",
             code="subject_delegated",
-            hint="send the user's own token: a delegated token cannot be exchanged again yet",
+            hint="send the user's own token: whom another issuer let act is not in our records",
         )
     if "cnf" in payload:
         raise InvalidToken("the user token is bound to another key", code="subject_bound")
     if "events" in payload:
         raise InvalidToken("a security event is not a user token", code="token_type")
+
+
+def _may_act(value: JsonValue) -> SpiffeId:
+    """Read whom the user named as the actor (RFC 8693 §4.4): a workload of ours, and nothing that we could not judge."""
+    if not isinstance(value, dict) or value.keys() != {"sub"} or not isinstance(value["sub"], str):
+        raise Invalid("may_act does not name exactly one sub", code="may_act_unknown")
+    try:
+        return SpiffeId(value["sub"])
+    except InvalidSpiffeId:
+        raise Invalid("may_act does not name a workload", code="may_act_unknown") from None
 
 
 def _dates(payload: Mapping[str, JsonValue]) -> _Dates:

@@ -1,7 +1,7 @@
 """Our own tokens, read back: is this one alive, as a whole?
 
 *Alive* is the conjunction of everything that can end it: signature, time, its own row, its task and every ancestor, the
-tree's epoch, the user's word and what was stopped, the policy, the workload session, the entry behind it (RFC 7662 §2.2, tokens.md 7.2). Any one of
+epochs of its line, the user's word and what was stopped, the policy, the workload session, the entry behind it (RFC 7662 §2.2, tokens.md 7.2). Any one of
 them that fails gives the same answer, without a reason.
 """
 
@@ -20,7 +20,7 @@ from broker.server.tasks.policy.asked import Action
 from broker.server.tasks.policy.rules import Rules
 from broker.server.tasks.standing import Standing
 from broker.spiffe import SpiffeId, jose
-from broker.tasks import Authority, Resource, TaskClaims, require_lineage_active, verify_task_token
+from broker.tasks import Authority, Resource, TaskClaims, lineage_epoch, require_lineage_active, verify_task_token
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,9 @@ class TaskTokens:
             raise InvalidToken("the token's audience is no service's", code="token_audience") from None
         now = self._clock.now()
         # Compared with itself: the audience is what the caller asks about, not what it is.
-        verified = verify_task_token(token, self._keys.task_keys(), issuer=self._issuer, audience=resource, now=now)
+        verified = verify_task_token(
+            token, self._keys.task_keys(), issuer=self._issuer, audience=resource, now=now, bearer=True
+        )
         return verified.claims
 
     async def introspect(self, token: str, caller: SpiffeId) -> LiveToken | None:
@@ -78,6 +80,8 @@ class TaskTokens:
             claims = self.verify(token)
             # An audience that is registered no longer has no living tokens, not even for their own actor.
             audience = self._audiences.find(claims.aud)
+            if claims.cnf is None and not audience.takes_bearer:
+                return None
             if caller != claims.client_id and caller not in audience.introspectors:
                 return None
         except BrokerError:
@@ -108,10 +112,7 @@ class TaskTokens:
         if row is None or row.revoked_at is not None or now.timestamp() >= exp:
             return False
         lineage = reader.lineage(row.task_id)
-        if not lineage or row.task_id != task_id:
-            return False
-        # Whoever suspends a task raises its epoch and that of every task below it.
-        if lineage[-1].epoch > epoch:
+        if not lineage or row.task_id != task_id or epoch < lineage_epoch(lineage):
             return False
         try:
             require_lineage_active(lineage[-1], tuple(reversed(lineage[:-1])), now)
@@ -124,6 +125,8 @@ class TaskTokens:
 
     def standing_entry(self, reader: Reader, row: TokenRow, now: datetime) -> Entry | None:
         """Give the entry by which a token's workload may still act, by the same rules as at issue; None: it may not."""
+        if (foreign := self._starters.foreign_entry(row.agent)) is not None:
+            return foreign
         entry_ids = self._starters.entry_ids_of(row.agent)
         if row.session is not None:
             session = reader.session(row.session)

@@ -263,7 +263,7 @@ async def test_each_kind_passes_where_it_belongs_and_nowhere_else(house: Rig) ->
         }
         accepted[kind] = {consumer for consumer, said in told.items() if said}
     assert accepted == {
-        "task": {"verifier", "introspect", "transaction of"},
+        "task": {"verifier", "introspect", "subject", "transaction of"},  # its holder may narrow its own
         "txn": {"transaction verifier", "replacement of"},
         "id-jag": set(),
         "jwt-grant": set(),

@@ -131,7 +131,7 @@ async def test_no_door_and_no_variant_of_the_exchange_skips_the_policy(ground: R
 
 def test_whatever_makes_a_task_or_a_token_records_the_decision_that_let_it() -> None:
     """A new door cannot forget the policy: rows of tasks and tokens are added only beside a record that demands a decision."""
-    beside = {"add_task": {"task_started"}, "add_token": {"token_issued", "assertion_issued"}}
+    beside = {"add_task": {"task_started", "task_started_for"}, "add_token": {"token_issued", "assertion_issued"}}
     found = dict.fromkeys(beside, 0)
     for path in sorted((ROOT / "broker/server").rglob("*.py")):
         if "store" in path.parts:

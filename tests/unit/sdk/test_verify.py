@@ -134,7 +134,8 @@ def test_silence_is_not_good_news(risk: Risk, silence: float, code: str | None) 
 def test_another_instance_of_the_same_identity_is_refused(world: World) -> None:
     other = world.authority.issue(AGENT.path)
     error = refused(world, world.token(), other.chain_der)
-    assert (type(error), error.reason) == (Refused, "binding_mismatch")
+    assert isinstance(error, Refused)
+    assert error.reason == "binding_mismatch"
 
 
 def test_no_certificate_is_refused(world: World) -> None:

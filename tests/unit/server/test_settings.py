@@ -103,7 +103,7 @@ def test_the_environment_wins_over_the_file(file):
         ("[server]\nissuer = 'http://x'", ("server.issuer",)),
         ("[server.keys]\nmanager = 'paper'", ("server.keys.manager", "memory")),
         ("[server.store]\nurl = 'mysql://x'", ("server.store.url",)),
-        ("[[server.audiences]]\nresource = 'https://x'\nbinding = ['bearer']", ("server.audiences.0.binding",)),
+        ("[[server.audiences]]\nresource = 'https://x'\nbinding = ['paper']", ("server.audiences.0.binding",)),
         ("[server", ("TOML",)),
     ],
 )

@@ -155,8 +155,10 @@ def test_a_token_says_no_more_than_its_task_and_resource() -> None:
     assert elsewhere.value.reason == "invalid_target"
 
 
-def test_the_epoch_is_the_task_s_own() -> None:
+def test_the_highest_epoch_of_the_chain_is_written() -> None:
+    # A suspension of any of them raises it from one counter for the tree: a token of before is below, one of after is not.
     chain = family(2)
+    assert claims(replace(chain[0], epoch=3), [replace(chain[1], epoch=4)]).task.epoch == 4
     assert claims(replace(chain[0], epoch=4), [replace(chain[1], epoch=3)]).task.epoch == 4
 
 

@@ -55,6 +55,13 @@ class Feed:
                 with contextlib.suppress(asyncio.CancelledError, Exception):
                     await acks
 
+    async def FindLeaf(  # noqa: N802 - the RPC's name
+        self, request: feed_pb2.FindLeafRequest, context: Context, caller: Caller
+    ) -> feed_pb2.FindLeafResponse:
+        """Say whether that session lives and holds that leaf: yes or no, and nothing else."""
+        require_listener(caller, self._trust_domain)
+        return feed_pb2.FindLeafResponse(held=await self._feed.holds_leaf(request.session, request.x5t))
+
     def _message(self, message: Message) -> feed_pb2.FeedMessage:
         if isinstance(message, FrameRow):
             if self._last is None or self._last[0] != message.seq:
@@ -65,6 +72,8 @@ class Feed:
             snapshot = feed_pb2.FeedSnapshot(
                 issuer=message.issuer, keys=message.keys, frames=map(_frame, message.frames), more=message.more
             )
+            for resource, binding in message.bindings:
+                snapshot.audiences.add(resource=resource, binding=sorted(binding))
             return feed_pb2.FeedMessage(seq=message.seq, store=self._feed.store_id, snapshot=snapshot)
         assert isinstance(message, Heartbeat)
         heartbeat = feed_pb2.FeedHeartbeat()

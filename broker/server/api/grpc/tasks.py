@@ -17,16 +17,27 @@ from broker.server.api.grpc.task_formats import read_assertion, written_assertio
 from broker.server.store.ports import Reader, Store
 from broker.server.store.rows import TaskFilter
 from broker.server.tasks.assertions import Assertions
+from broker.server.tasks.changes import Changes
 from broker.server.tasks.decision import task_unknown
+from broker.server.tasks.deliveries import Delivery
 from broker.server.tasks.exchange import Exchange
 from broker.server.tasks.feed import Feed
+from broker.server.tasks.kept import Changed
 from broker.server.tasks.lifecycle import Lifecycle
 from broker.server.tasks.refusals import Refusals
-from broker.server.tasks.requests import Actor, Door, IssueRequest, StartRequest
+from broker.server.tasks.requests import (
+    Actor,
+    ChangeRequest,
+    ChildRequest,
+    Door,
+    IssueRequest,
+    Operation,
+    StartRequest,
+)
 from broker.server.tasks.supervisor import Lease, Supervisor
 from broker.spiffe import SpiffeId
 from broker.spiffe.jose import MAX_DATE
-from broker.tasks import Authority, Resource, State, Supervision, Task, effective_state
+from broker.tasks import Authority, Resource, State, Supervision, Task, act_chain, effective_state, lineage_state
 from broker.tasks.texts import ID, SERIAL_NUMBER, THUMBPRINT
 
 BINDING: Final = ServiceBinding.of(tasks_pb2.DESCRIPTOR, "Tasks")
@@ -46,6 +57,7 @@ class Tasks:
         exchange: Exchange,
         assertions: Assertions,
         lifecycle: Lifecycle,
+        changes: Changes,
         feed: Feed,
         refusals: Refusals,
         supervisor: Supervisor,
@@ -55,6 +67,7 @@ class Tasks:
         self._exchange = exchange
         self._assertions = assertions
         self._lifecycle = lifecycle
+        self._changes = changes
         self._feed = feed
         self._refusals = refusals
         self._supervisor = supervisor
@@ -96,6 +109,8 @@ class Tasks:
                     scope=request.scope,
                     authority=Authority.parse(details) if details else None,
                     idempotency_key=request.idempotency_key,
+                    jkt=request.jkt,
+                    bearer=request.bearer,
                 )
                 if other is None
                 else None
@@ -106,7 +121,7 @@ class Tasks:
         issued = await self._exchange.issue(actor, issue)
         return tasks_pb2.IssuedToken(
             access_token=issued.access_token,
-            token_type="Bearer",  # noqa: S106 - the type's name
+            token_type=issued.token_type,
             expires_at=_seconds(issued.expires_at),
             scope=issued.scope,
             authorization_details=issued.authority.text(),
@@ -117,12 +132,14 @@ class Tasks:
         self, request: tasks_pb2.CompleteTaskRequest, context: Context, caller: Caller
     ) -> tasks_pb2.Task:
         """End a task of that very workload."""
-        over = await self._lifecycle.complete(
-            _vouched(request.workload, caller),
-            _task_id(request.task_id),
-            expected_version=_version(request.expected_version),
-            idempotency_key=request.idempotency_key,
-        )
+        actor = _vouched(request.workload, caller)
+        async with self._refusals.recorded(Event.TASK_REFUSED, actor, request.task_id):
+            over = await self._lifecycle.complete(
+                actor,
+                _task_id(request.task_id),
+                expected_version=_version(request.expected_version),
+                idempotency_key=request.idempotency_key,
+            )
         return self._written(over.task, 0, over.frame_seq)
 
     async def RenewLease(  # noqa: N802 - the RPC's name
@@ -149,6 +166,33 @@ class Tasks:
             lease = await keep(actor, _task_id(task_id))
         return tasks_pb2.Lease(task_id=task_id, ttl=lease.ttl, left=lease.left)
 
+    async def StartChildTask(  # noqa: N802 - the RPC's name
+        self, request: tasks_pb2.StartChildTaskRequest, context: Context, caller: Caller
+    ) -> tasks_pb2.Task:
+        """Start a task below one of that very workload's, for another workload."""
+        actor = _vouched(request.workload, caller)
+        async with self._refusals.recorded(Event.TASK_REFUSED, actor, request.parent):
+            asked = ChildRequest(
+                parent=_task_id(request.parent),
+                agent=SpiffeId(request.agent),
+                purpose=request.purpose,
+                authority=Authority.parse(request.authorization_details),
+                ttl=request.ttl,
+                supervision=_supervision(request.supervision),
+                limits=request.limits,
+                idempotency_key=request.idempotency_key,
+            )
+        return self._written(await self._changes.start_child(actor, asked), 0)
+
+    async def ChangeOwnTask(  # noqa: N802 - the RPC's name
+        self, request: tasks_pb2.ChangeOwnTaskRequest, context: Context, caller: Caller
+    ) -> tasks_pb2.ChangedTask:
+        """Change a task of that very workload, or one below it."""
+        actor = _vouched(request.workload, caller)
+        async with self._refusals.recorded(Event.TASK_REFUSED, actor, request.task_id):
+            asked = _change(request)
+        return self._changed(await self._changes.change(actor, asked))
+
     # ---- for operators
 
     async def GetTask(  # noqa: N802 - the RPC's name
@@ -157,13 +201,19 @@ class Tasks:
         """Give one task."""
         task_id = _task_id(request.id)
 
-        def query(reader: Reader) -> tuple[Task | None, int]:
-            return reader.task(task_id), reader.tokens_issued(task_id)
+        def query(reader: Reader) -> tuple[tuple[Task, ...], tuple[int, int, int]]:
+            counts = reader.tokens_issued(task_id), reader.children_of(task_id), reader.resumes_of(task_id)
+            return reader.lineage(task_id), counts
 
-        task, tokens = await self._store.read(query)
-        if task is None:
+        lineage, (tokens, children, resumes) = await self._store.read(query)
+        if not lineage:
             raise task_unknown()
-        return self._written(task, tokens)
+        task, ancestors = lineage[-1], lineage[-2::-1]
+        written = self._written(task, tokens)
+        written.state = lineage_state(task, ancestors, self._clock.now()).value
+        written.act.extend(map(str, act_chain(task, ancestors)))
+        written.children, written.resumes = children, resumes
+        return written
 
     async def ListTasks(  # noqa: N802 - the RPC's name
         self, request: tasks_pb2.ListTasksRequest, context: Context, caller: Caller
@@ -187,16 +237,32 @@ class Tasks:
         self, request: tasks_pb2.RevokeTaskRequest, context: Context, caller: Caller
     ) -> tasks_pb2.Task:
         """End a task because an operator says so."""
-        over = await self._lifecycle.revoke(
+        asked = ChangeRequest(
             _task_id(request.task_id),
-            by=f"operator:{name_of(caller)}",
+            Operation.REVOKE,
             expected_version=_version(request.expected_version),
+            idempotency_key=request.idempotency_key,
             reason=request.reason,
         )
+        over = await self._changes.change_as_operator(f"operator:{name_of(caller)}", asked)
         return self._written(over.task, 0, over.frame_seq)
+
+    async def ChangeTask(  # noqa: N802 - the RPC's name
+        self, request: tasks_pb2.ChangeTaskRequest, context: Context, caller: Caller
+    ) -> tasks_pb2.ChangedTask:
+        """Suspend, resume, end or hand off a task because an operator says so."""
+        asked = _change(request, request.reason)
+        return self._changed(await self._changes.change_as_operator(f"operator:{name_of(caller)}", asked))
+
+    def _changed(self, changed: Changed) -> tasks_pb2.ChangedTask:
+        answer = tasks_pb2.ChangedTask(task=self._written(changed.task, 0, changed.frame_seq))
+        if changed.successor is not None:
+            answer.successor.CopyFrom(self._written(changed.successor, 0))
+        return answer
 
     def _written(self, task: Task, tokens: int, frame_seq: int = 0) -> tasks_pb2.Task:
         lease = self._supervisor.lease_of(task)
+        seq = frame_seq or (0 if task.state is State.ACTIVE else self._feed.frame_of(task.id))
         return tasks_pb2.Task(
             id=task.id,
             root=task.root,
@@ -214,7 +280,9 @@ class Tasks:
             expires_at=_seconds(task.expires_at),
             ended_at=0 if task.ended_at is None else _seconds(task.ended_at),
             tokens_issued=tokens,
-            ended_seq=frame_seq or self._feed.frame_of(task.id),
+            ended_seq=seq,
+            supersedes=task.supersedes or "",
+            revocation=_revocation(self._feed.delivery(seq)) if seq else None,
             lease_ttl=0.0 if lease is None else lease.ttl,
             lease_left=0.0 if lease is None else lease.left,
         )
@@ -244,6 +312,30 @@ def _vouched(workload: sessions_pb2.WorkloadSession, caller: Caller) -> Actor:
     )
 
 
+def _change(request: tasks_pb2.ChangeOwnTaskRequest | tasks_pb2.ChangeTaskRequest, reason: str = "") -> ChangeRequest:
+    try:
+        operation = Operation(request.operation)
+    except ValueError:
+        raise Invalid("there is no such operation on a task", code="invalid_operation") from None
+    return ChangeRequest(
+        _task_id(request.task_id),
+        operation,
+        to=SpiffeId(request.to) if request.to else None,
+        expected_version=_version(request.expected_version),
+        idempotency_key=request.idempotency_key,
+        reason=reason,
+    )
+
+
+def _revocation(delivery: Delivery) -> tasks_pb2.Revocation:
+    return tasks_pb2.Revocation(
+        state=delivery.outcome.value,
+        expected=delivery.expected,
+        acked=delivery.acked,
+        max_ms=round(delivery.max_seconds * 1000, 3),
+    )
+
+
 def _filter(request: tasks_pb2.ListTasksRequest) -> TaskFilter:
     state: State | None = None
     if request.state not in ("", "live"):
@@ -256,6 +348,8 @@ def _filter(request: tasks_pb2.ListTasksRequest) -> TaskFilter:
         state=state,
         user=request.user or None,
         agent=SpiffeId(request.agent) if request.agent else None,
+        root=request.root or None,
+        parent=request.parent or None,
     )
 
 

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from broker.server.api.http import delegations, errors, lease, signals, tasks
+from broker.server.api.http import delegations, errors, lease, signals, task_life, tasks
 from broker.server.api.http.discovery import Discovery
 from broker.server.api.http.introspect import introspect
 from broker.server.api.http.keys import keys
@@ -57,6 +57,13 @@ def _task_routes(services: HttpServices) -> Sequence[Route]:
         Route(f"{below}/revoke", errors.oauth(bound(revoke)), methods=["POST"]),
         Route(f"{below}/keys", errors.plain(bound(keys)), methods=["GET"]),
         Route(METADATA + below, errors.plain(bound(metadata)), methods=["GET"]),
+        Route(f"{below}/tasks", errors.plain(bound(task_life.list_own)), methods=["GET"]),
+        Route(f"{below}/tasks", errors.plain(bound(task_life.start)), methods=["POST"]),
+        Route(f"{below}/tasks/{{task_id}}/children", errors.plain(bound(task_life.start_child)), methods=["POST"]),
+        Route(f"{below}/tasks/{{task_id}}/suspend", errors.plain(bound(task_life.suspend)), methods=["POST"]),
+        Route(f"{below}/tasks/{{task_id}}/resume", errors.plain(bound(task_life.resume)), methods=["POST"]),
+        Route(f"{below}/tasks/{{task_id}}/revoke", errors.plain(bound(task_life.revoke)), methods=["POST"]),
+        Route(f"{below}/tasks/{{task_id}}/handoff", errors.plain(bound(task_life.hand_off)), methods=["POST"]),
         Route(f"{below}/tasks/{{task_id}}", errors.plain(bound(tasks.show)), methods=["GET"]),
         Route(f"{below}/tasks/{{task_id}}/complete", errors.plain(bound(tasks.complete)), methods=["POST"]),
         Route(f"{below}/delegations", errors.plain(bound(delegations.create)), methods=["POST"]),

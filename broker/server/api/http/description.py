@@ -53,7 +53,7 @@ class Answer:
 class Operation:
     """One endpoint: ``id`` is stable; ``form`` are the parameters of its body, ``headers`` those that it looks at.
 
-    ``body`` is the schema of a JSON body by media type, for an endpoint that takes no form.
+    ``body`` is the schema of a JSON body by media type, for an endpoint that takes no form, or both.
     """
 
     id: str
@@ -65,6 +65,8 @@ class Operation:
     body: Mapping[str, Schema] = field(default_factory=lambda: _NONE)
     public: bool = False
     form_optional: bool = False
+    query: tuple[Parameter, ...] = ()
+    """Parameters in the address, none of them required."""
 
 
 _OPERATIONS: Final[dict[Callable[..., Any], Operation]] = {}

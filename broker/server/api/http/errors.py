@@ -22,6 +22,7 @@ from broker.errors import (
     Refused,
     Unavailable,
 )
+from broker.tasks import NonceWanted
 from broker.telemetry.log import get_logger
 from broker.transport.grpc_status import new_reference, place_of
 
@@ -30,6 +31,8 @@ _Answer: TypeAlias = tuple[int, str]
 
 NO_STORE: Final[Mapping[str, str]] = {"cache-control": "no-store", "pragma": "no-cache"}
 """On everything that is about one token or one task (RFC 6749 §5.1)."""
+DPOP_NONCE: Final = "dpop-nonce"
+"""The nonce for the next proof (RFC 9449 §8)."""
 RETRY_SECONDS: Final = "1"
 
 # RFC 6749 §5.2 allows these characters in a description.
@@ -41,6 +44,16 @@ _OAUTH_CODES: Final[Mapping[str, _Answer]] = {
     "invalid_target": (400, "invalid_target"),
     "invalid_scope": (400, "invalid_scope"),
     "invalid_authorization_details": (400, "invalid_authorization_details"),
+    "dpop_not_accepted": (400, "invalid_target"),
+    "dpop_required": (400, "invalid_target"),
+    "bearer_not_allowed": (400, "invalid_target"),
+    "dpop_missing": (401, "invalid_client"),
+    "assertion_replayed": (401, "invalid_client"),
+    "invalid_wit": (401, "invalid_client"),
+    "invalid_wpt": (401, "invalid_client"),
+    "invalid_dpop_proof": (400, "invalid_dpop_proof"),
+    "proof_replayed": (400, "invalid_dpop_proof"),
+    "use_dpop_nonce": (400, "use_dpop_nonce"),
     "tasks_not_allowed": (400, "unauthorized_client"),
     # RFC 8693 §2.2.2: a subject token that is unacceptable is a matter of the request, not of a grant.
     "subject_mismatch": (400, "invalid_request"),
@@ -129,6 +142,8 @@ def _shown(error: BrokerError, status: int, code: str) -> Response:
     if error.hint:
         body["hint"] = error.hint
     headers = dict(NO_STORE)
+    if isinstance(error, NonceWanted):
+        headers[DPOP_NONCE] = error.nonce
     if status == 503:
         headers["retry-after"] = RETRY_SECONDS
     return JSONResponse(body, status_code=status, headers=headers)

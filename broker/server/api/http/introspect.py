@@ -16,6 +16,7 @@ from broker.server.api.http.errors import NO_STORE
 from broker.server.api.http.form import read_form
 from broker.server.api.http.peers import CLIENT_AUTHENTICATION, check_client, svid_of
 from broker.server.api.http.services import HttpServices
+from broker.server.tasks.bindings import token_type
 from broker.spiffe import SpiffeId, jose
 from broker.spiffe.strictjson import JsonValue
 from broker.tasks.verify import ALGORITHM
@@ -52,7 +53,7 @@ async def introspect(request: Request, services: HttpServices) -> Response:
     body: dict[str, JsonValue] = {"active": False}
     if live is not None:
         # The claims have the members' own names, act among them (RFC 8693 §4.1, RFC 9396 §9.2).
-        body = {"active": True, "token_type": "Bearer", **live.claims.to_payload()}
+        body = {"active": True, "token_type": token_type(live.claims.cnf), **live.claims.to_payload()}
     if _wants_signed(request):
         return Response(_signed(body, caller.id, services), media_type=SIGNED, headers=NO_STORE)
     return JSONResponse(body, headers=NO_STORE)

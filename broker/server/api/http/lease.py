@@ -12,7 +12,7 @@ from broker.server.api.http.errors import NO_STORE
 from broker.server.api.http.form import read_form
 from broker.server.api.http.peers import actor_of
 from broker.server.api.http.services import HttpServices
-from broker.server.api.http.tasks import own_task_id
+from broker.server.api.http.tasks import task_id_of
 
 _LEASE: Final[Mapping[str, object]] = {
     "type": "object",
@@ -34,7 +34,7 @@ _LEASE: Final[Mapping[str, object]] = {
 )
 async def renew(request: Request, services: HttpServices) -> Response:
     """Take a heartbeat in and say how long the task lives without another: durations, so that no wall clock matters."""
-    actor, task_id = actor_of(request, services), own_task_id(request)
+    actor, task_id = actor_of(request, services), task_id_of(request)
     await read_form(request, allowed=frozenset(), body_optional=True)
     async with services.refusals.recorded(Event.TASK_REFUSED, actor, task_id):
         lease = await services.supervisor.renew(actor, task_id)

@@ -111,12 +111,13 @@ def _operation(operation: Operation, places: Iterable[str]) -> dict[str, Any]:
     parameters += [
         {
             "name": one.name,
-            "in": "header",
+            "in": place,
             "required": one.required,
             "description": one.text,
             "schema": dict(one.schema),
         }
-        for one in operation.headers
+        for place, listed in (("header", operation.headers), ("query", operation.query))
+        for one in listed
     ]
     if parameters:
         written["parameters"] = parameters

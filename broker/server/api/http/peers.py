@@ -1,6 +1,6 @@
 """Who is on the other end of this request: the X.509-SVID of the TLS connection, and nothing that the request says.
 
-No header is looked at: a certificate that a proxy would forward is not evidence here.
+No header is looked at, except where the connection's own SVID is a pinned proxy's: it speaks of the client behind it.
 """
 
 from typing import Final
@@ -8,7 +8,9 @@ from typing import Final
 from starlette.requests import Request
 
 from broker.errors import Invalid, Refused
+from broker.server.api.http.clients import require_known
 from broker.server.api.http.form import Form
+from broker.server.api.http.forwarded import forwarded_svid
 from broker.server.api.http.services import HttpServices
 from broker.server.tasks.requests import Actor, Door, check_key
 from broker.spiffe import SpiffeId, X509Svid
@@ -20,14 +22,28 @@ CLIENT_AUTHENTICATION: Final = ("spiffe_x509", "tls_client_auth")
 """The draft's name for an X.509-SVID over mutual TLS, and the registered one for mutual TLS (RFC 8705 §2.1)."""
 
 
-def svid_of(request: Request, services: HttpServices) -> X509Svid:
-    """Give the verified SVID of the connection, one of our own trust domain (RFC 8705 §2).
+def presented(request: Request, services: HttpServices) -> X509Svid | None:
+    """Give the verified SVID of the connection, or of the client behind a pinned proxy; None where there is none.
 
-    Raises Refused(code="invalid_client") without one, and for one of another trust domain: it is who it says it is, and has
-    no business here.
+    Raises Invalid, InvalidSvid for what a proxy forwards.
     """
     peer = request.scope.get("extensions", {}).get(PEER_EXTENSION)
     if not isinstance(peer, SvidPeer):
+        return None
+    # NOTE(security): what a proxy forwards is judged like a handshake of our own; from anybody else it is not read.
+    if peer.svid.id in services.clients.proxies:
+        return forwarded_svid(request, services.bundles(), services.clock.now())
+    return peer.svid
+
+
+def svid_of(request: Request, services: HttpServices) -> X509Svid:
+    """Give the verified SVID of the connection (RFC 8705 §2), one of our own trust domain or of a foreign workload that is named.
+
+    Raises Refused(code="invalid_client") without one, and for another of another trust domain: it is who it says it is, and
+    has no business here.
+    """
+    svid = presented(request, services)
+    if svid is None:
         raise Refused(
             "the connection has no client certificate",
             code="invalid_client",
@@ -36,9 +52,8 @@ def svid_of(request: Request, services: HttpServices) -> X509Svid:
     if "authorization" in request.headers:
         # RFC 6749 §2.3: one way to authenticate in one request.
         raise Invalid("the client authenticates by its certificate, and by nothing else", code="two_authentications")
-    if peer.svid.id.trust_domain != services.trust_domain:
-        raise Refused("the caller is of another trust domain", code="invalid_client")
-    return peer.svid
+    require_known(svid.id, services.clients)
+    return svid
 
 
 def actor_of(request: Request, services: HttpServices) -> Actor:

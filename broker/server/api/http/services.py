@@ -4,8 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from broker.clock import Clock
+from broker.server.api.http.clients import Clients
 from broker.server.store.ports import Store
 from broker.server.tasks.assertions import Assertions
+from broker.server.tasks.changes import Changes
 from broker.server.tasks.config import Audiences
 from broker.server.tasks.delegations import Delegations
 from broker.server.tasks.detail_types import DetailTypes
@@ -21,7 +23,7 @@ from broker.spiffe import BundleSet, TrustDomain
 
 @dataclass(frozen=True, slots=True)
 class HttpServices:
-    """The use cases and facts behind the endpoints. ``bundles`` gives those under which JWT-SVIDs are judged."""
+    """The use cases and facts behind the endpoints. ``bundles`` gives those under which SVIDs are judged, each by its own."""
 
     issuer: str
     trust_domain: TrustDomain
@@ -30,6 +32,7 @@ class HttpServices:
     exchange: Exchange
     assertions: Assertions
     lifecycle: Lifecycle
+    changes: Changes
     tokens: TaskTokens
     feed: Feed
     keys: TaskKeys
@@ -40,5 +43,6 @@ class HttpServices:
     logout_tokens: LogoutTokens
     events: SecurityEvents
     signals: Signals
+    clients: Clients
     audiences: Audiences = field(default_factory=Audiences)
     detail_types: DetailTypes = field(default_factory=DetailTypes)

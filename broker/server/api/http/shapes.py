@@ -41,6 +41,7 @@ TASK: Final = ref("Task")
 DELEGATION: Final = ref("Delegation")
 DELEGATIONS: Final = ref("Delegations")
 NEW_DELEGATION: Final = ref("NewDelegation")
+TASKS: Final = _object({"tasks": {"type": "array", "items": TASK}}, {"next_page_token": _TEXT})
 DOCUMENT: Final = {"type": "object", "required": ["openapi", "info", "paths"], "additionalProperties": True}
 
 COMPONENTS: Final[Mapping[str, Any]] = {
@@ -167,6 +168,8 @@ COMPONENTS: Final[Mapping[str, Any]] = {
             "ended_at": {"oneOf": [_TIME, {"type": "null"}]},
         },
         {
+            "supersedes": {"type": "string", "description": "the task that was handed off to this one"},
+            "successor": ref("Task"),
             "revocation": _object(
                 {
                     "state": _TEXT,
@@ -175,7 +178,7 @@ COMPONENTS: Final[Mapping[str, Any]] = {
                     "acked": _COUNT,
                     "max_ms": {"type": "number", "minimum": 0},
                 }
-            )
+            ),
         },
     ),
     "NewDelegation": _object(

@@ -1,8 +1,9 @@
-"""``POST /token``: the exchange over HTTPS (RFC 8693), by the X.509-SVID of the connection (RFC 8705 §2).
+"""``POST /token``: the exchange over HTTPS (RFC 8693), by the X.509-SVID of the connection (RFC 8705 §2) or with a proof.
 
 Reads the form into a request and writes the answer; what is granted is the exchange's. Two parameters are ours: ``task``
-asks for another token of a running task, ``purpose`` says what a new one is for. A token of another format than the task
-token is asked for by ``requested_token_type`` and read in ``token_formats``.
+asks for another token of a running task, ``purpose`` says what a new one is for, and ``token_binding=bearer`` asks for a token
+that is bound to nobody. A token of another format than the task token is asked for by ``requested_token_type`` and read in
+``token_formats``.
 """
 
 from collections.abc import Mapping
@@ -13,12 +14,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from broker.audit.events import Event
-from broker.errors import Invalid, InvalidSvid
+from broker.errors import BrokerError, Invalid, InvalidSvid
 from broker.server.api.http import shapes
+from broker.server.api.http.clients import JWT_SPIFFE, PARAMETERS, Endpoint, authenticate, dpop_proof, refuse_second
 from broker.server.api.http.description import Answer, Operation, Parameter, Schema, Vocabulary, described
-from broker.server.api.http.errors import NO_STORE
+from broker.server.api.http.errors import DPOP_NONCE, NO_STORE
 from broker.server.api.http.form import Form, read_form
-from broker.server.api.http.peers import CLIENT_AUTHENTICATION, actor_of, check_client, idempotency_key
+from broker.server.api.http.peers import CLIENT_AUTHENTICATION, actor_of, check_client, idempotency_key, presented
 from broker.server.api.http.services import HttpServices
 from broker.server.api.http.token_formats import (
     ACCESS_TOKEN,
@@ -35,10 +37,11 @@ from broker.server.api.http.token_formats import (
 )
 from broker.server.tasks.config import MAX_TOKEN_TTL
 from broker.server.tasks.requests import Actor, IssuedToken, IssueRequest, StartRequest, check_scope
-from broker.server.tasks.subjects import SubjectKind
-from broker.spiffe import verify_jwt_svid
+from broker.server.tasks.subjects import SUBJECT_HEADERS, SubjectKind
+from broker.spiffe import jose, verify_jwt_svid
 from broker.spiffe.strictjson import JsonValue
-from broker.tasks import Authority, Resource
+from broker.tasks import Authority, Resource, ShownProof
+from broker.tasks.dpop import ALGORITHM as PROOF_ALGORITHM
 from broker.tasks.verify import ALGORITHM
 
 _ALLOWED: Final = frozenset(
@@ -56,9 +59,11 @@ _ALLOWED: Final = frozenset(
         "client_id",
         "task",
         "purpose",
+        "token_binding",
         "request_context",
         "request_details",
     }
+    | PARAMETERS
 )
 _OF_TASK_TOKENS: Final = _ALLOWED - {"request_context", "request_details"}
 _REPEATABLE: Final = frozenset({"resource", "audience"})
@@ -96,6 +101,9 @@ _OPERATION: Final = Operation(
         Parameter("client_id", "the SPIFFE ID of the connection; not needed"),
         Parameter("task", "another token of this running task"),
         Parameter("purpose", "what a new task is for, in a sentence"),
+        Parameter("token_binding", "ask for a token that is bound to nobody", {"const": "bearer"}),
+        Parameter("client_assertion", "a JWT-SVID for this issuer alone, with a DPoP proof, instead of a certificate"),
+        Parameter("client_assertion_type", "with client_assertion", {"const": JWT_SPIFFE}),
         Parameter("request_context", "rctx of a transaction token, as JSON", _DETAILS),
         Parameter("request_details", "tctx of a transaction token, as JSON", _DETAILS),
     ),
@@ -107,25 +115,56 @@ _OPERATION: Final = Operation(
 @described(_OPERATION)
 async def token(request: Request, services: HttpServices) -> Response:
     """Exchange a user's token for a task token."""
-    actor = actor_of(request, services)
+    actor, form, proof = await _client(request, services)
     async with services.refusals.recorded(Event.TOKEN_REFUSED, actor, ""):
-        form = await read_form(request, allowed=_ALLOWED, repeatable=_REPEATABLE)
         _check_grant_type(form)
         check_client(form, actor.spiffe_id)
         key = idempotency_key(request)
         other = read_assertion(form, key, services.assertions.remotes)
-        asked = _read(form, actor, key, services) if other is None else None
+        asked = _read(form, actor, key, services, "" if proof is None else proof.jkt) if other is None else None
     if other is not None:
-        return assertion_answer(await services.assertions.issue(actor, other))
+        return await _with_nonce(assertion_answer(await services.assertions.issue(actor, other)), proof, services)
     assert asked is not None
     if asked.start is None:
         issued = await services.exchange.issue(actor, asked.issue)
     else:
         issued = await services.exchange.start_and_issue(actor, asked.start, asked.issue)
-    return _answer(issued, asked.issued_type)
+    return await _with_nonce(_answer(issued, asked.issued_type), proof, services)
 
 
-def _read(form: Form, actor: Actor, key: str, services: HttpServices) -> _Asked:
+async def _with_nonce(answer: Response, proof: ShownProof | None, services: HttpServices) -> Response:
+    """Give whoever came with a proof the nonce for the next one (RFC 9449 §8.2)."""
+    if proof is not None:
+        answer.headers[DPOP_NONCE] = await services.clients.proofs.nonce()
+    return answer
+
+
+async def _client(request: Request, services: HttpServices) -> tuple[Actor, Form, ShownProof | None]:
+    """Say who calls, and read its form; a proof that came with it is used up. Every refusal is recorded."""
+    async with services.refusals.recorded_stranger(Event.TOKEN_REFUSED):
+        by_certificate = presented(request, services) is not None or "authorization" in request.headers
+        actor = actor_of(request, services) if by_certificate else None
+    if actor is not None:
+        async with services.refusals.recorded(Event.TOKEN_REFUSED, actor, ""):
+            form = await read_form(request, allowed=_ALLOWED, repeatable=_REPEATABLE)
+            refuse_second(request, form)
+            proof = await dpop_proof(request, services.clients, _endpoint(services))
+            if proof is not None:
+                await services.clients.proofs.spend(proof)
+            return actor, form, proof
+    async with services.refusals.recorded_stranger(Event.TOKEN_REFUSED):
+        form = await read_form(request, allowed=_ALLOWED, repeatable=_REPEATABLE)
+        shown = await authenticate(request, form, services.clients, _endpoint(services))
+    async with services.refusals.recorded(Event.TOKEN_REFUSED, shown.actor, ""):
+        await services.clients.proofs.spend(shown.proof, shown.assertion)
+    return shown.actor, form, shown.proof
+
+
+def _endpoint(services: HttpServices) -> Endpoint:
+    return Endpoint(services.issuer, Resource(f"{services.issuer}/token"), services.bundles())
+
+
+def _read(form: Form, actor: Actor, key: str, services: HttpServices, jkt: str) -> _Asked:
     require_only(form, _OF_TASK_TOKENS)
     subject_token = form.require("subject_token")
     sent_kind = form.require("subject_token_type")
@@ -137,24 +176,36 @@ def _read(form: Form, actor: Actor, key: str, services: HttpServices) -> _Asked:
     if issued_type not in (ACCESS_TOKEN, JWT):
         raise Invalid("the requested token type is not issued here", code="requested_token_type")
     _check_actor_token(form, actor, services)
+    if form.get("actor_token") is None and _names_actor(subject_token):
+        # NOTE(security): judged by content. A token that names its actor is exchanged by that actor's own word (TX03).
+        raise Invalid(
+            "the subject token names its actor in may_act, and no actor token was sent",
+            code="actor_token_required",
+            hint="send your JWT-SVID for this issuer as actor_token",
+        )
     resource = _target(form)
     scope = form.get("scope") or ""
     check_scope(scope)
+    bearer = _wants_bearer(form)
+    jkt = "" if bearer else jkt
     details = form.get("authorization_details")
     authority = None if details is None else Authority.parse(details)
     task_id = form.get("task")
-    if task_id is not None:
+    if task_id is not None or services.exchange.is_own(subject_token):
+        # A token of ours leads to the task behind it, or to one below: never to a new chain.
         if form.get("purpose") is not None:
             raise Invalid("the purpose of a running task cannot be changed", code="purpose_fixed")
         issue = IssueRequest(
             resource,
-            task_id,
+            task_id or "",
             scope,
             authority,
             user_token=user_token,
             kind=kind,
             idempotency_key=key,
             delegation_id=delegation_id,
+            jkt=jkt,
+            bearer=bearer,
         )
         return _Asked(None, issue, issued_type)
     start = StartRequest(
@@ -165,7 +216,14 @@ def _read(form: Form, actor: Actor, key: str, services: HttpServices) -> _Asked:
         idempotency_key=key,
         delegation_id=delegation_id,
     )
-    return _Asked(start, IssueRequest(resource, scope=scope), issued_type)
+    return _Asked(start, IssueRequest(resource, scope=scope, jkt=jkt, bearer=bearer), issued_type)
+
+
+def _wants_bearer(form: Form) -> bool:
+    wanted = form.get("token_binding")
+    if wanted not in (None, "bearer"):
+        raise Invalid("the token binding is not known", code="invalid_binding", hint="bearer, or leave it out")
+    return wanted is not None
 
 
 def offered(services: HttpServices) -> Mapping[str, JsonValue]:
@@ -177,7 +235,13 @@ def offered(services: HttpServices) -> Mapping[str, JsonValue]:
     members: dict[str, JsonValue] = {
         "token_endpoint": f"{services.issuer}/token",
         "grant_types_supported": [GRANT_TYPE],
-        "token_endpoint_auth_methods_supported": list(CLIENT_AUTHENTICATION),
+        # A JWT-SVID with a DPoP proof authenticates here alone, a WIT where keys for it are configured.
+        "token_endpoint_auth_methods_supported": [
+            *CLIENT_AUTHENTICATION,
+            "spiffe_jwt",
+            *(["spiffe_wit"] if services.clients.wit_keys else []),
+        ],
+        "dpop_signing_alg_values_supported": [PROOF_ALGORITHM],
         "tls_client_certificate_bound_access_tokens": True,
         "authorization_details_types_supported": [*sorted(services.detail_types.names)],
         # Ours: what may be asked for, how tokens are signed, and how long the longest lives.
@@ -216,6 +280,14 @@ def _check_actor_token(form: Form, actor: Actor, services: HttpServices) -> None
         raise Invalid("the actor token is not the caller's own", code="actor_token")
 
 
+def _names_actor(token: str) -> bool:
+    try:
+        return "may_act" in jose.parse_compact(token, allowed_headers=SUBJECT_HEADERS).payload
+    except BrokerError:
+        # Whatever cannot be read is refused by whoever judges it.
+        return False
+
+
 def _target(form: Form) -> Resource:
     """Give the one resource that is asked for, by whatever name (RFC 8707 §2)."""
     targets = {Resource(text) for text in (*form.all("resource"), *form.all("audience"))}
@@ -246,7 +318,7 @@ def _answer(issued: IssuedToken, issued_type: str) -> Response:
     body = {
         "access_token": issued.access_token,
         "issued_token_type": issued_type,
-        "token_type": "Bearer",
+        "token_type": issued.token_type,
         "expires_in": int((issued.expires_at - issued.issued_at).total_seconds()),
         "scope": issued.scope,
         "authorization_details": issued.authority.to_json(),

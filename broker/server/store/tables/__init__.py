@@ -9,11 +9,13 @@ from broker.server.store.tables.federation import FederationReading, FederationW
 from broker.server.store.tables.frames import FrameReading, FrameWriting
 from broker.server.store.tables.housekeeping import Sweeping
 from broker.server.store.tables.idempotency import IdempotencyWriting
+from broker.server.store.tables.life import LifeReading, LifeWriting
 from broker.server.store.tables.nodes import NodeReading, NodeWriting
 from broker.server.store.tables.policies import PolicyReading, PolicyWriting
+from broker.server.store.tables.proofs import ProofReading, ProofWriting
 from broker.server.store.tables.revocations import RevocationReading, RevocationWriting
 from broker.server.store.tables.sessions import SessionReading, SessionWriting
-from broker.server.store.tables.supervision import SupervisionReading, SupervisionWriting
+from broker.server.store.tables.supervision import SupervisionReading
 from broker.server.store.tables.tasks import TaskWriting
 from broker.server.store.tables.tokens import TokenReading, TokenWriting
 from broker.server.store.tables.trail import TrailReading
@@ -34,6 +36,8 @@ class SqlReader(
     FrameReading,
     RevocationReading,
     PolicyReading,
+    LifeReading,
+    ProofReading,
 ):
     """Everything that can be read, through one connection."""
 
@@ -49,10 +53,12 @@ class SqlWriter(
     DelegationWriting,
     TaskWriting,
     TokenWriting,
-    SupervisionWriting,
+    SupervisionReading,
     IdempotencyWriting,
     RevocationWriting,
     PolicyWriting,
+    LifeWriting,
+    ProofWriting,
     Sweeping,
 ):
     """Everything that can be read and written, through the writer's connection."""

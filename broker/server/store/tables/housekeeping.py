@@ -9,6 +9,8 @@ CHANGES_KEPT: Final = 100_000
 """How far back a watcher can resume; beyond it a snapshot is cheaper than the changes."""
 KEPT_AFTER_END: Final = timedelta(days=1)
 """How long an ended task tree or a session without a valid leaf stays for questions; afterwards the audit log answers."""
+PROOFS_EACH: Final = 4
+"""Proofs that go with each row of another kind: they are short, have one index, and come with every request that has one."""
 
 _EXPIRED: Final = (
     "DELETE FROM join_tokens WHERE token_hash IN (SELECT token_hash FROM join_tokens WHERE expires_at <= ? LIMIT ?)",
@@ -21,6 +23,11 @@ USER_SESSIONS_KEPT: Final = timedelta(days=31)
 
 # Frames say in seconds, as on the wire, until when they matter.
 _FRAMES: Final = "DELETE FROM frames WHERE seq IN (SELECT seq FROM frames WHERE forget_at <= ? LIMIT ?)"
+_PROOFS: Final = (
+    "DELETE FROM spent_proofs WHERE id IN (SELECT id FROM spent_proofs WHERE expires_at <= ? LIMIT ?)",
+    "DELETE FROM proof_nonces WHERE nonce IN (SELECT nonce FROM proof_nonces WHERE expires_at <= ? LIMIT ?)",
+    "DELETE FROM client_assertions WHERE id IN (SELECT id FROM client_assertions WHERE expires_at <= ? LIMIT ?)",
+)
 _SESSIONS: Final = "DELETE FROM sessions WHERE id IN (SELECT id FROM sessions WHERE not_after <= ? LIMIT ?)"
 _STOPS: Final = (
     "DELETE FROM stops WHERE (kind, name, source) IN (SELECT kind, name, source FROM stops"
@@ -60,6 +67,7 @@ _DEAD_TREES: Final = (
 )
 _TREE: Final = (
     "DELETE FROM tokens WHERE task_id IN (SELECT id FROM tasks WHERE root = ?)",
+    "DELETE FROM task_resumes WHERE task_id IN (SELECT id FROM tasks WHERE root = ?)",
     "DELETE FROM root_epochs WHERE root = ?",
     "DELETE FROM tasks WHERE root = ?",
 )
@@ -74,6 +82,7 @@ class Sweeping(SqlTables):
         long_over = micros(now - KEPT_AFTER_END)
         gone = sum(self._sql.run(text, (over, limit)) for text in _EXPIRED)
         gone += self._sql.run(_FRAMES, (int(now.timestamp()), limit))
+        gone += sum(self._sql.run(text, (over, limit * PROOFS_EACH)) for text in _PROOFS)
         gone += self._sql.run(_SESSIONS, (long_over, limit))
         gone += self._sql.run(_ISSUED, (over, limit))
         gone += self._sql.run(_STOPS, (micros(now - STOPS_KEPT), limit))

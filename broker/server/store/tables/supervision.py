@@ -3,8 +3,6 @@
 What looks at whole tables is for the start of a server, or for what an operator does rarely.
 """
 
-# ruff: noqa: S608 - the texts are put together from constants of this module only
-
 import json
 from collections.abc import Iterable
 from datetime import datetime
@@ -43,14 +41,6 @@ _ENTRIES: Final = "SELECT id FROM entries WHERE spiffe_id = ? ORDER BY created_a
 _LIVING_TOKEN: Final = "FROM tokens WHERE expires_at > ? AND revoked_at IS NULL"  # noqa: S105 - part of a query
 _RESOURCES: Final = f"SELECT DISTINCT resource {_LIVING_TOKEN} ORDER BY resource"
 _TOKENS: Final = f"SELECT jti {_LIVING_TOKEN} AND resource = ? ORDER BY jti LIMIT ?"
-_TREE: Final = (
-    "WITH RECURSIVE tree (id) AS (SELECT id FROM tasks WHERE id = ?"
-    " UNION ALL SELECT t.id FROM tasks t JOIN tree ON t.parent = tree.id)"
-)
-_RAISE: Final = (
-    "UPDATE tasks SET epoch = ?, version = version + 1"
-    f" WHERE ended_at IS NULL AND id <> ? AND id IN ({_TREE} SELECT id FROM tree)"
-)
 
 
 class SupervisionReading(EntryReading, SessionReading, TaskReading, TokenReading):
@@ -119,11 +109,3 @@ class SupervisionReading(EntryReading, SessionReading, TaskReading, TokenReading
 
     def _sessions_by_id(self, ids: Iterable[str]) -> tuple[SessionRow, ...]:
         return tuple(session for session in map(self.session, ids) if session is not None)
-
-
-class SupervisionWriting(SupervisionReading):
-    """Writes the epochs of tasks."""
-
-    def raise_epochs(self, task_id: str, epoch: int) -> int:
-        """Give all living descendants of a task (not itself) this epoch, and a higher version; give their number."""
-        return self._sql.run(_RAISE, (epoch, task_id, task_id))

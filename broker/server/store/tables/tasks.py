@@ -36,7 +36,7 @@ MAX_PAGE: Final = 1_000
 
 _COLUMNS: Final = (
     "id, root, parent, depth, user_id, agent, session, purpose, authority, delegation, created_at, expires_at,"
-    " supervision, state, version, epoch, cause, ended_at"
+    " supervision, state, version, epoch, cause, ended_at, supersedes, history"
 )
 SELECT_TASKS: Final = f"SELECT {_COLUMNS} FROM tasks"
 """For a search of another table's: its rows are read as tasks."""
@@ -59,7 +59,7 @@ _OVERDUE: Final = (
 )
 _LIST: Final = f"SELECT {_COLUMNS} FROM tasks WHERE (created_at, id) > (?, ?)"
 _IN_ORDER: Final = " ORDER BY created_at, id LIMIT ?"
-_ADD: Final = f"INSERT INTO tasks ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_ADD: Final = f"INSERT INTO tasks ({_COLUMNS}) VALUES ({', '.join('?' * 20)})"
 _REPLACE: Final = (
     "UPDATE tasks SET session = ?, expires_at = ?, supervision = ?, state = ?, version = ?, epoch = ?, cause = ?,"
     " ended_at = ? WHERE id = ? AND version = ?"
@@ -80,6 +80,7 @@ _BUMP: Final = (
 )
 KEPT_PARSED: Final = 4_096
 """Tasks, authorities and delegations kept parsed per connection: the busy ones are read again and again."""
+NO_HISTORY: Final = "[]"
 _PAGE_TOKEN: Final = re.compile(r"(?P<created>[0-9]{1,17})\.(?P<id>.{1,255})", re.DOTALL)
 
 
@@ -175,6 +176,8 @@ class TaskReading(SqlTables):
             epoch=row[15],
             cause=None if row[16] is None else Cause(row[16]),
             ended_at=moment_or_none(row[17]),
+            supersedes=row[18],
+            history=() if row[19] == NO_HISTORY else _read_history(row[19]),
         )
 
 
@@ -247,6 +250,10 @@ def _conditions(wanted: TaskFilter) -> list[tuple[str, list[Value]]]:
         conditions.append(("user_id = ?", [wanted.user]))
     if wanted.agent is not None:
         conditions.append(("agent = ?", [str(wanted.agent)]))
+    if wanted.root is not None:
+        conditions.append(("root = ?", [wanted.root]))
+    if wanted.parent is not None:
+        conditions.append(("parent = ?", [wanted.parent]))
     return conditions
 
 
@@ -270,7 +277,15 @@ def _values(task: Task) -> tuple[Value, ...]:
         task.epoch,
         task.cause,
         micros_or_none(task.ended_at),
+        task.supersedes,
+        strictjson.canonical([str(agent) for agent in task.history]).decode() if task.history else NO_HISTORY,
     )
+
+
+def _read_history(stored: str) -> tuple[SpiffeId, ...]:
+    value = strictjson.loads(stored.encode())
+    assert isinstance(value, list)
+    return tuple(SpiffeId(str(agent)) for agent in value)
 
 
 def _read_delegation(stored: str) -> Delegation:

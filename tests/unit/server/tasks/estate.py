@@ -13,11 +13,12 @@ from broker.keys import MemoryKeys, Signer
 from broker.registry.entry import Entry
 from broker.server.identity.changes import ENTRY_KIND, GONE, entry_text
 from broker.server.identity.directory import Directory
-from broker.server.store.ports import Writer
+from broker.server.store.ports import Store, Writer
 from broker.server.store.rows import Node
-from broker.server.store.sqlite import SqliteStore
+from broker.server.store.stores import open_store
 from broker.server.tasks.admission import Starters
 from broker.server.tasks.assertions import Assertions
+from broker.server.tasks.changes import Changes
 from broker.server.tasks.config import (
     Audience,
     Audiences,
@@ -30,6 +31,7 @@ from broker.server.tasks.decision import Policy
 from broker.server.tasks.delegations import Delegations
 from broker.server.tasks.exchange import Exchange
 from broker.server.tasks.feed import Feed
+from broker.server.tasks.foreign import ForeignStarters
 from broker.server.tasks.ids import Ids
 from broker.server.tasks.lifecycle import Lifecycle
 from broker.server.tasks.outward import RemoteServer, RemoteServers, TransactionRules
@@ -62,6 +64,7 @@ NEIGHBOUR = SpiffeId("spiffe://example.org/neighbour")
 INSPECTOR = SpiffeId("spiffe://example.org/tickets")
 REPLACER = SpiffeId("spiffe://example.org/billing")
 REMOTE = "https://as.partner.example"
+FOREIGN_STARTERS = ("spiffe://partner.example/agents/*",)
 X5T, X5T_2, X5T_3 = ("A" * 41 + letter + "w" for letter in "abc")
 
 
@@ -126,7 +129,7 @@ def entry(entry_id: str = "entry-1", spiffe_id: SpiffeId = AGENT, **fields: Any)
 class Estate:
     """Everything that a test may touch."""
 
-    store: SqliteStore
+    store: Store
     clock: ManualClock
     oidc: OidcIssuer
     keys: Keys
@@ -136,12 +139,14 @@ class Estate:
     exchange: Exchange
     assertions: Assertions
     lifecycle: Lifecycle
+    changes: Changes
     sessions: Sessions
     feed: Feed
     refusals: Refusals
     tokens: TaskTokens
     audiences: Audiences
     counted: list[tuple[str, str]]
+    foreign: ForeignStarters
     ends: UserEnds
     supervisor: Supervisor
 
@@ -250,10 +255,12 @@ async def running(
     leases: Mapping[str, timedelta] | None = None,
     transmitters: Sequence[Transmitter] = (),
     supervision: SupervisionRules | None = None,
+    url: str = "",
     **subject: Any,
 ) -> AsyncIterator[Estate]:
-    """Open the store in a directory (made at first) and wire the task half as the server does."""
-    clock, keys, starters = ManualClock(), Keys(), Starters()
+    """Open the store in a directory (made at first), or another one, and wire the task half as the server does."""
+    foreign = ForeignStarters(FOREIGN_STARTERS, AGENT.trust_domain)
+    clock, keys, starters = ManualClock(), Keys(), Starters(foreign)
     trusted = {"issuer": oidc.issuer, "audiences": frozenset({"broker"}), "ca_path": oidc.ca_path} | subject
     audiences = Audiences(
         [
@@ -266,7 +273,7 @@ async def running(
             Audience(WIKI, binding=frozenset({"x5t"}), token_ttl=60),
         ]
     )
-    async with SqliteStore.open(directory / "broker.db", clock=clock) as store:
+    async with open_store(url or f"sqlite://{directory}/broker.db", clock=clock) as store:
         if not await store.read(lambda reader: reader.nodes()):
             await store.write(_furnish)
         known = Directory(clock)
@@ -290,12 +297,22 @@ async def running(
             "issuer": ISSUER,
             "count": lambda outcome, reason: counted.append((outcome, reason)),
         }
-        exchange = Exchange(**parts, standing=Standing(leases or {}))
+        standing = Standing(leases or {})
+        tokens = TaskTokens(store, keys, clock, starters, audiences, issuer=ISSUER, rules=rules, standing=standing)
+        exchange = Exchange(**parts, is_alive=tokens.is_alive, standing=standing)
+        changes = Changes(
+            store=store,
+            clock=clock,
+            vouching=known,
+            starters=starters,
+            policy=parts["policy"],
+            standing=standing,
+            ids=Ids(secrets.token_bytes),
+            refusals=refusals,
+        )
         feed = Feed(store, keys, clock, issuer=ISSUER, heartbeat=0.05)
         await feed.start()
-        standing = Standing(leases or {})
         parts_of_users = {"store": store, "clock": clock, "subjects": subjects, "refusals": refusals}
-        tokens = TaskTokens(store, keys, clock, starters, audiences, issuer=ISSUER, rules=rules, standing=standing)
         stops = Stops(store, clock)
         events = SecurityEvents(check_transmitters(transmitters, [SubjectIssuer(**trusted)]), subjects, clock)
         ends = UserEnds(
@@ -322,9 +339,9 @@ async def running(
         )
         try:
             yield Estate(
-                store, clock, oidc, keys, known, starters, subjects, exchange, assertions, Lifecycle(store, clock),
+                store, clock, oidc, keys, known, starters, subjects, exchange, assertions, Lifecycle(store, clock), changes,
                 Sessions(store, clock, known, supervisor.agent_heard), feed, refusals, tokens, audiences, counted,
-                ends, supervisor,
+                foreign, ends, supervisor,
             )  # fmt: skip
         finally:
             feed.stop()

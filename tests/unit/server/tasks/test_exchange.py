@@ -494,7 +494,7 @@ async def test_a_failure_before_the_commit_leaves_nothing(estate: Estate) -> Non
 
 
 async def test_refusals_are_recorded_at_a_bounded_rate(estate: Estate, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estate.refusals, "_allowance", 3.0)
+    monkeypatch.setattr(estate.refusals._known, "_left", 3.0)
     for _ in range(10):
         with pytest.raises(NotFound):
             await estate.exchange.issue(estate.actor(), IssueRequest(TICKETS, "tsk_unknown"))

@@ -21,7 +21,8 @@ OPERATOR = LocalPeer(0, 1)
 @pytest.fixture
 def service(estate: Estate) -> Tasks:
     return Tasks(
-        store=estate.store, clock=estate.clock, exchange=estate.exchange, assertions=estate.assertions, lifecycle=estate.lifecycle, feed=estate.feed,
+        store=estate.store, clock=estate.clock, exchange=estate.exchange, assertions=estate.assertions, lifecycle=estate.lifecycle,
+        changes=estate.changes, feed=estate.feed,
         refusals=estate.refusals,
         supervisor=estate.supervisor,
     )  # fmt: skip

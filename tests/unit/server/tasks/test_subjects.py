@@ -158,18 +158,35 @@ async def test_a_claim_that_is_not_as_it_must_be(
     assert error.reason == code
 
 
-@pytest.mark.bears("TX03", "TX04", "TX05", "AC01")
-@pytest.mark.parametrize("claim", ["act", "may_act"])
-@pytest.mark.parametrize("value", [{"sub": "spiffe://example.org/agent"}, {}, None])
-async def test_a_delegated_token_is_never_taken_for_the_users_own(
-    issuer: OidcIssuer, clock: ManualClock, subjects: Subjects, claim: str, value: Any
-) -> None:
+def delegated(issuer: OidcIssuer, clock: ManualClock, claim: str, value: Any) -> str:
     header = {"alg": "RS256", "kid": "key-1", "typ": "JWT"}
     at = int(clock.now().timestamp())
     payload = {"iss": issuer.issuer, "sub": "alice", "aud": "broker", "iat": at, "exp": at + 60, claim: value}
-    error = await refusal(subjects, issuer.raw_token(header, payload))
+    return issuer.raw_token(header, payload)
+
+
+@pytest.mark.bears("TX04", "AC01")
+@pytest.mark.parametrize("value", [{"sub": "spiffe://example.org/agent"}, {}, None])
+async def test_a_delegated_token_is_never_taken_for_the_users_own(
+    issuer: OidcIssuer, clock: ManualClock, subjects: Subjects, value: Any
+) -> None:
+    error = await refusal(subjects, delegated(issuer, clock, "act", value))
     assert type(error) is Invalid
     assert error.reason == "subject_delegated"
+
+
+@pytest.mark.bears("TX05")
+async def test_whom_the_user_named_as_the_actor_is_read(
+    issuer: OidcIssuer, clock: ManualClock, subjects: Subjects
+) -> None:
+    subject = await subjects.verify(delegated(issuer, clock, "may_act", {"sub": "spiffe://example.org/agent"}))
+    assert str(subject.may_act) == "spiffe://example.org/agent"
+    assert (await subjects.verify(issuer.token(now=clock.now().timestamp()))).may_act is None
+    for value in ({}, None, [], "spiffe://example.org/agent", {"sub": 1}, {"sub": "agent"}, {"sub": "spiffe://A/b"},
+                  {"sub": "spiffe://example.org/agent", "iss": "https://x.example"}, {"client_id": "a"}):  # fmt: skip
+        error = await refusal(subjects, delegated(issuer, clock, "may_act", value))
+        assert type(error) is Invalid
+        assert error.reason == "may_act_unknown"
 
 
 @pytest.mark.bears("JW20")

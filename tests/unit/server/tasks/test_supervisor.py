@@ -51,7 +51,7 @@ async def test_a_missed_lease_suspends_the_task_and_kills_its_tokens(estate: Est
     await pass_time(estate, 1)
     stopped = await task_of(estate, task.id)
     assert (stopped.state, stopped.cause, stopped.version) == (State.SUSPENDED, Cause.LEASE_LAPSED, 2)
-    assert await refusal(estate, verified) == "task_ended"
+    assert await refusal(estate, verified) == "task_suspended"
     with pytest.raises(Refused) as refused:
         await estate.issue(task)
     assert refused.value.reason == "task_suspended"
@@ -137,13 +137,13 @@ async def test_a_resumed_task_is_waited_for_again_and_its_old_tokens_stay_dead(e
     await pass_time(estate, LEASE + 1)
     await resume(estate, task.id)
     new = estate.verify(await estate.issue(task))
-    assert await refusal(estate, old) == "task_ended"
+    assert await refusal(estate, old) == "task_suspended"
     assert await refusal(estate, new) == ""
     await pass_time(estate, LEASE - 1)
     assert (await task_of(estate, task.id)).state is State.ACTIVE
     await pass_time(estate, 2)
     assert (await task_of(estate, task.id)).state is State.SUSPENDED
-    assert await refusal(estate, new) == "task_ended"
+    assert await refusal(estate, new) == "task_suspended"
 
 
 async def test_a_completed_task_is_not_waited_for(estate: Estate) -> None:
@@ -217,7 +217,7 @@ async def test_a_silent_node_agent_stops_the_attached_tasks_of_its_workloads(est
     await pass_time(estate, LEASE + 1)
     stopped = await task_of(estate, task.id)
     assert (stopped.state, stopped.cause) == (State.SUSPENDED, Cause.LEASE_LAPSED)
-    assert await refusal(estate, verified) == "task_ended"
+    assert await refusal(estate, verified) == "task_suspended"
     # Its return with the process alive brings nothing back.
     await estate.sessions.report(NODE, [], [], run=RUN)
     await pass_time(estate, 5)
@@ -303,7 +303,7 @@ async def test_a_task_that_its_process_let_go_of_is_suspended(estate: Estate) ->
         await estate.sessions.report(NODE, [], [], run=RUN, detached=[Detached(task.id, "ws_1")])
     stopped = await task_of(estate, task.id)
     assert (stopped.state, stopped.cause, stopped.version) == (State.SUSPENDED, Cause.LEASE_LAPSED, 2)
-    assert await refusal(estate, verified) == "task_ended"
+    assert await refusal(estate, verified) == "task_suspended"
     (record,) = await estate.records("task_suspended")
     assert record.actor == str(NODE)
 

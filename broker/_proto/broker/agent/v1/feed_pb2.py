@@ -4,8 +4,10 @@ from broker._proto.pool import load as _load
 
 DESCRIPTOR = _load(
     b'\n\x1abroker/agent/v1/feed.proto\x12\x0fbroker.agent.v1\x1a\x1bb'
-    b'roker/server/v1/feed.proto2Z\n\x04Feed\x12R\n\tSubscribe\x12'
-    b'".broker.server.v1.SubscribeRequest\x1a\x1d.broker.ser'
-    b'ver.v1.FeedMessage(\x010\x01b\x06proto3',
+    b'roker/server/v1/feed.proto2\xad\x01\n\x04Feed\x12R\n\tSubscribe'
+    b'\x12".broker.server.v1.SubscribeRequest\x1a\x1d.broker.se'
+    b'rver.v1.FeedMessage(\x010\x01\x12Q\n\x08FindLeaf\x12!.broker.ser'
+    b'ver.v1.FindLeafRequest\x1a".broker.server.v1.FindLe'
+    b'afResponseb\x06proto3',
     globals(),
 )

@@ -11,30 +11,45 @@ DESCRIPTOR = _load(
     b'ttl\x18\x05 \x01(\x03R\x03ttl\x12\x16\n\x06limits\x18\x06 \x01(\tR\x06limits\x12 \n\x0bsuperv'
     b"ision\x18\x07 \x01(\tR\x0bsupervision\x12'\n\x0fidempotency_key\x18\x08 \x01("
     b'\tR\x0eidempotencyKey\x12#\n\rdelegation_id\x182 \x01(\tR\x0cdelega'
-    b'tionId"\xf9\x02\n\x11IssueTokenRequest\x12\x1b\n\tspiffe_id\x18\x01 \x01(\tR'
+    b'tionId"\xa3\x03\n\x11IssueTokenRequest\x12\x1b\n\tspiffe_id\x18\x01 \x01(\tR'
     b'\x08spiffeId\x12\x17\n\x07task_id\x18\x02 \x01(\tR\x06taskId\x12\x1a\n\x08resource\x18\x03'
     b' \x01(\tR\x08resource\x12\x14\n\x05scope\x18\x04 \x01(\tR\x05scope\x123\n\x15authoriz'
     b"ation_details\x18\x05 \x01(\tR\x14authorizationDetails\x12'\n\x0fide"
-    b'mpotency_key\x18\x06 \x01(\tR\x0eidempotencyKey\x120\n\x14requested_'
-    b'token_type\x18F \x01(\tR\x12requestedTokenType\x12\x1a\n\x08audience'
-    b"\x18G \x01(\tR\x08audience\x12'\n\x0frequest_context\x18H \x01(\tR\x0ereque"
-    b"stContext\x12'\n\x0frequest_details\x18I \x01(\tR\x0erequestDetai"
-    b'ls"\x9f\x01\n\x13CompleteTaskRequest\x12\x1b\n\tspiffe_id\x18\x01 \x01(\tR\x08s'
-    b'piffeId\x12\x17\n\x07task_id\x18\x02 \x01(\tR\x06taskId\x12)\n\x10expected_ver'
-    b"sion\x18\x03 \x01(\x03R\x0fexpectedVersion\x12'\n\x0fidempotency_key\x18\x04"
-    b' \x01(\tR\x0eidempotencyKey"I\n\x11RenewLeaseRequest\x12\x1b\n\tspi'
-    b'ffe_id\x18\x01 \x01(\tR\x08spiffeId\x12\x17\n\x07task_id\x18\x02 \x01(\tR\x06taskId"'
-    b'Y\n\rAttachRequest\x12\x1b\n\tspiffe_id\x18\x01 \x01(\tR\x08spiffeId\x12\x17\n'
-    b'\x07task_id\x18\x02 \x01(\tR\x06taskId\x12\x12\n\x04beat\x18\x03 \x01(\x04R\x04beat"6\n\x0eAt'
-    b'tachResponse\x12\x12\n\x04beat\x18\x01 \x01(\x04R\x04beat\x12\x10\n\x03ttl\x18\x02 \x01(\x01R\x03t'
-    b'tl2\x88\x03\n\x05Tasks\x12F\n\tStartTask\x12!.broker.agent.v1.Star'
-    b'tTaskRequest\x1a\x16.broker.server.v1.Task\x12O\n\nIssueTok'
-    b'en\x12".broker.agent.v1.IssueTokenRequest\x1a\x1d.broker.'
-    b'server.v1.IssuedToken\x12L\n\x0cCompleteTask\x12$.broker.a'
-    b'gent.v1.CompleteTaskRequest\x1a\x16.broker.server.v1.T'
-    b'ask\x12I\n\nRenewLease\x12".broker.agent.v1.RenewLeaseRe'
-    b'quest\x1a\x17.broker.server.v1.Lease\x12M\n\x06Attach\x12\x1e.broke'
-    b'r.agent.v1.AttachRequest\x1a\x1f.broker.agent.v1.Attac'
-    b'hResponse(\x010\x01b\x06proto3',
+    b'mpotency_key\x18\x06 \x01(\tR\x0eidempotencyKey\x12\x10\n\x03jkt\x18( \x01(\tR'
+    b'\x03jkt\x12\x16\n\x06bearer\x18) \x01(\x08R\x06bearer\x120\n\x14requested_token_'
+    b'type\x18F \x01(\tR\x12requestedTokenType\x12\x1a\n\x08audience\x18G \x01(\t'
+    b"R\x08audience\x12'\n\x0frequest_context\x18H \x01(\tR\x0erequestCont"
+    b'ext\x12\'\n\x0frequest_details\x18I \x01(\tR\x0erequestDetails"\x9f\x01\n'
+    b'\x13CompleteTaskRequest\x12\x1b\n\tspiffe_id\x18\x01 \x01(\tR\x08spiffeI'
+    b'd\x12\x17\n\x07task_id\x18\x02 \x01(\tR\x06taskId\x12)\n\x10expected_version\x18\x03'
+    b" \x01(\x03R\x0fexpectedVersion\x12'\n\x0fidempotency_key\x18\x04 \x01(\tR\x0e"
+    b'idempotencyKey"I\n\x11RenewLeaseRequest\x12\x1b\n\tspiffe_id'
+    b'\x18\x01 \x01(\tR\x08spiffeId\x12\x17\n\x07task_id\x18\x02 \x01(\tR\x06taskId"Y\n\rAtt'
+    b'achRequest\x12\x1b\n\tspiffe_id\x18\x01 \x01(\tR\x08spiffeId\x12\x17\n\x07task_'
+    b'id\x18\x02 \x01(\tR\x06taskId\x12\x12\n\x04beat\x18\x03 \x01(\x04R\x04beat"6\n\x0eAttachRe'
+    b'sponse\x12\x12\n\x04beat\x18\x01 \x01(\x04R\x04beat\x12\x10\n\x03ttl\x18\x02 \x01(\x01R\x03ttl"\xa6\x02\n'
+    b'\x15StartChildTaskRequest\x12\x1b\n\tspiffe_id\x18\x01 \x01(\tR\x08spiff'
+    b'eId\x12\x16\n\x06parent\x18\x02 \x01(\tR\x06parent\x12\x14\n\x05agent\x18\x03 \x01(\tR\x05agen'
+    b't\x12\x18\n\x07purpose\x18\x04 \x01(\tR\x07purpose\x123\n\x15authorization_det'
+    b'ails\x18\x05 \x01(\tR\x14authorizationDetails\x12\x10\n\x03ttl\x18\x06 \x01(\x03R\x03t'
+    b"tl\x12 \n\x0bsupervision\x18\x07 \x01(\tR\x0bsupervision\x12'\n\x0fidempote"
+    b'ncy_key\x18\x08 \x01(\tR\x0eidempotencyKey\x12\x16\n\x06limits\x18\t \x01(\tR\x06l'
+    b'imits"\xcb\x01\n\x11ChangeTaskRequest\x12\x1b\n\tspiffe_id\x18\x01 \x01(\tR\x08'
+    b'spiffeId\x12\x17\n\x07task_id\x18\x02 \x01(\tR\x06taskId\x12\x1c\n\toperation\x18\x03'
+    b' \x01(\tR\toperation\x12\x0e\n\x02to\x18\x04 \x01(\tR\x02to\x12)\n\x10expected_vers'
+    b"ion\x18\x05 \x01(\x03R\x0fexpectedVersion\x12'\n\x0fidempotency_key\x18\x06 "
+    b'\x01(\tR\x0eidempotencyKey2\xab\x04\n\x05Tasks\x12F\n\tStartTask\x12!.bro'
+    b'ker.agent.v1.StartTaskRequest\x1a\x16.broker.server.v1'
+    b'.Task\x12O\n\nIssueToken\x12".broker.agent.v1.IssueToken'
+    b'Request\x1a\x1d.broker.server.v1.IssuedToken\x12L\n\x0cComple'
+    b'teTask\x12$.broker.agent.v1.CompleteTaskRequest\x1a\x16.b'
+    b'roker.server.v1.Task\x12I\n\nRenewLease\x12".broker.agen'
+    b't.v1.RenewLeaseRequest\x1a\x17.broker.server.v1.Lease\x12'
+    b'M\n\x06Attach\x12\x1e.broker.agent.v1.AttachRequest\x1a\x1f.brok'
+    b'er.agent.v1.AttachResponse(\x010\x01\x12P\n\x0eStartChildTask'
+    b'\x12&.broker.agent.v1.StartChildTaskRequest\x1a\x16.broke'
+    b'r.server.v1.Task\x12O\n\nChangeTask\x12".broker.agent.v1'
+    b'.ChangeTaskRequest\x1a\x1d.broker.server.v1.ChangedTas'
+    b'kb\x06proto3',
     globals(),
 )

@@ -29,13 +29,15 @@ class StartTaskRequest(_message.Message):
     def __init__(self, spiffe_id: _Optional[str] = ..., user_token: _Optional[str] = ..., purpose: _Optional[str] = ..., authorization_details: _Optional[str] = ..., ttl: _Optional[int] = ..., limits: _Optional[str] = ..., supervision: _Optional[str] = ..., idempotency_key: _Optional[str] = ..., delegation_id: _Optional[str] = ...) -> None: ...
 
 class IssueTokenRequest(_message.Message):
-    __slots__ = ("spiffe_id", "task_id", "resource", "scope", "authorization_details", "idempotency_key", "requested_token_type", "audience", "request_context", "request_details")
+    __slots__ = ("spiffe_id", "task_id", "resource", "scope", "authorization_details", "idempotency_key", "jkt", "bearer", "requested_token_type", "audience", "request_context", "request_details")
     SPIFFE_ID_FIELD_NUMBER: _ClassVar[int]
     TASK_ID_FIELD_NUMBER: _ClassVar[int]
     RESOURCE_FIELD_NUMBER: _ClassVar[int]
     SCOPE_FIELD_NUMBER: _ClassVar[int]
     AUTHORIZATION_DETAILS_FIELD_NUMBER: _ClassVar[int]
     IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
+    JKT_FIELD_NUMBER: _ClassVar[int]
+    BEARER_FIELD_NUMBER: _ClassVar[int]
     REQUESTED_TOKEN_TYPE_FIELD_NUMBER: _ClassVar[int]
     AUDIENCE_FIELD_NUMBER: _ClassVar[int]
     REQUEST_CONTEXT_FIELD_NUMBER: _ClassVar[int]
@@ -46,11 +48,13 @@ class IssueTokenRequest(_message.Message):
     scope: str
     authorization_details: str
     idempotency_key: str
+    jkt: str
+    bearer: bool
     requested_token_type: str
     audience: str
     request_context: str
     request_details: str
-    def __init__(self, spiffe_id: _Optional[str] = ..., task_id: _Optional[str] = ..., resource: _Optional[str] = ..., scope: _Optional[str] = ..., authorization_details: _Optional[str] = ..., idempotency_key: _Optional[str] = ..., requested_token_type: _Optional[str] = ..., audience: _Optional[str] = ..., request_context: _Optional[str] = ..., request_details: _Optional[str] = ...) -> None: ...
+    def __init__(self, spiffe_id: _Optional[str] = ..., task_id: _Optional[str] = ..., resource: _Optional[str] = ..., scope: _Optional[str] = ..., authorization_details: _Optional[str] = ..., idempotency_key: _Optional[str] = ..., jkt: _Optional[str] = ..., bearer: _Optional[bool] = ..., requested_token_type: _Optional[str] = ..., audience: _Optional[str] = ..., request_context: _Optional[str] = ..., request_details: _Optional[str] = ...) -> None: ...
 
 class CompleteTaskRequest(_message.Message):
     __slots__ = ("spiffe_id", "task_id", "expected_version", "idempotency_key")
@@ -89,3 +93,41 @@ class AttachResponse(_message.Message):
     beat: int
     ttl: float
     def __init__(self, beat: _Optional[int] = ..., ttl: _Optional[float] = ...) -> None: ...
+
+class StartChildTaskRequest(_message.Message):
+    __slots__ = ("spiffe_id", "parent", "agent", "purpose", "authorization_details", "ttl", "supervision", "idempotency_key", "limits")
+    SPIFFE_ID_FIELD_NUMBER: _ClassVar[int]
+    PARENT_FIELD_NUMBER: _ClassVar[int]
+    AGENT_FIELD_NUMBER: _ClassVar[int]
+    PURPOSE_FIELD_NUMBER: _ClassVar[int]
+    AUTHORIZATION_DETAILS_FIELD_NUMBER: _ClassVar[int]
+    TTL_FIELD_NUMBER: _ClassVar[int]
+    SUPERVISION_FIELD_NUMBER: _ClassVar[int]
+    IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
+    LIMITS_FIELD_NUMBER: _ClassVar[int]
+    spiffe_id: str
+    parent: str
+    agent: str
+    purpose: str
+    authorization_details: str
+    ttl: int
+    supervision: str
+    idempotency_key: str
+    limits: str
+    def __init__(self, spiffe_id: _Optional[str] = ..., parent: _Optional[str] = ..., agent: _Optional[str] = ..., purpose: _Optional[str] = ..., authorization_details: _Optional[str] = ..., ttl: _Optional[int] = ..., supervision: _Optional[str] = ..., idempotency_key: _Optional[str] = ..., limits: _Optional[str] = ...) -> None: ...
+
+class ChangeTaskRequest(_message.Message):
+    __slots__ = ("spiffe_id", "task_id", "operation", "to", "expected_version", "idempotency_key")
+    SPIFFE_ID_FIELD_NUMBER: _ClassVar[int]
+    TASK_ID_FIELD_NUMBER: _ClassVar[int]
+    OPERATION_FIELD_NUMBER: _ClassVar[int]
+    TO_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_VERSION_FIELD_NUMBER: _ClassVar[int]
+    IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
+    spiffe_id: str
+    task_id: str
+    operation: str
+    to: str
+    expected_version: int
+    idempotency_key: str
+    def __init__(self, spiffe_id: _Optional[str] = ..., task_id: _Optional[str] = ..., operation: _Optional[str] = ..., to: _Optional[str] = ..., expected_version: _Optional[int] = ..., idempotency_key: _Optional[str] = ...) -> None: ...

@@ -31,16 +31,26 @@ class FeedMessage(_message.Message):
     def __init__(self, seq: _Optional[int] = ..., store: _Optional[str] = ..., snapshot: _Optional[_Union[FeedSnapshot, _Mapping[str, _Anything]]] = ..., frame: _Optional[_Union[Frame, _Mapping[str, _Anything]]] = ..., heartbeat: _Optional[_Union[FeedHeartbeat, _Mapping[str, _Anything]]] = ...) -> None: ...
 
 class FeedSnapshot(_message.Message):
-    __slots__ = ("issuer", "keys", "frames", "more")
+    __slots__ = ("issuer", "keys", "frames", "more", "audiences")
     ISSUER_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
     FRAMES_FIELD_NUMBER: _ClassVar[int]
     MORE_FIELD_NUMBER: _ClassVar[int]
+    AUDIENCES_FIELD_NUMBER: _ClassVar[int]
     issuer: str
     keys: str
     frames: _containers.RepeatedCompositeFieldContainer[Frame]
     more: bool
-    def __init__(self, issuer: _Optional[str] = ..., keys: _Optional[str] = ..., frames: _Optional[_Iterable[_Union[Frame, _Mapping[str, _Anything]]]] = ..., more: _Optional[bool] = ...) -> None: ...
+    audiences: _containers.RepeatedCompositeFieldContainer[PublishedAudience]
+    def __init__(self, issuer: _Optional[str] = ..., keys: _Optional[str] = ..., frames: _Optional[_Iterable[_Union[Frame, _Mapping[str, _Anything]]]] = ..., more: _Optional[bool] = ..., audiences: _Optional[_Iterable[_Union[PublishedAudience, _Mapping[str, _Anything]]]] = ...) -> None: ...
+
+class PublishedAudience(_message.Message):
+    __slots__ = ("resource", "binding")
+    RESOURCE_FIELD_NUMBER: _ClassVar[int]
+    BINDING_FIELD_NUMBER: _ClassVar[int]
+    resource: str
+    binding: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, resource: _Optional[str] = ..., binding: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Frame(_message.Message):
     __slots__ = ("seq", "kind", "root", "task", "epoch", "state", "session", "jti", "keys", "cause", "committed_at", "forget_at", "name", "sid", "not_before")
@@ -79,3 +89,17 @@ class Frame(_message.Message):
 class FeedHeartbeat(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class FindLeafRequest(_message.Message):
+    __slots__ = ("session", "x5t")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    X5T_FIELD_NUMBER: _ClassVar[int]
+    session: str
+    x5t: str
+    def __init__(self, session: _Optional[str] = ..., x5t: _Optional[str] = ...) -> None: ...
+
+class FindLeafResponse(_message.Message):
+    __slots__ = ("held",)
+    HELD_FIELD_NUMBER: _ClassVar[int]
+    held: bool
+    def __init__(self, held: _Optional[bool] = ...) -> None: ...

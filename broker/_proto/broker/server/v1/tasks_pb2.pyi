@@ -10,7 +10,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Task(_message.Message):
-    __slots__ = ("id", "root", "parent", "depth", "user", "agent", "purpose", "authorization_details", "state", "version", "cause", "supervision", "created_at", "expires_at", "ended_at", "tokens_issued", "ended_seq", "lease_ttl", "lease_left")
+    __slots__ = ("id", "root", "parent", "depth", "user", "agent", "purpose", "authorization_details", "state", "version", "cause", "supervision", "created_at", "expires_at", "ended_at", "tokens_issued", "ended_seq", "supersedes", "act", "children", "resumes", "revocation", "lease_ttl", "lease_left")
     ID_FIELD_NUMBER: _ClassVar[int]
     ROOT_FIELD_NUMBER: _ClassVar[int]
     PARENT_FIELD_NUMBER: _ClassVar[int]
@@ -28,6 +28,11 @@ class Task(_message.Message):
     ENDED_AT_FIELD_NUMBER: _ClassVar[int]
     TOKENS_ISSUED_FIELD_NUMBER: _ClassVar[int]
     ENDED_SEQ_FIELD_NUMBER: _ClassVar[int]
+    SUPERSEDES_FIELD_NUMBER: _ClassVar[int]
+    ACT_FIELD_NUMBER: _ClassVar[int]
+    CHILDREN_FIELD_NUMBER: _ClassVar[int]
+    RESUMES_FIELD_NUMBER: _ClassVar[int]
+    REVOCATION_FIELD_NUMBER: _ClassVar[int]
     LEASE_TTL_FIELD_NUMBER: _ClassVar[int]
     LEASE_LEFT_FIELD_NUMBER: _ClassVar[int]
     id: str
@@ -47,9 +52,26 @@ class Task(_message.Message):
     ended_at: int
     tokens_issued: int
     ended_seq: int
+    supersedes: str
+    act: _containers.RepeatedScalarFieldContainer[str]
+    children: int
+    resumes: int
+    revocation: Revocation
     lease_ttl: float
     lease_left: float
-    def __init__(self, id: _Optional[str] = ..., root: _Optional[str] = ..., parent: _Optional[str] = ..., depth: _Optional[int] = ..., user: _Optional[str] = ..., agent: _Optional[str] = ..., purpose: _Optional[str] = ..., authorization_details: _Optional[str] = ..., state: _Optional[str] = ..., version: _Optional[int] = ..., cause: _Optional[str] = ..., supervision: _Optional[str] = ..., created_at: _Optional[int] = ..., expires_at: _Optional[int] = ..., ended_at: _Optional[int] = ..., tokens_issued: _Optional[int] = ..., ended_seq: _Optional[int] = ..., lease_ttl: _Optional[float] = ..., lease_left: _Optional[float] = ...) -> None: ...
+    def __init__(self, id: _Optional[str] = ..., root: _Optional[str] = ..., parent: _Optional[str] = ..., depth: _Optional[int] = ..., user: _Optional[str] = ..., agent: _Optional[str] = ..., purpose: _Optional[str] = ..., authorization_details: _Optional[str] = ..., state: _Optional[str] = ..., version: _Optional[int] = ..., cause: _Optional[str] = ..., supervision: _Optional[str] = ..., created_at: _Optional[int] = ..., expires_at: _Optional[int] = ..., ended_at: _Optional[int] = ..., tokens_issued: _Optional[int] = ..., ended_seq: _Optional[int] = ..., supersedes: _Optional[str] = ..., act: _Optional[_Iterable[str]] = ..., children: _Optional[int] = ..., resumes: _Optional[int] = ..., revocation: _Optional[_Union[Revocation, _Mapping[str, _Anything]]] = ..., lease_ttl: _Optional[float] = ..., lease_left: _Optional[float] = ...) -> None: ...
+
+class Revocation(_message.Message):
+    __slots__ = ("state", "expected", "acked", "max_ms")
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_FIELD_NUMBER: _ClassVar[int]
+    ACKED_FIELD_NUMBER: _ClassVar[int]
+    MAX_MS_FIELD_NUMBER: _ClassVar[int]
+    state: str
+    expected: int
+    acked: int
+    max_ms: float
+    def __init__(self, state: _Optional[str] = ..., expected: _Optional[int] = ..., acked: _Optional[int] = ..., max_ms: _Optional[float] = ...) -> None: ...
 
 class StartTaskRequest(_message.Message):
     __slots__ = ("workload", "user_token", "purpose", "authorization_details", "ttl", "limits", "supervision", "idempotency_key", "delegation_id")
@@ -74,13 +96,15 @@ class StartTaskRequest(_message.Message):
     def __init__(self, workload: _Optional[_Union[_sessions_pb2.WorkloadSession, _Mapping[str, _Anything]]] = ..., user_token: _Optional[str] = ..., purpose: _Optional[str] = ..., authorization_details: _Optional[str] = ..., ttl: _Optional[int] = ..., limits: _Optional[str] = ..., supervision: _Optional[str] = ..., idempotency_key: _Optional[str] = ..., delegation_id: _Optional[str] = ...) -> None: ...
 
 class IssueTokenRequest(_message.Message):
-    __slots__ = ("workload", "task_id", "resource", "scope", "authorization_details", "idempotency_key", "requested_token_type", "audience", "request_context", "request_details")
+    __slots__ = ("workload", "task_id", "resource", "scope", "authorization_details", "idempotency_key", "jkt", "bearer", "requested_token_type", "audience", "request_context", "request_details")
     WORKLOAD_FIELD_NUMBER: _ClassVar[int]
     TASK_ID_FIELD_NUMBER: _ClassVar[int]
     RESOURCE_FIELD_NUMBER: _ClassVar[int]
     SCOPE_FIELD_NUMBER: _ClassVar[int]
     AUTHORIZATION_DETAILS_FIELD_NUMBER: _ClassVar[int]
     IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
+    JKT_FIELD_NUMBER: _ClassVar[int]
+    BEARER_FIELD_NUMBER: _ClassVar[int]
     REQUESTED_TOKEN_TYPE_FIELD_NUMBER: _ClassVar[int]
     AUDIENCE_FIELD_NUMBER: _ClassVar[int]
     REQUEST_CONTEXT_FIELD_NUMBER: _ClassVar[int]
@@ -91,11 +115,13 @@ class IssueTokenRequest(_message.Message):
     scope: str
     authorization_details: str
     idempotency_key: str
+    jkt: str
+    bearer: bool
     requested_token_type: str
     audience: str
     request_context: str
     request_details: str
-    def __init__(self, workload: _Optional[_Union[_sessions_pb2.WorkloadSession, _Mapping[str, _Anything]]] = ..., task_id: _Optional[str] = ..., resource: _Optional[str] = ..., scope: _Optional[str] = ..., authorization_details: _Optional[str] = ..., idempotency_key: _Optional[str] = ..., requested_token_type: _Optional[str] = ..., audience: _Optional[str] = ..., request_context: _Optional[str] = ..., request_details: _Optional[str] = ...) -> None: ...
+    def __init__(self, workload: _Optional[_Union[_sessions_pb2.WorkloadSession, _Mapping[str, _Anything]]] = ..., task_id: _Optional[str] = ..., resource: _Optional[str] = ..., scope: _Optional[str] = ..., authorization_details: _Optional[str] = ..., idempotency_key: _Optional[str] = ..., jkt: _Optional[str] = ..., bearer: _Optional[bool] = ..., requested_token_type: _Optional[str] = ..., audience: _Optional[str] = ..., request_context: _Optional[str] = ..., request_details: _Optional[str] = ...) -> None: ...
 
 class IssuedToken(_message.Message):
     __slots__ = ("access_token", "token_type", "expires_at", "scope", "authorization_details", "task_id", "issued_token_type")
@@ -134,18 +160,22 @@ class GetTaskRequest(_message.Message):
     def __init__(self, id: _Optional[str] = ...) -> None: ...
 
 class ListTasksRequest(_message.Message):
-    __slots__ = ("state", "user", "agent", "page_size", "page_token")
+    __slots__ = ("state", "user", "agent", "page_size", "page_token", "root", "parent")
     STATE_FIELD_NUMBER: _ClassVar[int]
     USER_FIELD_NUMBER: _ClassVar[int]
     AGENT_FIELD_NUMBER: _ClassVar[int]
     PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
     PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    ROOT_FIELD_NUMBER: _ClassVar[int]
+    PARENT_FIELD_NUMBER: _ClassVar[int]
     state: str
     user: str
     agent: str
     page_size: int
     page_token: str
-    def __init__(self, state: _Optional[str] = ..., user: _Optional[str] = ..., agent: _Optional[str] = ..., page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
+    root: str
+    parent: str
+    def __init__(self, state: _Optional[str] = ..., user: _Optional[str] = ..., agent: _Optional[str] = ..., page_size: _Optional[int] = ..., page_token: _Optional[str] = ..., root: _Optional[str] = ..., parent: _Optional[str] = ...) -> None: ...
 
 class ListTasksResponse(_message.Message):
     __slots__ = ("tasks", "next_page_token")
@@ -156,14 +186,78 @@ class ListTasksResponse(_message.Message):
     def __init__(self, tasks: _Optional[_Iterable[_Union[Task, _Mapping[str, _Anything]]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
 
 class RevokeTaskRequest(_message.Message):
-    __slots__ = ("task_id", "expected_version", "reason")
+    __slots__ = ("task_id", "expected_version", "reason", "idempotency_key")
     TASK_ID_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_VERSION_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
     task_id: str
     expected_version: int
     reason: str
-    def __init__(self, task_id: _Optional[str] = ..., expected_version: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+    idempotency_key: str
+    def __init__(self, task_id: _Optional[str] = ..., expected_version: _Optional[int] = ..., reason: _Optional[str] = ..., idempotency_key: _Optional[str] = ...) -> None: ...
+
+class StartChildTaskRequest(_message.Message):
+    __slots__ = ("workload", "parent", "agent", "purpose", "authorization_details", "ttl", "supervision", "idempotency_key", "limits")
+    WORKLOAD_FIELD_NUMBER: _ClassVar[int]
+    PARENT_FIELD_NUMBER: _ClassVar[int]
+    AGENT_FIELD_NUMBER: _ClassVar[int]
+    PURPOSE_FIELD_NUMBER: _ClassVar[int]
+    AUTHORIZATION_DETAILS_FIELD_NUMBER: _ClassVar[int]
+    TTL_FIELD_NUMBER: _ClassVar[int]
+    SUPERVISION_FIELD_NUMBER: _ClassVar[int]
+    IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
+    LIMITS_FIELD_NUMBER: _ClassVar[int]
+    workload: _sessions_pb2.WorkloadSession
+    parent: str
+    agent: str
+    purpose: str
+    authorization_details: str
+    ttl: int
+    supervision: str
+    idempotency_key: str
+    limits: str
+    def __init__(self, workload: _Optional[_Union[_sessions_pb2.WorkloadSession, _Mapping[str, _Anything]]] = ..., parent: _Optional[str] = ..., agent: _Optional[str] = ..., purpose: _Optional[str] = ..., authorization_details: _Optional[str] = ..., ttl: _Optional[int] = ..., supervision: _Optional[str] = ..., idempotency_key: _Optional[str] = ..., limits: _Optional[str] = ...) -> None: ...
+
+class ChangeOwnTaskRequest(_message.Message):
+    __slots__ = ("workload", "task_id", "operation", "to", "expected_version", "idempotency_key")
+    WORKLOAD_FIELD_NUMBER: _ClassVar[int]
+    TASK_ID_FIELD_NUMBER: _ClassVar[int]
+    OPERATION_FIELD_NUMBER: _ClassVar[int]
+    TO_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_VERSION_FIELD_NUMBER: _ClassVar[int]
+    IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
+    workload: _sessions_pb2.WorkloadSession
+    task_id: str
+    operation: str
+    to: str
+    expected_version: int
+    idempotency_key: str
+    def __init__(self, workload: _Optional[_Union[_sessions_pb2.WorkloadSession, _Mapping[str, _Anything]]] = ..., task_id: _Optional[str] = ..., operation: _Optional[str] = ..., to: _Optional[str] = ..., expected_version: _Optional[int] = ..., idempotency_key: _Optional[str] = ...) -> None: ...
+
+class ChangeTaskRequest(_message.Message):
+    __slots__ = ("task_id", "operation", "to", "expected_version", "idempotency_key", "reason")
+    TASK_ID_FIELD_NUMBER: _ClassVar[int]
+    OPERATION_FIELD_NUMBER: _ClassVar[int]
+    TO_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_VERSION_FIELD_NUMBER: _ClassVar[int]
+    IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    task_id: str
+    operation: str
+    to: str
+    expected_version: int
+    idempotency_key: str
+    reason: str
+    def __init__(self, task_id: _Optional[str] = ..., operation: _Optional[str] = ..., to: _Optional[str] = ..., expected_version: _Optional[int] = ..., idempotency_key: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class ChangedTask(_message.Message):
+    __slots__ = ("task", "successor")
+    TASK_FIELD_NUMBER: _ClassVar[int]
+    SUCCESSOR_FIELD_NUMBER: _ClassVar[int]
+    task: Task
+    successor: Task
+    def __init__(self, task: _Optional[_Union[Task, _Mapping[str, _Anything]]] = ..., successor: _Optional[_Union[Task, _Mapping[str, _Anything]]] = ...) -> None: ...
 
 class RenewLeaseRequest(_message.Message):
     __slots__ = ("workload", "task_id")

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -11,10 +12,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from broker.keys import MemoryKeys
 from broker.server.api.http.app import create_app
+from broker.server.api.http.clients import Clients
 from broker.server.api.http.direct import DirectApp
 from broker.server.api.http.openapi import document
 from broker.server.api.http.services import HttpServices
 from broker.server.api.http.token_formats import ACCESS_TOKEN, GRANT_TYPE
+from broker.server.tasks.proofs import Proofs
 from broker.spiffe import Bundle, BundleSet, SpiffeId, X509Svid, jose, verify_x509_svid
 from broker.transport.http import PEER_EXTENSION
 from broker.transport.tls import Anonymous, SvidPeer, TlsPeer
@@ -107,6 +110,7 @@ async def open_door(estate: Estate) -> AsyncIterator[HttpDoorway]:
         exchange=estate.exchange,
         assertions=estate.assertions,
         lifecycle=estate.lifecycle,
+        changes=estate.changes,
         tokens=estate.tokens,
         feed=estate.feed,
         keys=estate.keys,
@@ -118,6 +122,7 @@ async def open_door(estate: Estate) -> AsyncIterator[HttpDoorway]:
         events=estate.ends.events,
         signals=estate.ends.signals,
         audiences=estate.audiences,
+        clients=Clients(Proofs(estate.store, estate.clock, secrets.token_bytes), estate.foreign),
     )
     app = create_app(services)
     declared = Declared(document(app.routes, ISSUER))

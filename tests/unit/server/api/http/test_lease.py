@@ -44,7 +44,7 @@ async def test_a_missed_heartbeat_is_an_end_of_its_tokens_and_a_later_one_is_ref
     task = await start(door, svid)
     token = door.estate.verify(await door.estate.issue(task, door.estate.actor(x5t=svid.x5t)))
     await pass_time(door.estate, 31)
-    assert await refusal(door.estate, token) == "task_ended"
+    assert await refusal(door.estate, token) == "task_suspended"
     assert_error(await beat(door, task.id), 403, "task_suspended")
     (record,) = await door.estate.records("task_refused")
     assert (record.subject, record.fields["reason"], record.fields["door"]) == (task.id, "task_suspended", "https")

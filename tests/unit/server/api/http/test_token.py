@@ -134,9 +134,26 @@ async def test_spellings_of_one_resource(door: HttpDoorway, spelling: str) -> No
     assert payload_of(response.json()["access_token"])["aud"] == TICKETS.text
 
 
+@pytest.mark.bears("TX03", "TX05")
+async def test_an_actor_that_the_user_named_says_so_itself(door: HttpDoorway) -> None:
+    subject = door.estate.user_token(may_act={"sub": str(AGENT)})
+    body = assert_error(await door.token(subject_token=subject), 400, "invalid_request")
+    assert body["error_code"] == "actor_token_required"
+    actor = {"actor_token": door.jwt_svid(), "actor_token_type": JWT}
+    issued = await door.token(subject_token=subject, **actor)
+    assert issued.status_code == 200, issued.text
+    assert payload_of(issued.json()["access_token"])["act"] == {"sub": str(AGENT)}
+
+
 @pytest.mark.bears("TX03", "TX04", "TX05", "AC01", "AC04")
 @pytest.mark.parametrize(
-    "claims", [{"may_act": {"sub": str(AGENT)}}, {"act": {"sub": str(AGENT)}}, {"may_act": {"sub": str(NEIGHBOUR)}}]
+    "claims",
+    [
+        {"act": {"sub": str(AGENT)}},
+        {"act": {"sub": str(AGENT), "aud": TICKETS.text, "exp": 9999999999, "scope": "ticket.write"}},
+        {"may_act": {"sub": str(NEIGHBOUR)}},
+        {"may_act": {"sub": str(AGENT)}, "act": {"sub": str(AGENT)}},
+    ],
 )
 async def test_a_delegated_token_is_refused_with_and_without_an_actor(
     door: HttpDoorway, claims: dict[str, Any]
@@ -149,9 +166,15 @@ async def test_a_delegated_token_is_refused_with_and_without_an_actor(
 
 @pytest.mark.bears("TX04", "AC05", "JW07")
 async def test_our_own_token_is_no_users_word(door: HttpDoorway) -> None:
-    own = (await door.token()).json()["access_token"]
-    for kind in ("access_token", "jwt", "id_token"):
-        assert_error(await door.token(subject_token=own, subject_token_type=URN + kind), 400, "invalid_request")
+    first = (await door.token()).json()
+    own = first["access_token"]
+    assert_error(await door.token(subject_token=own, subject_token_type=URN + "id_token"), 400, "invalid_request")
+    assert_error(await door.token(subject_token=own, purpose="another one"), 400, "invalid_request")
+    for kind in ("access_token", "jwt"):
+        again = await door.token(subject_token=own, subject_token_type=URN + kind, authorization_details=None)
+        assert again.status_code == 200, again.text
+        assert again.json()["task"] == first["task"]
+        assert payload_of(again.json()["access_token"])["act"] == {"sub": str(AGENT)}
 
 
 @pytest.mark.bears("X01")
@@ -219,7 +242,7 @@ async def test_how_a_request_must_be_sent(door: HttpDoorway) -> None:
 async def test_other_methods_and_paths_are_json_too(door: HttpDoorway) -> None:
     assert_error(await door.client.get("/token"), 405, "method_not_allowed")
     assert_error(await door.client.put("/token"), 405, "method_not_allowed")
-    for path in ("/", "/token/", "/unknown", "/tasks", "/tasks/x/y", "/%2e%2e/token"):
+    for path in ("/", "/token/", "/unknown", "/tasks/", "/tasks/x/y", "/%2e%2e/token"):
         assert_error(await door.client.get(path), 404, "not_found")
 
 
