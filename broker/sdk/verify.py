@@ -121,8 +121,8 @@ class TokenVerifier:
         self._tokens: OrderedDict[bytes, _Known] = OrderedDict()
         self._peers: OrderedDict[bytes, _Peer] = OrderedDict()
         self._svids: OrderedDict[str, tuple[X509Svid, PeerEvidence, float]] = OrderedDict()
-        self._leaves = Leaves(workload.channel, clock)
-        self.proofs = ProofJudge(origin or audience.text, clock)
+        self._leaves = Leaves(workload.channel, self._clock)
+        self.proofs = ProofJudge(origin or audience.text, self._clock)
         self._accepted = Accepted()
         self._keys: Mapping[str, PublicKey] = {}
         self.feed = FeedState()

@@ -142,6 +142,11 @@ class SubjectSettings(Table):
     delegation_max_age: Duration = Field(
         default=timedelta(minutes=5), description="how long after the sign-in (auth_time) one may be made"
     )
+    jwks_url: str = Field(
+        default="",
+        description="where its keys are; empty: as its configuration document says, which may name another host of the"
+        " world, and none in a private network",
+    )
 
 
 class TransmitterSettings(Table):

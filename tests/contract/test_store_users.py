@@ -100,6 +100,20 @@ class TestSessions:
         found = await store.read(lambda r: r.user_session(ISSUER, "s-0", "alice"))
         assert found == replace(sessions[0], confirmed_at=NOW + HOUR, lease=UserLease.LAPSED)
 
+    async def test_that_it_was_seen_again_counts_from_minute_to_minute(self, store: Store) -> None:
+        seen = UserSession(ISSUER, "s-1", "alice", NOW, NOW)
+        await store.write(lambda w: w.see_user_session(seen))
+        for later, counts in ((59, False), (60, True), (61, False)):
+            again = replace(seen, seen_at=NOW + later * SECOND)
+            await store.write(lambda w, again=again: w.see_user_session(again))
+            known = await store.read(lambda r: r.user_session(ISSUER, "s-1", "alice"))
+            assert known is not None
+            assert (known == again) is counts
+        # Another word of its issuer counts at once.
+        word = replace(seen, confirmed_at=NOW + SECOND, seen_at=NOW + 62 * SECOND)
+        await store.write(lambda w: w.see_user_session(word))
+        assert await store.read(lambda r: r.user_session(ISSUER, "s-1", "alice")) == word
+
 
 class TestLivingTasks:
     async def test_they_are_found_by_what_they_hang_on(self, store: Store) -> None:

@@ -7,8 +7,8 @@ again. What is decided is in ``decision``; what the wire looks like is the doors
 """
 
 import json
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final, Protocol
@@ -59,10 +59,10 @@ _WRITER: Final = json.JSONEncoder(separators=(",", ":"))
 
 @dataclass(frozen=True, slots=True)
 class _Committed:
-    """A token that is in the store: its payload is all that is needed to sign it, now or again."""
+    """A token that is in the store: the text of its payload is all that is needed to sign it, now or again."""
 
     claims: TaskClaims
-    payload: Mapping[str, JsonValue]
+    text: str
 
 
 class TaskKeys(Protocol):
@@ -215,7 +215,7 @@ class Exchange:
         self._require_standing(writer, lineage[-1], admitted, request, now)
         decision = self._permitted(lineage[-1], grant, now)
         by = () if presented is None else (presented.claims.jti,)
-        digest = digest_of("issue", subject, request.task_id, *_token_parts(request), *by)
+        digest = request.idempotency_key and digest_of("issue", subject, request.task_id, *_token_parts(request), *by)
         answers = Answers(writer, owner=admitted.owner, key=request.idempotency_key, digest=digest, now=now)
         if (kept := answers.recall_claims()) is not None:
             return _again(kept, lineage)
@@ -302,8 +302,7 @@ class Exchange:
             not_after=grant.not_after,
             ancestors=tuple(reversed(lineage[:-1])),
         )
-        payload = claims.to_payload()
-        text = payload_text(payload)
+        text = payload_text(claims.to_payload())
         row = TokenRow(
             jti=claims.jti,
             task_id=task.id,
@@ -320,7 +319,7 @@ class Exchange:
         writer.add_token(row)
         writer.record(records.token_issued(row, claims, admitted.actor, now, decision=decision))
         answers.keep(text)
-        return _Committed(claims, payload)
+        return _Committed(claims, text)
 
     # ---- after the commit
 
@@ -329,7 +328,7 @@ class Exchange:
         signer, claims = self._keys.task_signer(), committed.claims
         header = {"alg": signer.algorithm, "kid": signer.id, "typ": TOKEN_TYPE}
         return IssuedToken(
-            access_token=jose.sign_compact(header, committed.payload, signer.sign),
+            access_token=jose.sign_text(header, committed.text, signer.sign),
             issued_at=datetime.fromtimestamp(claims.iat, UTC),
             expires_at=datetime.fromtimestamp(claims.exp, UTC),
             scope=claims.scope,
@@ -339,17 +338,16 @@ class Exchange:
             token_type=token_type(claims.cnf),
         )
 
-    @asynccontextmanager
-    async def _counted(self, actor: Actor, subject: str) -> AsyncIterator[None]:
-        try:
-            async with self._refusals.recorded(Event.TOKEN_REFUSED, actor, subject):
-                yield
-        except BrokerError as error:
-            if self._count is not None:
-                self._count("unavailable" if isinstance(error, Unavailable) else "refused", error.reason)
-            raise
-        if self._count is not None:
+    def _counted(self, actor: Actor, subject: str) -> AbstractAsyncContextManager[None]:
+        return self._refusals.recorded(Event.TOKEN_REFUSED, actor, subject, self._tell)
+
+    def _tell(self, error: BrokerError | None) -> None:
+        if self._count is None:
+            return
+        if error is None:
             self._count("issued", "")
+        else:
+            self._count("unavailable" if isinstance(error, Unavailable) else "refused", error.reason)
 
 
 def _again(kept: Mapping[str, JsonValue], lineage: tuple[Task, ...]) -> _Committed:
@@ -357,7 +355,7 @@ def _again(kept: Mapping[str, JsonValue], lineage: tuple[Task, ...]) -> _Committ
     if claims.task.epoch < lineage_epoch(lineage):
         # Suspended since: at verifiers it is dead.
         raise spent()
-    return _Committed(claims, kept)
+    return _Committed(claims, payload_text(kept))
 
 
 def _parts(request: StartRequest) -> tuple[str | int | None, ...]:

@@ -1,15 +1,17 @@
 """The keys of one OpenID issuer: fetched by a guarded client, kept, and never lost to a bad answer.
 
 Invariants: only https, no redirect, no proxy from the environment, 64 KiB and 3 s for each document; the discovery document
-must name the issuer itself; a key is bound to one algorithm when it is read; the last good keys stay when a fetch fails,
-but not for ever. What a token says is not known here.
+must name the issuer itself; where it names keys at another host, that host is one of the world's, whatever its name resolves
+to; a key is bound to one algorithm when it is read; the last good keys stay when a fetch fails, but not for ever. What a token
+says is not known here.
 """
 
 import asyncio
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
+from urllib.parse import urlsplit
 
 import httpx2
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -18,6 +20,7 @@ from broker.clock import Clock
 from broker.errors import InvalidJson, InvalidToken, Misconfigured, Unavailable
 from broker.server.tasks.config import SubjectIssuer, Transmitter, check_https
 from broker.spiffe import jose, strictjson
+from broker.spiffe.federation import is_public
 from broker.spiffe.jose import PublicKey
 from broker.spiffe.strictjson import JsonValue
 from broker.transport.dialling import dialling
@@ -157,9 +160,12 @@ class IssuerKeys:
 
     async def _document(self, url: str) -> dict[str, JsonValue]:
         body = bytearray()
+        # NOTE(security): a name that the issuer's document gives must not lead into our network. The address that was dialled
+        # counts, since a name may lead elsewhere the next time. Whoever configured a host knows where it is.
+        is_told = bool(self._address) or _host(url) == _host(self._discovery)
         async with (
             asyncio.timeout(FETCH_SECONDS),
-            dialling() as trace,
+            dialling(None if is_told else _outside) as trace,
             self._client.stream("GET", url, extensions={"trace": trace}) as response,
         ):
             if response.status_code != httpx2.codes.OK:
@@ -172,6 +178,24 @@ class IssuerKeys:
         if not isinstance(document, dict):
             raise Unavailable("the issuer's document is not a JSON object", code="issuer_document")
         return document
+
+
+def _host(url: str) -> str | None:
+    return urlsplit(url).hostname
+
+
+async def _outside(event: str, facts: Mapping[str, Any]) -> None:
+    """Refuse a connection, once it is made, that leads to this machine or into a private network."""
+    if event != "connection.connect_tcp.complete":
+        return
+    stream = facts["return_value"]
+    if not is_public(str(stream.get_extra_info("server_addr")[0])):
+        await stream.aclose()
+        raise Unavailable(
+            "the issuer's keys are said to be in a private network",
+            code="issuer_keys",
+            hint="if they are, an operator says so: jwks_url under [[server.subjects]]",
+        )
 
 
 def _pick(kept: _Kept | None, kid: str | None) -> IssuerKey | None:

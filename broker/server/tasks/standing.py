@@ -114,11 +114,12 @@ class Standing:
 
         Gives whether tasks of the session wait to be let go on: what was suspended while nothing was heard of it.
         """
-        stops = writer.stops(names_of(subject.delegation()))
+        delegation = subject.delegation()
+        stops = writer.stops(names_of(delegation))
         if stops:
-            require_going(stops, subject.delegation(), now)
+            require_going(stops, delegation, now)
         self._see(writer, subject, now)
-        known = self._require_confirmed(writer, subject.delegation(), now)
+        known = self._require_confirmed(writer, delegation, now)
         if known is None or known.lease is UserLease.HELD:
             return False
         if known.lease is UserLease.LAPSED:

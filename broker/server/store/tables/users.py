@@ -8,7 +8,7 @@ user, and judged again by whoever asked.
 
 import re
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Final
 
 from broker.errors import Invalid
@@ -60,6 +60,8 @@ _END_OF_USER: Final = (
     " WHERE ended_at IS NULL AND id IN (SELECT id FROM tasks WHERE user_id = ? AND ended_at IS NULL LIMIT ?)"
 )
 _HAS: Final = "SELECT 1 FROM tasks WHERE user_id = ? AND ended_at IS NULL LIMIT 1 OFFSET ?"
+SEEN_AGAIN: Final = timedelta(minutes=1)
+"""How long a session counts as just seen: sessions are kept for weeks, and every exchange with a user's token sees one."""
 _PLACE: Final = re.compile(r"(?P<created>[0-9]{1,17})\.(?P<id>.{1,255})", re.DOTALL)
 
 
@@ -71,7 +73,7 @@ class UserReading(TaskReading):
         if not names:
             return ()
         values = [value for name in names for value in name]
-        return tuple(map(_read_stop, self._sql.rows(_STOPS + " OR ".join([_NAMED] * len(names)), values)))
+        return tuple(map(_read_stop, self._sql.ask(_STOPS + " OR ".join([_NAMED] * len(names)), values)))
 
     def unfinished_stops(self, limit: int) -> tuple[Stop, ...]:
         """Give stops whose tasks may not all be written down as ended, the longest waiting first."""
@@ -83,8 +85,8 @@ class UserReading(TaskReading):
 
     def user_session(self, issuer: str, sid: str, user: str) -> UserSession | None:
         """Give one session, or None."""
-        row = self._sql.row(_ONE_SESSION, (issuer, sid, user))
-        return None if row is None else _read_session(row)
+        rows = self._sql.ask(_ONE_SESSION, (issuer, sid, user))
+        return _read_session(rows[0]) if rows else None
 
     def silent_user_sessions(self, issuer: str, until: datetime, limit: int) -> tuple[UserSession, ...]:
         """Give sessions that were last confirmed at ``until`` or before and are not written as lapsed, the longest silent first."""
@@ -134,7 +136,14 @@ class UserWriting(UserReading):
         self._sql.run(_FINISH, (stop.kind, stop.name, stop.source))
 
     def see_user_session(self, session: UserSession) -> None:
-        """Note a session; its times only grow, and what is written of its lease stays."""
+        """Note a session; its times only grow, that it was seen again counts from minute to minute, and what is written of its lease stays."""
+        known = self.user_session(session.issuer, session.sid, session.user)
+        if (
+            known is not None
+            and known.confirmed_at >= session.confirmed_at
+            and known.seen_at + SEEN_AGAIN > session.seen_at
+        ):
+            return
         times = (micros(session.confirmed_at), micros(session.seen_at))
         self._sql.run(_SEE, (session.issuer, session.sid, session.user, *times))
 

@@ -2,12 +2,13 @@
 
 import asyncio
 import contextlib
+import dataclasses
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
-from broker.errors import InvalidToken, Unavailable
+from broker.errors import InvalidToken, Misconfigured, Unavailable
 from broker.server.tasks.config import SubjectIssuer
 from broker.server.tasks.issuer_keys import REFRESH_EVERY, IssuerKeys
 from tests.fakes.oidc import OidcIssuer
@@ -101,3 +102,29 @@ async def test_closing_closes_a_connection_that_is_being_made(
         with pytest.raises(Unavailable):
             await keys.find("key-1")
         assert not came.is_set(), "nothing is begun once it is closed"
+
+
+@pytest.mark.bears("I15")
+async def test_an_issuers_document_leads_nobody_into_the_network_here(issuer: OidcIssuer, clock: ManualClock) -> None:
+    # The same port by another name: the issuer itself is where the operator said, its keys are where its document says.
+    elsewhere = issuer.issuer.replace("localhost", "127.0.0.1") + "/jwks"
+    trusted = SubjectIssuer(issuer=issuer.issuer, audiences=frozenset({"broker"}), ca_path=issuer.ca_path)
+    issuer.jwks_uri = elsewhere
+    keys = IssuerKeys(trusted, clock)
+    with pytest.raises(Unavailable):
+        await keys.find("key-1")
+    await keys.aclose()
+    assert "/jwks" not in issuer.fetched
+    # Whom the operator sends there is served: the address is good.
+    told = dataclasses.replace(trusted, jwks_url=elsewhere)
+    keys = IssuerKeys(told, clock, address=told.jwks_url)
+    await keys.find("key-1")
+    await keys.aclose()
+    assert issuer.fetched["/jwks"] == 1
+
+
+@pytest.mark.bears("I15")
+@pytest.mark.parametrize("url", ["http://idp.example/jwks", "file:///etc/passwd", "https://u:p@idp.example/jwks"])
+def test_where_no_keys_are_looked_for(url: str) -> None:
+    with pytest.raises(Misconfigured):
+        SubjectIssuer("https://idp.example", frozenset({"broker"}), jwks_url=url)
