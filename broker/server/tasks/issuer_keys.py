@@ -99,7 +99,8 @@ class IssuerKeys:
         """
         kept = self._current()
         found = _pick(kept, kid)
-        if found is None and self._may_fetch():
+        # Who comes while somebody fetches waits for what that brings.
+        if found is None and (self._fetching.locked() or self._may_fetch()):
             async with self._fetching:
                 # Another caller may have fetched while this one waited.
                 found = _pick(self._current(), kid)

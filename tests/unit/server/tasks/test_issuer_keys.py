@@ -56,3 +56,11 @@ async def test_ten_thousand_unknown_key_ids_ask_the_issuer_once(
     assert await keys.find("key-1") == known
     assert keys._kept is not None
     assert len(keys._kept.keys) == 1, "nothing of what was asked for is kept"
+
+
+async def test_who_comes_while_the_keys_are_fetched_for_the_first_time_waits_for_them(
+    issuer: OidcIssuer, keys: IssuerKeys
+) -> None:
+    found = await asyncio.gather(*(keys.find("key-1") for _ in range(100)))
+    assert len(set(map(id, found))) == 1
+    assert issuer.fetched["/jwks"] == 1
