@@ -37,8 +37,7 @@ def start(
     """
     from broker.tasks import Authority  # noqa: PLC0415 - imports cryptography
 
-    if bool(user_token_file) == bool(delegation):
-        raise click.UsageError("name --user-token-file or --delegation")
+    _require_one_word(user_token_file, delegation)
     here = settings()
     details = Authority.parse(read_text(authorization_details, "--authorization-details")).text()
     user_token = read_file(user_token_file, "the user's token") if user_token_file else ""
@@ -64,7 +63,8 @@ def start(
 
 
 @COMMAND.command("run", context_settings={"allow_interspersed_args": False})
-@option("--user-token-file", required=True, metavar="FILE|-", help="The user's token, by a file or standard input.")
+@option("--user-token-file", metavar="FILE|-", help="The user's token, by a file or standard input.")
+@option("--delegation", default="", metavar="ID", help="Instead: a delegation that the user left standing.")
 @option("--purpose", required=True, help="What it is for, for people who look at it later.")
 @option("--authorization-details", required=True, metavar="JSON|@FILE", help="What it may do (RFC 9396).")
 @option("--resource", required=True, metavar="URI", help="The service that the token is for: a token is for one.")
@@ -77,7 +77,8 @@ def start(
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- CMD [ARGS]…")
 def run(
     *,
-    user_token_file: str,
+    user_token_file: str | None,
+    delegation: str,
     purpose: str,
     authorization_details: str,
     resource: str,
@@ -94,10 +95,11 @@ def run(
     """
     from broker.tasks import Authority, Resource  # noqa: PLC0415 - imports cryptography
 
+    _require_one_word(user_token_file, delegation)
     here = settings()
     details = Authority.parse(read_text(authorization_details, "--authorization-details")).text()
     audience = Resource(resource).text
-    user_token = read_file(user_token_file, "the user's token")
+    user_token = read_file(user_token_file, "the user's token") if user_token_file else ""
     if here.dry_run:
         here.shown.one(SHAPE, {"purpose": purpose, "authorization_details": parsed(details), "ttl": ttl})
         here.shown.talk(f"would run {command[0]} with a token for {audience}; nothing was sent (--dry-run)")
@@ -109,6 +111,7 @@ def run(
         here,
         RunRequest(
             user_token=user_token,
+            delegation=delegation,
             purpose=purpose,
             authorization_details=details,
             ttl=ttl,
@@ -137,3 +140,9 @@ def complete(task_id: str, spiffe_id: str | None) -> None:
     ended = with_agent(here, lambda channel: end(channel, task_id, spiffe_id=spiffe_id or "", timeout=here.timeout))
     here.shown.one(SHAPE, row(ended))
     here.shown.next(f"broker task show {task_id}")
+
+
+def _require_one_word(user_token_file: str | None, delegation: str) -> None:
+    """Refuse a task on no word of a user, or on two."""
+    if bool(user_token_file) == bool(delegation):
+        raise click.UsageError("name --user-token-file or --delegation")

@@ -106,8 +106,12 @@ class Task:
         scope: str = "",
         authorization_details: Sequence[Mapping[str, object]] | None = None,
         key: "ProofKey | None" = None,
+        user_token: str = "",
     ) -> str:
         """Give a token for this resource, bound to this process, or with ``key`` to that key (RFC 9449).
+
+        ``user_token`` is a newer token of the task's user: it confirms their session, where the server waits for that, and lets the
+        task go on that was suspended because it did not come.
 
         Raises:
             Refused: the task has ended, or its authority does not reach that far.
@@ -120,18 +124,23 @@ class Task:
                 # What was kept is dead: the server says whether there is another.
                 self._kept.clear()
             kept = self._kept.get(name)
-            if kept is not None and self._is_current(*kept):
+            if kept is not None and self._is_current(*kept) and not user_token:
                 return kept[0].access_token
             try:
-                issued = await self._issue(self._request(*name))
+                issued = await self._issue(self._request(*name, user_token))
             except Unavailable:
                 if kept is None or not self._is_good(*kept):
                     raise
                 return kept[0].access_token
+            if self.keeper.lost is not None:
+                # It goes on: somebody has let it.
+                await self._keep()
             self._kept[name] = (issued, await self._settle(issued))
             return issued.access_token
 
-    def _request(self, resource: str, scope: str, details: str, jkt: str) -> tasks_pb2.IssueTokenRequest:
+    def _request(
+        self, resource: str, scope: str, details: str, jkt: str, user_token: str
+    ) -> tasks_pb2.IssueTokenRequest:
         return tasks_pb2.IssueTokenRequest(
             task_id=self.id,
             spiffe_id=_chosen(self._workload),
@@ -140,6 +149,7 @@ class Task:
             authorization_details=details,
             idempotency_key=secrets.token_urlsafe(16),
             jkt=jkt,
+            user_token=user_token,
         )
 
     def resource_of(self, url: str) -> str:

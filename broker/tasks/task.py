@@ -142,7 +142,15 @@ def require_active(task: Task, now: datetime) -> None:
     if state is State.ACTIVE:
         return
     code = "task_ended" if state.is_terminal else f"task_{state.value}"
-    raise Refused(f"the task is {state.value}", code=code, hint="start a new task" if state.is_terminal else "")
+    raise Refused(f"the task is {state.value}", code=code, hint=_hint(state, task.cause))
+
+
+def _hint(state: State, cause: Cause | None) -> str:
+    if state.is_terminal:
+        return "start a new task"
+    if cause is Cause.USER_UNCONFIRMED:
+        return "show a user token of the same session that its issuer gave lately"
+    return ""
 
 
 def end(task: Task, state: State, cause: Cause, now: datetime, expected_version: int | None = None) -> Task:

@@ -101,16 +101,20 @@ def short_directory() -> Iterator[Path]:
     shutil.rmtree(directory)
 
 
-@asynccontextmanager
-async def desk(directory: Path, oidc: OidcIssuer, *, store: str = "", **tasks: Any) -> AsyncIterator[Desk]:
-    settings = {
+def desk_settings(oidc: OidcIssuer, **tasks: Any) -> dict[str, Any]:
+    """What the server of a desk is started with."""
+    return {
         "issuer": ISSUER,
         "subjects": (SubjectSettings(issuer=oidc.issuer, audiences=("broker",), ca_path=oidc.ca_path),),
         "audiences": audiences(),
         "tasks": TaskSettings(**tasks),
     }
+
+
+@asynccontextmanager
+async def desk(directory: Path, oidc: OidcIssuer, *, store: str = "", **tasks: Any) -> AsyncIterator[Desk]:
     async with (
-        running(Estate(directory, store), **settings) as one,
+        running(Estate(directory, store), **desk_settings(oidc, **tasks)) as one,
         attested(one) as (node, agent_id, channel),
         AsyncExitStack() as stack,
     ):
