@@ -30,11 +30,11 @@ from tests.integration.test_server_identity import Estate, admin_channel, runnin
 from tests.integration.test_token_endpoint import Process
 
 LONG = int(os.environ.get("BROKER_LONG_RACES", "0"))
-ROUNDS = LONG or 60
+ROUNDS = LONG or 40
 SEED = int(os.environ.get("BROKER_SEED", "4711"))
 AT_ONCE = 8
 """Rounds that run beside each other."""
-ASKED = max(1, ROUNDS // 60)
+ASKED = max(1, ROUNDS // 40)
 """Of so many rounds one asks about each of its tokens; the audit log is looked at for all."""
 
 pytestmark = [
@@ -100,13 +100,12 @@ async def both(number: int, luck: random.Random, one: Awaitable[Any], end: Await
             ended = await attempt(end)
             return await attempt(one), ended
 
-    async def later(asked: Awaitable[Any]) -> Any:
-        await asyncio.sleep(luck.random() * 0.03)
+    async def soon(asked: Awaitable[Any]) -> Any:
+        await asyncio.sleep(luck.random() * 0.01)
         return await attempt(asked)
 
-    if number % 2:
-        return tuple(await asyncio.gather(attempt(one), later(end)))  # type: ignore[return-value]
-    return tuple(await asyncio.gather(later(one), attempt(end)))  # type: ignore[return-value]
+    done, ended = await asyncio.gather(soon(one), soon(end))
+    return done, ended
 
 
 @dataclass
@@ -221,6 +220,32 @@ async def test_a_token_against_the_completion_of_its_task(life: Life) -> None:
     assert min(tally.outcomes.values()) >= ROUNDS // 8
     assert seen["token_issued"] == tally.outcomes["done"]
     told("token against completion", life.estate, tally, seen, began)
+
+
+@pytest.mark.bears("V04", "RV10")
+async def test_ends_at_both_servers_are_one_end(life: Life) -> None:
+    """The root and the one below it, each ended twice at the same moment: everybody is told that it is over, as it is."""
+    agent = await life.agent(hop(0), "ws_hop0")
+    await life.agent(hop(1), "ws_hop1")
+    user_token, tally, roots, began = life.oidc.token("alice", lifetime=3600), Tally(), set(), time.monotonic()
+    async with admin_channel(life.server) as here:
+        servers = (life.operator, Tasks(here))
+
+        async def one_round(number: int, luck: random.Random) -> None:
+            root = await life.start(agent, user_token=user_token)
+            roots.add(root.id)
+            child = await life.child(agent, root.id, hop(1))
+            asked = [server.revoke(task.id) for task in (root, child) for server in servers]
+            luck.shuffle(asked)
+            # None of them is refused.
+            for answer in await asyncio.gather(*asked):
+                assert answer.state in ({"revoked"} if answer.id == root.id else {"revoked", "cascaded"})
+            tally.outcomes[(await life.operator.get(child.id)).state] += 1
+
+        await rounds(one_round)
+    seen = check_trail(life.estate, roots)
+    assert seen["task_ended"] == 2 * ROUNDS
+    told("ends at both servers", life.estate, tally, seen, began)
 
 
 # ---- a whole tree
