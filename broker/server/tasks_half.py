@@ -280,7 +280,12 @@ async def tasks_half(
         http=http,
         ends=ends,
         policies=policies_api.Policies(
-            policies, Explain(store, rules, clock, tokens), rules, audiences, [one.issuer for one in settings.subjects]
+            policies,
+            Explain(store, rules, clock, tokens),
+            rules,
+            audiences,
+            issuers=[one.issuer for one in settings.subjects],
+            refusals=refusals,
         ),
         rejudge=rejudge,
         stop_policy=stop_policy,
