@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
+from functools import lru_cache
 from typing import Final, Self
 
 from broker.errors import Invalid, InvalidSpiffeId, InvalidToken, Refused
@@ -26,6 +27,8 @@ MAX_TTL: Final = timedelta(seconds=300)
 """Longest life of a task token: the floor under the feed for verifiers that do not hear it."""
 MAX_EPOCH: Final = 2**53 - 1
 """Largest epoch: the largest whole number that every JSON reader keeps."""
+PURPOSES_KEPT: Final = 1_024
+"""Purposes that are not hashed twice, a few KiB each at most: every token of a task says the same."""
 USES: Final = frozenset({"once"})
 """What ``task.use`` may say; absent means any number of uses within the token's life."""
 
@@ -255,6 +258,7 @@ def issue_claims(
     )
 
 
+@lru_cache(maxsize=PURPOSES_KEPT)
 def purpose_hash(purpose: str) -> str:
     """Give what a token says of a purpose: ``sha-256:`` and the hash of its UTF-8 text."""
     return "sha-256:" + b64url_encode(hashlib.sha256(purpose.encode()).digest())
