@@ -84,14 +84,16 @@ class SvidKeeper:
             self._let_go_of_revoked(session, entry)
         identities = [session.identity(entry) for entry in entries]
         lacking = [one for one in identities if not self._is_settled(one)]
+        if not lacking:
+            # Each was looked at just now, and is valid.
+            return tuple(identities)
         failures: list[BrokerError] = []
-        if lacking:
-            outcomes = await asyncio.gather(*(self._once(session, one) for one in lacking), return_exceptions=True)
-            for outcome in outcomes:
-                if isinstance(outcome, BrokerError):
-                    failures.append(outcome)
-                elif isinstance(outcome, BaseException):
-                    raise outcome
+        outcomes = await asyncio.gather(*(self._once(session, one) for one in lacking), return_exceptions=True)
+        for outcome in outcomes:
+            if isinstance(outcome, BrokerError):
+                failures.append(outcome)
+            elif isinstance(outcome, BaseException):
+                raise outcome
         now = self._clock.now()
         ready = tuple(one for one in identities if one.x509 is not None and one.x509.is_valid(self._cache, now))
         if not ready and identities:
@@ -135,7 +137,7 @@ class SvidKeeper:
         if not held.is_valid(self._cache, now) or held.entry.spiffe_id != identity.entry.spiffe_id:
             identity.x509 = None
             return False
-        if held.is_fresh(identity.entry, self._cache, now) and not (held.shared and self._is_online()):
+        if not held.is_due(identity.entry, self._cache, now) and not (held.shared and self._is_online()):
             return True
         return self._clock.monotonic() < identity.retry_at
 
