@@ -75,6 +75,9 @@ class SvidKeeper:
             self._let_go_of_revoked(session, entry)
         identities = [session.identity(entry) for entry in entries]
         lacking = [one for one in identities if not self._is_settled(one) and not self._settle_by_spare(session, one)]
+        if not lacking:
+            # Each was looked at just now, and is valid.
+            return tuple(identities)
         failures = await self._look_after(session, lacking, is_brief=self._is_known(identities))
         now = self._clock.now()
         ready = tuple(one for one in identities if one.x509 is not None and one.x509.is_valid(self._cache, now))
@@ -94,8 +97,6 @@ class SvidKeeper:
 
         One answer that hangs must not keep the others from being renewed, handed out, or withdrawn at their end.
         """
-        if not lacking:
-            return []
         work = {self._once(session, one): one for one in lacking}
         done, late = await asyncio.wait(work, timeout=X509_REFRESH if is_brief else None)
         for one in late:
@@ -146,7 +147,7 @@ class SvidKeeper:
         if not held.is_valid(self._cache, now) or held.entry.spiffe_id != identity.entry.spiffe_id:
             identity.x509 = None
             return False
-        if held.is_fresh(identity.entry, self._cache, now) and not (held.shared and self._is_online()):
+        if not held.is_due(identity.entry, self._cache, now) and not (held.shared and self._is_online()):
             return True
         return self._clock.monotonic() < identity.retry_at
 

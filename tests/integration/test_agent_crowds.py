@@ -90,5 +90,7 @@ async def test_no_user_of_many_ever_gets_anothers_identity() -> None:
         rows = [json.loads(line) for line in said.splitlines()]
         assert [row["uid"] for row in rows] == list(range(FIRST_UID, FIRST_UID + USERS))
         assert [row for row in rows if row["foreign"] or "error" in row] == []
-        assert [row for row in rows if not row["answers"] or row["answers"] != row["asked"]] == []  # nobody was left out
+        assert [
+            row for row in rows if not row["answers"] or row["answers"] != row["asked"]
+        ] == []  # nobody was left out
         print(f"{sum(row['answers'] for row in rows)} answers in {CROWD_SECONDS:g} s, none of them another's")
