@@ -45,13 +45,13 @@ class Far:
         self.environment = {**plain, "SPIFFE_ENDPOINT_SOCKET": f"unix://{agent.socket}"}
         self.address = f"127.0.0.1:{server.server.port}"
 
-    async def run(self, *words, address=None):
+    async def run(self, *words, address=None, seconds=60):
         """Give the exit code and the answer: the data, or the error."""
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "broker.cli.main", *words, "--addr", address or self.address, "-o", "json", "-q",
+            sys.executable, "-m", "broker.cli.main", *words, "--addr", address or self.address, "-o", "json", "-q", "--timeout", f"{seconds}s",
             stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, env=self.environment,
         )  # fmt: skip
-        out, err = await asyncio.wait_for(process.communicate(), 60)
+        out, err = await asyncio.wait_for(process.communicate(), 90)
         return process.returncode, json.loads(out) if out.strip() else json.loads(err)["error"]
 
 
@@ -112,9 +112,9 @@ async def test_who_has_no_identity_or_finds_another_server_is_told_so(directory)
         await server.register(agent.agent.node.id.path, "/ops")
         # Under the same address family and with the same trust domain's name, of another authority: nothing is sent there.
         other = await stack.enter_async_context(running_server(directory, "other"))
-        code, error = await far.run("entry", "list", address=f"127.0.0.1:{other.server.port}")
+        code, error = await far.run("entry", "list", address=f"127.0.0.1:{other.server.port}", seconds=3)
         assert code == 75
-        assert (await far.run("entry", "list", address="127.0.0.1:1"))[0] == 75
+        assert (await far.run("entry", "list", address="127.0.0.1:1", seconds=3))[0] == 75
         assert (await far.run("entry", "list", address="nonsense"))[0] == 2
         far.environment["SPIFFE_ENDPOINT_SOCKET"] = f"unix://{directory}/nobody.sock"
-        assert (await far.run("entry", "list"))[0] == 75
+        assert (await far.run("entry", "list", seconds=1))[0] == 75
