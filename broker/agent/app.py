@@ -150,6 +150,7 @@ class Agent:
     ) -> None:
         """Stop serving and let go of everything, within a few seconds."""
         await asyncio.gather(self._socket.stop(GRACE), self._admin.stop(GRACE))
+        await self.workloads.close()
         self.sessions.end_all()
         self.attachments.close()
         await self._farewell()
@@ -166,6 +167,7 @@ class Agent:
                 group.create_task(self._live(), name="live"),
                 group.create_task(self.svids.spares.maintain(), name="spares"),
                 group.create_task(self._watch_clock(), name="clock"),
+                group.create_task(self.upstream.watch_connection(self._connected), name="connection"),
                 group.create_task(self.rounds.run(), name="rounds"),
                 group.create_task(self.offline.run(), name="offline"),
                 group.create_task(self.keeping.run(), name="keeping"),
@@ -393,8 +395,15 @@ class Agent:
                 for bell in session.bells:
                     bell.ring()
 
+    def _connected(self) -> None:
+        self.sync.hurry()
+        self.node.hurry()
+
     def _online(self) -> None:
-        self.reports.again(identity for session in self.sessions for identity in session.identities.values())
+        held = [identity for session in self.sessions for identity in session.identities.values()]
+        self.reports.again(held)
+        for identity in held:
+            identity.retry_at, identity.failures = 0.0, 0
         # Shared spares are replaced now, failed rotations tried again.
         self.cache.ring_all()
 

@@ -251,6 +251,10 @@ class NodeIdentity:
                 self.not_joined(error)
                 delay = backoff.next()
 
+    def hurry(self) -> None:
+        """Look at once: there is a connection to the server again."""
+        self._news.set()
+
     async def _woken(self, delay: float) -> None:
         with suppress(TimeoutError):
             async with asyncio.timeout(delay):
@@ -336,7 +340,7 @@ async def join(node: NodeIdentity, upstream: Upstream, on_failure: Callable[[], 
         except Unavailable as error:
             _log.warning("server_unavailable", code=error.reason, reason=error.message)
             on_failure()
-            await asyncio.sleep(backoff.next())
+            await upstream.pause(backoff.next())
 
 
 async def _fetch_bundle(upstream: Upstream, trust_domain: TrustDomain) -> Bundle:

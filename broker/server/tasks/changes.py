@@ -269,6 +269,7 @@ class Changes:
     # ---- after the commit
 
     def _told(self, changed: Changed) -> Changed:
+        failpoints.reach("lifecycle.after_commit")
         if changed.refusal is not None:
             raise changed.refusal
         task = changed.task

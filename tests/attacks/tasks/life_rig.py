@@ -202,15 +202,38 @@ async def refused(asked: Awaitable[Any]) -> str:
     raise AssertionError(f"it was not refused: {answer}")
 
 
-@asynccontextmanager
-async def living(estate: Estate, oidc: OidcIssuer, **settings: Any) -> AsyncIterator[Life]:
-    """Start everything; ``settings`` are of ``[server.tasks]``."""
-    parts = task_settings(oidc) | {"tasks": TaskSettings(**settings)}
+def settings_of(oidc: OidcIssuer, **tasks_table: Any) -> dict[str, Any]:
+    """The server's settings; ``tasks_table`` is of ``[server.tasks]``."""
+    parts = task_settings(oidc) | {"tasks": TaskSettings(**tasks_table)}
     parts["audiences"] += (AudienceSettings(resource=WIKI, introspectors=(SERVICE,)),)
+    return parts
+
+
+@asynccontextmanager
+async def inhabited(estate: Estate, one: Any, oidc: OidcIssuer) -> AsyncIterator[Life]:
+    """Bring a node to a server that runs here or in a process of its own."""
     async with (
-        running(estate, **parts) as one,
         attested(one) as (node, agent_id, channel),
         admin_channel(one) as admin,
         AsyncExitStack() as stack,
     ):
         yield Life(estate, one, oidc, node, agent_id, channel, Tasks(admin), stack)
+
+
+@asynccontextmanager
+async def living(estate: Estate, oidc: OidcIssuer, **settings: Any) -> AsyncIterator[Life]:
+    """Start everything; ``settings`` are of ``[server.tasks]``."""
+    async with running(estate, **settings_of(oidc, **settings)) as one, inhabited(estate, one, oidc) as life:
+        yield life
+
+
+def environment_of(oidc: OidcIssuer, **more: str) -> dict[str, str]:
+    """The same settings for a server in a process of its own (see :func:`tests.fakes.replicas.replica`)."""
+    subject = {"issuer": oidc.issuer, "audiences": ["broker"], "ca_path": str(oidc.ca_path)}
+    services = [{"resource": each, "introspectors": [str(SERVICE)]} for each in (TICKETS, WIKI)]
+    return {
+        "BROKER_SERVER__ISSUER": ISSUER,
+        "BROKER_SERVER__SUBJECTS": json.dumps([subject]),
+        "BROKER_SERVER__AUDIENCES": json.dumps(services),
+        "BROKER_SERVER__TASKS__AGENT_LEASE_TTL": "10m",
+    } | more

@@ -226,6 +226,8 @@ async def test_nobody_makes_itself_privileged_by_saying_so(life: Life) -> None:
                     policies_pb2.PushPolicyRequest(text=text), timeout=DEADLINE
                 )
             assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert [one.subject for one in life.records("admin_refused")] == ["policy"] * 3
+    assert [one.fields["source"] for one in life.records("policy_changed")] == ["built_in"]
 
 
 # ---- nothing ever widens
