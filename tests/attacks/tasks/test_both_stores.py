@@ -28,7 +28,7 @@ from tests.integration.test_server_identity import Estate, own_bundle, running
 from tests.integration.test_token_endpoint import TRIAGE
 from tests.unit.server.api.http.test_token import FAULTS
 
-ROUNDS = int(os.environ.get("BROKER_RACE_ROUNDS", "12"))
+ROUNDS = int(os.environ.get("BROKER_RACE_ROUNDS", "8"))
 """Ends that are raced against questions; the plan asks for 1,000, which BROKER_RACE_ROUNDS=1000 does in some minutes."""
 BOUND = 5.0
 """Seconds within which a verifier must have heard of an end."""
