@@ -150,6 +150,7 @@ class Agent:
     ) -> None:
         """Stop serving and let go of everything, within a few seconds."""
         await asyncio.gather(self._socket.stop(GRACE), self._admin.stop(GRACE))
+        await self.workloads.close()
         self.sessions.end_all()
         self.attachments.close()
         await self._farewell()
@@ -164,7 +165,7 @@ class Agent:
         async with asyncio.TaskGroup() as group:
             loops = [
                 group.create_task(self._live(), name="live"),
-                group.create_task(self.svids.maintain(), name="spares"),
+                group.create_task(self.svids.spares.maintain(), name="spares"),
                 group.create_task(self._watch_clock(), name="clock"),
                 group.create_task(self.rounds.run(), name="rounds"),
                 group.create_task(self.offline.run(), name="offline"),
@@ -365,7 +366,7 @@ class Agent:
         self.offline.forget()
         self.keeping.forget()
         self.cache.withdraw()
-        self.svids.forget()
+        self.svids.spares.forget()
         for session in self.sessions:
             self.sessions.entries(session)
 

@@ -36,7 +36,13 @@ class Entitlement:
         return session, entries
 
     async def first(self, session: WorkloadSession, bell: Bell) -> tuple[Entry, ...]:
-        """Give the session's entries, waiting for the first; raises NoIdentity, or Unavailable before the first sync."""
+        """Give the session's entries, waiting for the first; raises NoIdentity, or Unavailable before the first sync.
+
+        Entries that are there at once come without a look at the process: whoever has just asked for its session has had
+        one, and whoever sends it something takes another.
+        """
+        if self._cache.is_synced and (entries := self._sessions.entries(session)):
+            return entries
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._wait
         while True:

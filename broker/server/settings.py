@@ -131,7 +131,8 @@ class SubjectSettings(Table):
     session_lease: Duration | None = Field(
         default=None,
         description="how long a user's session counts after the newest token that was shown of it, where the issuer tells"
-        " of no sign-out; unset: until the tokens and tasks themselves are over",
+        " of no sign-out: beyond, its tasks are suspended until a newer one is; unset: until the tokens and tasks themselves"
+        " are over",
     )
     delegation_clients: tuple[str, ...] = Field(
         default=(),
@@ -140,6 +141,11 @@ class SubjectSettings(Table):
     )
     delegation_max_age: Duration = Field(
         default=timedelta(minutes=5), description="how long after the sign-in (auth_time) one may be made"
+    )
+    jwks_url: str = Field(
+        default="",
+        description="where its keys are; empty: as its configuration document says, which may name another host of the"
+        " world, and none in a private network",
     )
 
 

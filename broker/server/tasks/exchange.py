@@ -42,6 +42,7 @@ from broker.server.tasks.requests import Actor, IssuedToken, IssueRequest, Start
 from broker.server.tasks.standing import Standing, StandingWord
 from broker.server.tasks.subjects import Subject, SubjectKind, Subjects
 from broker.server.tasks.supervisor import begin_lease
+from broker.server.tasks.user_leases import go_on_above
 from broker.spiffe import jose
 from broker.spiffe.jose import PublicKey
 from broker.spiffe.strictjson import JsonValue
@@ -202,12 +203,14 @@ class Exchange:
         subject = shown if isinstance(shown, Subject) else None
         if presented is not None:
             request = resolve(writer, self._is_alive, admitted, presented, request, now=now)
-        lineage = attach(writer, admitted, writer.lineage(request.task_id), now)
+        lineage = writer.lineage(request.task_id)
         if subject is not None:
             require_may_act(subject, admitted)
             require_same_user(own_task(lineage, admitted), subject)
-            self._standing.hear(writer, subject, now)
-        elif request.delegation_id:
+            if self._standing.hear(writer, subject, now):
+                lineage = go_on_above(writer, lineage, self._standing, self._policy.rules, now)
+        lineage = attach(writer, admitted, lineage, now)
+        if subject is None and request.delegation_id:
             require_same_delegation(own_task(lineage, admitted), request.delegation_id)
         # The state is judged before the key: a repeated request gets nothing from a task that has ended since.
         if presented is None:

@@ -134,7 +134,9 @@ class Subjects:
     def __init__(self, issuers: Iterable[SubjectIssuer], clock: Clock) -> None:
         """Prepare one guarded client for each issuer; raises Misconfigured."""
         self._clock = clock
-        self._issuers = {one.issuer: (one, IssuerKeys(one, clock)) for one in check_issuers(issuers)}
+        self._issuers = {
+            one.issuer: (one, IssuerKeys(one, clock, address=one.jwks_url)) for one in check_issuers(issuers)
+        }
         self._known: dict[bytes, _Known] = {}
 
     async def aclose(self) -> None:
