@@ -6,12 +6,13 @@ that is bound to nobody. A token of another format than the task token is asked 
 ``token_formats``.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from broker.audit.events import Event
 from broker.errors import Invalid, InvalidSvid
@@ -65,6 +66,7 @@ _ALLOWED: Final = frozenset(
     }
     | PARAMETERS
 )
+_WRITER: Final = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 _OF_TASK_TOKENS: Final = _ALLOWED - {"request_context", "request_details"}
 _REPEATABLE: Final = frozenset({"resource", "audience"})
 
@@ -316,4 +318,4 @@ def _answer(issued: IssuedToken, issued_type: str) -> Response:
         "authorization_details": issued.authority.to_json(),
         "task": issued.task_id,
     }
-    return JSONResponse(body, headers=NO_STORE)
+    return Response(_WRITER.encode(body), headers=NO_STORE, media_type="application/json")
