@@ -145,6 +145,7 @@ class Agent:
     ) -> None:
         """Stop serving and let go of everything, within a few seconds."""
         await asyncio.gather(self._socket.stop(GRACE), self._admin.stop(GRACE))
+        await self.workloads.close()
         self.sessions.end_all()
         self.attachments.close()
         await self._farewell()

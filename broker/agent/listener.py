@@ -114,6 +114,7 @@ class PublicSocket:
             admit=workloads.admit,
             on_closed=workloads.closed,
             on_refusal=self._cut_off,
+            on_spoke=workloads.attest_early,
             max_connections=connection_room(MAX_CONNECTIONS, FDS_PER_PROCESS),
         )
         workloads.drop = self._listener.drop
@@ -134,8 +135,8 @@ class PublicSocket:
         await self._grpc.stop(grace)
 
     def _call_refused(self, path: str, caller: Caller | None, error: BrokerError) -> Mapping[str, str]:
-        if caller is None:
-            # Its connection ended before the call was looked at: nobody hears the answer, and anybody can have many such.
+        if caller is None or (caller.session is not None and caller.session.has_exited):
+            # Its connection ended before the call was looked at, or its process, as processes do: nobody hears the answer.
             return {}
         return {"denial": self._denials.record(path, caller, error)}
 

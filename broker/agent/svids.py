@@ -78,7 +78,10 @@ class SvidKeeper:
         for entry in entries:
             self._let_go_of_revoked(session, entry)
         identities = [session.identity(entry) for entry in entries]
-        lacking = [one for one in identities if not self._is_settled(one)]
+        lacking = [one for one in identities if not self._is_settled(one) and not self._settle_by_spare(session, one)]
+        if not lacking:
+            # Each was looked at just now, and is valid.
+            return tuple(identities)
         failures = await self._look_after(session, lacking, self._patience(identities, lacking))
         now = self._clock.now()
         ready = tuple(one for one in identities if one.x509 is not None and one.x509.is_valid(self._cache, now))
@@ -157,7 +160,7 @@ class SvidKeeper:
         if not held.is_valid(self._cache, now) or held.entry.spiffe_id != identity.entry.spiffe_id:
             identity.x509 = None
             return False
-        if held.is_fresh(identity.entry, self._cache, now) and not (held.shared and self._is_online()):
+        if not held.is_due(identity.entry, self._cache, now) and not (held.shared and self._is_online()):
             return True
         return self._clock.monotonic() < identity.retry_at
 
@@ -176,10 +179,9 @@ class SvidKeeper:
 
     async def _renew(self, session: WorkloadSession, identity: Identity) -> None:
         entry, old = identity.entry, identity.x509
+        holding: X509Holding | None
         try:
-            holding = self.spares.take(entry) if old is None else None
-            if holding is None:
-                holding = await self._signed(entry, may_share=old is None)
+            holding = await self._signed(entry, may_share=old is None)
         except BrokerError as error:
             holding = self.spares.share(entry) if old is None else None
             if holding is None:
@@ -193,11 +195,24 @@ class SvidKeeper:
         if session.identities.get(entry.id) is not identity:
             # Told to the server it would outlive its withdrawal there.
             raise NoIdentity(NO_IDENTITY)
+        self._settle(identity, holding)
+
+    def _settle_by_spare(self, session: WorkloadSession, identity: Identity) -> bool:
+        """Settle an identity here and now, if nobody is about to: a spare is there, and the caller's answer waits for nothing."""
+        if identity.x509 is not None or session.is_ended or ("x509", identity.id) in session.pending:
+            return False
+        spare = self.spares.take(identity.entry)
+        if spare is None:
+            return False
+        self._settle(identity, spare)
+        return True
+
+    def _settle(self, identity: Identity, holding: X509Holding) -> None:
         identity.x509, identity.retry_at, identity.failures = holding, 0.0, 0
-        self.spares.used(entry)
+        self.spares.used(identity.entry)
         if not holding.shared:
             self._on_new_leaf(identity)
-            self.spares.refill(entry)
+            self.spares.refill(identity.entry)
 
     def _retry_delay(self, identity: Identity) -> float:
         # Without any SVID the caller itself asks again; with one that is valid there is time, of which a part may be used.

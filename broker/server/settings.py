@@ -131,7 +131,8 @@ class SubjectSettings(Table):
     session_lease: Duration | None = Field(
         default=None,
         description="how long a user's session counts after the newest token that was shown of it, where the issuer tells"
-        " of no sign-out; unset: until the tokens and tasks themselves are over",
+        " of no sign-out: beyond, its tasks are suspended until a newer one is; unset: until the tokens and tasks themselves"
+        " are over",
     )
     delegation_clients: tuple[str, ...] = Field(
         default=(),

@@ -41,14 +41,14 @@ def _rsa_key(place: int) -> rsa.RSAPrivateKey:
 
 
 class SigningKey:
-    """One key of the issuer: RS256 or ES256."""
+    """One key of the issuer: RS256 or ES256. A stranger's is never one of an issuer's."""
 
-    def __init__(self, kid: str, alg: str = "RS256") -> None:
+    def __init__(self, kid: str, alg: str = "RS256", *, is_strangers: bool = False) -> None:
         self.kid = kid
         self.alg = alg
         self.private: rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey
         if alg == "RS256":
-            self.private = _rsa_key(next(_TURNS) % 4)
+            self.private = _rsa_key(-1 if is_strangers else next(_TURNS) % 4)
         else:
             self.private = ec.generate_private_key(ec.SECP256R1())
 

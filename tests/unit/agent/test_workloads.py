@@ -14,6 +14,7 @@ from broker.agent import workloads as module
 from broker.attestation.contract import AttestorFailed
 from broker.errors import NotAttested
 from broker.spiffe import Selector
+from broker.transport.flood import PREFACE
 from tests.fakes.fake_server import entry_message
 from tests.fakes.processes import held_connection, reap, spawn_as
 from tests.fakes.running_agent import HEADER, ME, estate, until
@@ -77,6 +78,8 @@ async def test_a_stream_ends_when_its_process_does_and_the_server_is_told() -> N
         await until(lambda: len(agent.server.ended) == 1, 2)
         assert asyncio.get_running_loop().time() - began < 1
         assert not agent.server.sessions
+        await until(lambda: agent.agent._socket.connections == 0)
+        assert len(agent.agent._socket._denials) == 0  # a process that ends is not a process that was refused
 
 
 @pytest.mark.bears("A05")
@@ -271,6 +274,119 @@ async def test_many_calls_of_one_connection_attest_once() -> None:
         await asyncio.gather(*(stub.FetchJWTSVID(request, metadata=HEADER) for _ in range(20)))
         await agent.x509()  # another connection of the same process
         assert asked == [os.getpid()]
+
+
+class Asked:
+    """An attestor that counts, and fails while ``error`` is set."""
+
+    name = "asked"
+
+    def __init__(self) -> None:
+        self.times = 0
+        self.error: Exception | None = None
+
+    async def attest(self, process):
+        self.times += 1
+        if self.error is not None:
+            raise self.error
+        return frozenset({Selector(ME)})
+
+
+async def test_a_caller_is_attested_when_it_begins_to_speak_and_not_before() -> None:
+    async with estate() as agent:
+        agent.agent.workloads._attestors = (asked := Asked(),)
+        _, writer = await asyncio.open_unix_connection(agent.socket)
+        writer.write(PREFACE[:14])
+        await until(lambda: agent.agent._socket.connections == 1)
+        (connection,) = agent.agent._socket._listener._open
+        await until(lambda: connection.meter._partial)
+        assert (asked.times, agent.agent.workloads._early) == (0, set())
+        writer.write(PREFACE[14:])
+        await until(lambda: asked.times == 1)
+        writer.close()
+        await writer.wait_closed()
+        await until(lambda: len(agent.agent.sessions) == 0)  # nothing was given to it
+    async with estate() as agent, agent.channel() as channel:
+        agent.agent.workloads._attestors = (asked := Asked(),)
+        await channel.channel_ready()  # without any call
+        await until(lambda: len(agent.agent.sessions) == 1)
+        assert (await agent.jwt_by(channel, "a")).svids
+        assert asked.times == 1
+
+
+@pytest.mark.bears("A05")
+async def test_who_changes_between_early_attestation_and_first_call_is_refused() -> None:
+    async with (
+        estate() as agent,
+        held_connection(agent.socket, agent.directory / "r", "exec", SLEEP, "60") as held,
+        relayed(held) as channel,
+    ):
+        await channel.channel_ready()
+        await until(lambda: len(agent.agent.sessions) == 1)
+        await held.act()
+        await until(lambda: os.readlink(f"/proc/{held.pid}/exe") == SLEEP)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await agent.jwt_by(channel, "a")
+        assert refused.value.code() in REFUSED
+        assert len(agent.agent.sessions) == 0
+
+
+async def test_a_refusal_found_early_is_told_to_one_call_if_it_is_new(monkeypatch) -> None:
+    async with estate() as agent:
+        agent.agent.workloads._attestors = (asked := Asked(),)
+        asked.error = AttestorFailed("the runtime does not answer")
+        async with agent.channel() as channel:
+            await channel.channel_ready()
+            await until(lambda: asked.times == 1)
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await agent.jwt_by(channel, "a")
+            assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
+            assert asked.times == 1
+            asked.error = None
+            assert (await agent.jwt_by(channel, "a")).svids  # the next one finds out for itself
+            assert asked.times == 2
+    monkeypatch.setattr(module, "EARLY_HOLDS", 0.0)
+    async with estate() as agent:
+        agent.agent.workloads._attestors = (asked := Asked(),)
+        asked.error = AttestorFailed("the runtime does not answer")
+        async with agent.channel() as channel:
+            await channel.channel_ready()
+            await until(lambda: asked.times == 1)
+            asked.error = None
+            assert (await agent.jwt_by(channel, "a")).svids
+
+
+async def test_a_defect_found_early_is_found_by_the_call_again(monkeypatch) -> None:
+    async with estate() as agent, agent.channel() as channel:
+        real, tried = module.Workloads.describe, []
+
+        async def broken_once(self, process):
+            tried.append(process.pid)
+            if len(tried) == 1:
+                raise ZeroDivisionError
+            return await real(self, process)
+
+        monkeypatch.setattr(module.Workloads, "describe", broken_once)
+        await channel.channel_ready()
+        await until(lambda: len(tried) == 1)
+        assert (await agent.jwt_by(channel, "a")).svids
+
+
+@pytest.mark.bears("A22")
+async def test_attestations_that_nobody_asked_for_end_with_the_agent() -> None:
+    async with estate() as agent:
+
+        class Hanging:
+            name = "hanging"
+
+            async def attest(self, process):
+                await asyncio.Event().wait()
+
+        agent.agent.workloads._attestors = (Hanging(),)
+        async with agent.channel() as channel:
+            await channel.channel_ready()
+            await until(lambda: len(agent.agent.workloads._early) == 1)
+    assert not agent.agent.workloads._early
 
 
 @pytest.mark.bears("A22")

@@ -26,6 +26,8 @@ _CONTENT_TYPE: Final = re.compile(
 )
 _ENCODED: Final = re.compile(rb"[\x21-\x24\x26-\x7e]*(?:%[0-9A-Fa-f]{2}[\x21-\x24\x26-\x7e]*)*")
 _CONTROL: Final = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+_PLAIN: Final = re.compile(rb"[\x21-\x24\x26-\x2a\x2c-\x7e]*")
+"""What stands for itself: names, ids and tokens do."""
 
 
 class Form:
@@ -130,6 +132,8 @@ def parse_form(
 
 
 def _decoded(raw: bytes) -> str:
+    if _PLAIN.fullmatch(raw) is not None:
+        return raw.decode("ascii")
     if _ENCODED.fullmatch(raw) is None:
         raise Invalid("a parameter is not form encoded", code="form_encoding")
     try:
