@@ -258,13 +258,15 @@ class SvidKeeper:
             and held.is_valid(self._cache, self._clock.now())
         )
         signed = self._single(session, (entry.id, audiences), lambda: self._sign_jwt(session, entry, audiences))
-        try:
-            async with asyncio.timeout(JWT_REFRESH if may_stay else None):
-                return await asyncio.shield(signed)
-        except (Unavailable, TimeoutError):
-            if held is not None and may_stay and held.is_valid(self._cache, self._clock.now()):
-                return held
-            raise
+        if held is not None and may_stay:
+            try:
+                async with asyncio.timeout(JWT_REFRESH):
+                    return await asyncio.shield(signed)
+            except (Unavailable, TimeoutError):
+                # It may have ended while the other was waited for.
+                if held.is_valid(self._cache, self._clock.now()):
+                    return held
+        return await asyncio.shield(signed)
 
     async def _sign_jwt(self, session: WorkloadSession, entry: Entry, audiences: tuple[str, ...]) -> JwtHolding:
         holding = await self._signing.jwt(entry, audiences)

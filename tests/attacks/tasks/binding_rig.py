@@ -21,7 +21,7 @@ from broker.sdk.dpop import ProofKey
 from broker.server.api.grpc import svid
 from broker.server.api.http.clients import JWT_SPIFFE
 from broker.server.app import Server
-from broker.server.settings import AudienceSettings, SubjectSettings, TaskSettings
+from broker.server.task_settings import AudienceSettings, SubjectSettings, TaskSettings
 from broker.spiffe import SpiffeId
 from broker.transport.tls import client_context, roots_of
 from tests.fakes.oidc import OidcIssuer
