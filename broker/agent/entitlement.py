@@ -36,7 +36,13 @@ class Entitlement:
         return session, entries
 
     async def first(self, session: WorkloadSession, bell: Bell) -> tuple[Entry, ...]:
-        """Give the session's entries, waiting for the first; raises NoIdentity, or Unavailable before the first sync."""
+        """Give the session's entries, waiting for the first; raises NoIdentity, or Unavailable before the first sync.
+
+        Entries that are there at once come without a look at the process: whoever has just asked for its session has had
+        one, and whoever sends it something takes another.
+        """
+        if self._cache.is_synced and (entries := self._sessions.entries(session)):
+            return entries
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._wait
         while True:
@@ -63,3 +69,7 @@ class Entitlement:
     def check(self, session: WorkloadSession) -> None:
         """Check the session's process fully; raises NoIdentity."""
         self._workloads.check(session)
+
+    async def check_caller(self, caller: Caller) -> None:
+        """Check the process behind a connection fully; raises NoIdentity or Unavailable."""
+        self._workloads.check(caller.session or await self._workloads.session_of(caller))

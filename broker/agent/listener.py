@@ -134,8 +134,8 @@ class PublicSocket:
         await self._grpc.stop(grace)
 
     def _call_refused(self, path: str, caller: Caller | None, error: BrokerError) -> Mapping[str, str]:
-        if caller is None:
-            # Its connection ended before the call was looked at: nobody hears the answer, and anybody can have many such.
+        if caller is None or (caller.session is not None and caller.session.has_exited):
+            # Its connection ended before the call was looked at, or its process, as processes do: nobody hears the answer.
             return {}
         return {"denial": self._denials.record(path, caller, error)}
 

@@ -41,6 +41,7 @@ class Identity:
     entry: Entry
     x509: X509Holding | None = None
     retry_at: float = 0.0  # monotonic: after a failed rotation, not before then
+    failures: int = 0  # to rotate it, one after the other
     is_late: bool = False  # signing takes longer than its streams wait for it: they hear of its end
 
 
@@ -56,6 +57,7 @@ class WorkloadSession:
     pending: dict[object, "asyncio.Task[Any]"] = field(default_factory=dict)  # signing under way
     connections: int = 0
     is_ended: bool = False
+    has_exited: bool = False  # its process: nobody hears an answer any more
     are_vouched: bool = False  # a delegate stands for the selectors
     matched_version: int = -1
     matched: tuple[Entry, ...] = ()
@@ -210,6 +212,7 @@ class Sessions:
         if session.is_ended:
             return
         session.is_ended = True
+        session.has_exited = cause is SessionEnd.PROCESS_EXITED
         asyncio.get_running_loop().remove_reader(session.process.pidfd)
         if self._by_process.get(_key(session.process)) is session:
             del self._by_process[_key(session.process)]

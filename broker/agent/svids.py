@@ -24,8 +24,12 @@ from broker.telemetry.log import get_logger
 T = TypeVar("T")
 
 RETRY_LONGEST: Final = 30.0  # seconds between attempts to rotate one SVID
+RETRY_FIRST: Final = 1.6  # seconds, at the least
+RETRY_ATTEMPT: Final = 4  # of the back-off, at which its step is that
+RETRY_SHARE: Final = 0.25  # of what is left of the SVID's life: before its end there are several attempts
 OFFLINE_TRY: Final = 1.0  # seconds that a new session waits for a server that is not heard, when a spare can be shared
-X509_REFRESH: Final = 1.0  # seconds that a caller waits for a younger X.509-SVID, or one more, while another is valid
+X509_REFRESH: Final = 1.0  # seconds that a caller waits for a younger X.509-SVID while each older one is still valid
+X509_MISSING: Final = 10.0  # seconds for one that is not there at all, while others are
 JWT_REFRESH: Final = 1.0  # seconds that a caller waits for a younger token while an older one is still valid
 
 _log = get_logger("agent.svids")
@@ -74,32 +78,42 @@ class SvidKeeper:
         for entry in entries:
             self._let_go_of_revoked(session, entry)
         identities = [session.identity(entry) for entry in entries]
-        lacking = [one for one in identities if not self._is_settled(one)]
-        failures = await self._look_after(session, lacking, is_brief=self._is_known(identities))
+        lacking = [one for one in identities if not self._is_settled(one) and not self._settle_by_spare(session, one)]
+        if not lacking:
+            # Each was looked at just now, and is valid.
+            return tuple(identities)
+        failures = await self._look_after(session, lacking, self._patience(identities, lacking))
         now = self._clock.now()
         ready = tuple(one for one in identities if one.x509 is not None and one.x509.is_valid(self._cache, now))
         if not ready and identities:
             raise failures[0] if failures else Unavailable("no valid SVID can be had now", code="svid_not_signed")
         return ready
 
-    def _is_known(self, identities: Iterable[Identity]) -> bool:
-        """Whether there is something to give now, or waiting was in vain before."""
+    def _patience(self, identities: Iterable[Identity], lacking: Iterable[Identity]) -> float | None:
+        """Give the seconds to wait for what is lacking: None, as long as the server may take, where there is nothing else.
+
+        One answer that hangs must not keep the others from being renewed, handed out, or withdrawn at their end. But a
+        message without an identity takes it from the workload: only what does not come for long is left out.
+        """
         now = self._clock.now()
-        return any(one.is_late or (one.x509 is not None and one.x509.is_valid(self._cache, now)) for one in identities)
+        if not any(one.is_late or (one.x509 is not None and one.x509.is_valid(self._cache, now)) for one in identities):
+            return None
+        return X509_MISSING if any(one.x509 is None for one in lacking) else X509_REFRESH
 
     async def _look_after(
-        self, session: WorkloadSession, lacking: Sequence[Identity], *, is_brief: bool
+        self, session: WorkloadSession, lacking: Sequence[Identity], patience: float | None
     ) -> list[BrokerError]:
-        """Have these signed for, together, and give what failed; ``is_brief``: wait a moment only, what comes later rings.
+        """Have these signed for, together, and give what failed; what comes after ``patience`` seconds rings.
 
-        One answer that hangs must not keep the others from being renewed, handed out, or withdrawn at their end.
+        What was waited for in vain is not waited for again.
         """
-        if not lacking:
-            return []
         work = {self._once(session, one): one for one in lacking}
-        done, late = await asyncio.wait(work, timeout=X509_REFRESH if is_brief else None)
-        for one in late:
-            work[one].is_late = True
+        awaited = [task for task, one in work.items() if not one.is_late]
+        if not awaited:
+            return []
+        done, late = await asyncio.wait(awaited, timeout=patience)
+        for task in late:
+            work[task].is_late = True
         failures: list[BrokerError] = []
         for one in done:
             error = Unavailable("the agent is stopping") if one.cancelled() else one.exception()
@@ -146,7 +160,7 @@ class SvidKeeper:
         if not held.is_valid(self._cache, now) or held.entry.spiffe_id != identity.entry.spiffe_id:
             identity.x509 = None
             return False
-        if held.is_fresh(identity.entry, self._cache, now) and not (held.shared and self._is_online()):
+        if not held.is_due(identity.entry, self._cache, now) and not (held.shared and self._is_online()):
             return True
         return self._clock.monotonic() < identity.retry_at
 
@@ -165,14 +179,13 @@ class SvidKeeper:
 
     async def _renew(self, session: WorkloadSession, identity: Identity) -> None:
         entry, old = identity.entry, identity.x509
+        holding: X509Holding | None
         try:
-            holding = self.spares.take(entry) if old is None else None
-            if holding is None:
-                holding = await self._signed(entry, may_share=old is None)
+            holding = await self._signed(entry, may_share=old is None)
         except BrokerError as error:
             holding = self.spares.share(entry) if old is None else None
             if holding is None:
-                identity.retry_at = self._clock.monotonic() + _retry_delay(identity, old)
+                identity.retry_at = self._clock.monotonic() + self._retry_delay(identity)
                 _log.warning("svid_not_renewed", entry=entry.id, code=error.reason)
                 if old is None:
                     raise
@@ -182,11 +195,34 @@ class SvidKeeper:
         if session.identities.get(entry.id) is not identity:
             # Told to the server it would outlive its withdrawal there.
             raise NoIdentity(NO_IDENTITY)
-        identity.x509, identity.retry_at = holding, 0.0
-        self.spares.used(entry)
+        self._settle(identity, holding)
+
+    def _settle_by_spare(self, session: WorkloadSession, identity: Identity) -> bool:
+        """Settle an identity here and now, if nobody is about to: a spare is there, and the caller's answer waits for nothing."""
+        if identity.x509 is not None or session.is_ended or ("x509", identity.id) in session.pending:
+            return False
+        spare = self.spares.take(identity.entry)
+        if spare is None:
+            return False
+        self._settle(identity, spare)
+        return True
+
+    def _settle(self, identity: Identity, holding: X509Holding) -> None:
+        identity.x509, identity.retry_at, identity.failures = holding, 0.0, 0
+        self.spares.used(identity.entry)
         if not holding.shared:
             self._on_new_leaf(identity)
-            self.spares.refill(entry)
+            self.spares.refill(identity.entry)
+
+    def _retry_delay(self, identity: Identity) -> float:
+        # Without any SVID the caller itself asks again; with one that is valid there is time, of which a part may be used.
+        if identity.x509 is None:
+            return Backoff(RETRY_LONGEST, attempt=0).next()
+        left = (identity.x509.svid.expires_at - self._clock.now()).total_seconds()
+        longest = max(RETRY_FIRST, min(RETRY_LONGEST, left * RETRY_SHARE))
+        delay = Backoff(longest, attempt=RETRY_ATTEMPT + identity.failures).next()
+        identity.failures += 1
+        return delay
 
     async def _signed(self, entry: Entry, *, may_share: bool) -> X509Holding:
         if not may_share or self._is_online() or not self.spares.can_share(entry):
@@ -222,13 +258,15 @@ class SvidKeeper:
             and held.is_valid(self._cache, self._clock.now())
         )
         signed = self._single(session, (entry.id, audiences), lambda: self._sign_jwt(session, entry, audiences))
-        try:
-            async with asyncio.timeout(JWT_REFRESH if may_stay else None):
-                return await asyncio.shield(signed)
-        except (Unavailable, TimeoutError):
-            if held is not None and may_stay and held.is_valid(self._cache, self._clock.now()):
-                return held
-            raise
+        if held is not None and may_stay:
+            try:
+                async with asyncio.timeout(JWT_REFRESH):
+                    return await asyncio.shield(signed)
+            except (Unavailable, TimeoutError):
+                # It may have ended while the other was waited for.
+                if held.is_valid(self._cache, self._clock.now()):
+                    return held
+        return await asyncio.shield(signed)
 
     async def _sign_jwt(self, session: WorkloadSession, entry: Entry, audiences: tuple[str, ...]) -> JwtHolding:
         holding = await self._signing.jwt(entry, audiences)
@@ -264,8 +302,3 @@ class SvidKeeper:
         self._tasks.discard(task)
         if not task.cancelled():
             task.exception()  # told to whoever waits; if nobody does any more, it is no news
-
-
-def _retry_delay(identity: Identity, old: X509Holding | None) -> float:
-    # Without any SVID the caller itself asks again; with one that is valid there is time.
-    return Backoff(RETRY_LONGEST, attempt=0 if old is None else 4).next()

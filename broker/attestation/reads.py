@@ -1,15 +1,16 @@
 """Blocking reads on behalf of callers who may be hostile: files on hung file systems, slow user databases.
 
-Each read is a daemon thread, so that one that never returns cannot hold up the agent's exit. A place is freed when the
-thread ends, not when its caller gives up, and no user holds more than a few: one user's hung files starve only that
-user. Knows nothing of what is read.
+The threads are the kernel's own kind, which nobody joins, so that a read that never returns cannot hold up the agent's
+exit. A place is freed when the read ends, not when its caller gives up, and no user holds more than a few: one user's hung
+files starve only that user. Knows nothing of what is read.
 """
 
+import _thread
 import asyncio
-import threading
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from queue import SimpleQueue
 from typing import Generic, TypeVar
 
 from broker.clock import SystemClock
@@ -18,16 +19,26 @@ T = TypeVar("T")
 
 MAX_READS = 32  # threads at once
 MAX_READS_PER_USER = 4
+KEPT_THREADS = 2  # that wait for the next read: to start one costs more than most reads do
+REST = 1.0  # seconds after which the others that have nothing to do may go
 Abandoned = Callable[[], bool]
+_Jobs = SimpleQueue[Callable[[], None] | None]  # None: one thread may go
 
 
 class BlockingReads:
     """Runs work in threads, at most ``MAX_READS`` and ``MAX_READS_PER_USER`` at a time. One event loop only."""
 
     def __init__(self) -> None:
-        self._running = 0
+        self._running = self._threads = 0
         self._by_user: Counter[int] = Counter()
         self._waiting: list[asyncio.Future[None]] = []
+        self._jobs: _Jobs = SimpleQueue()
+        self._is_resting = False
+
+    def __del__(self) -> None:
+        """Let the threads go that wait for work; one that hangs goes when it returns."""
+        for _ in range(self._threads):
+            self._jobs.put(None)
 
     async def run(self, uid: int, work: Callable[[Abandoned], T]) -> T:
         """Give what ``work`` returns, or raise what it raises; it should stop when the function it is given says so."""
@@ -49,14 +60,31 @@ class BlockingReads:
             else:
                 answer.set_result(result)  # type: ignore[arg-type]  # None only where T is None
 
-        threading.Thread(target=_work, args=(loop, work, answer.cancelled, finish), daemon=True).start()
+        self._jobs.put(lambda: _work(loop, work, answer.cancelled, finish))
+        if self._threads < self._running:
+            self._start()
         return await answer
+
+    def _start(self) -> None:
+        # Not threading.Thread: its start() holds the event loop until the new thread has had its turn.
+        with suppress(RuntimeError):  # no thread can be had: the job waits for one of the others, or for the next try
+            _thread.start_new_thread(_serve, (self._jobs,))
+            self._threads += 1
+
+    def _rested(self) -> None:
+        self._is_resting = False
+        while self._threads > self._running + KEPT_THREADS:
+            self._threads -= 1
+            self._jobs.put(None)
 
     def _free(self, uid: int) -> None:
         self._running -= 1
         self._by_user[uid] -= 1
         if not self._by_user[uid]:
             del self._by_user[uid]
+        if not self._is_resting and self._threads > self._running + KEPT_THREADS:
+            self._is_resting = True
+            asyncio.get_running_loop().call_later(REST, self._rested)
         waiting, self._waiting = self._waiting, []
         for turn in waiting:
             if not turn.done():
@@ -82,6 +110,12 @@ class SharedRead(Generic[T]):
             task = asyncio.ensure_future(self._read())
             task.add_done_callback(lambda done: done.cancelled() or done.exception())  # seen, though nobody waits
             self._current = (SystemClock().monotonic(), task)
+
+
+def _serve(jobs: _Jobs) -> None:
+    while (job := jobs.get()) is not None:
+        job()
+        del job  # it holds who asked
 
 
 def _work(

@@ -1,11 +1,11 @@
 """What the settings say of the task half, as the values that its use cases take."""
 
 from broker.errors import Invalid, Misconfigured
-from broker.server.settings import (
+from broker.server.settings import ServerSettings
+from broker.server.task_settings import (
     AudienceSettings,
     DetailTypeSettings,
     OutwardSettings,
-    ServerSettings,
     SubjectSettings,
     WitIssuerSettings,
 )

@@ -8,8 +8,9 @@ from typing import Any
 
 from broker.clock import Clock
 from broker.errors import Misconfigured
-from broker.server.settings import ServerSettings, TransmitterSettings
+from broker.server.settings import ServerSettings
 from broker.server.store.ports import Store
+from broker.server.task_settings import TransmitterSettings
 from broker.server.tasks.config import Transmitter, check_transmitters
 from broker.server.tasks.decision import Policy
 from broker.server.tasks.delegations import Delegations

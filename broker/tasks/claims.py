@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
+from functools import lru_cache
 from typing import Final, Self
 
 from broker.errors import Invalid, InvalidToken, Refused
@@ -27,6 +28,8 @@ from broker.tasks.texts import check_id, check_issuer
 
 MAX_TTL: Final = timedelta(seconds=300)
 """Longest life of a task token: the floor under the feed for verifiers that do not hear it."""
+PURPOSES_KEPT: Final = 1_024
+"""Purposes that are not hashed twice, a few KiB each at most: every token of a task says the same."""
 
 
 class Fate(StrEnum):
@@ -222,6 +225,7 @@ def issue_claims(
     )
 
 
+@lru_cache(maxsize=PURPOSES_KEPT)
 def purpose_hash(purpose: str) -> str:
     """Give what a token says of a purpose: ``sha-256:`` and the hash of its UTF-8 text."""
     return "sha-256:" + b64url_encode(hashlib.sha256(purpose.encode()).digest())

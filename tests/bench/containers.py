@@ -11,13 +11,12 @@ from broker.client import Entries, dial_socket
 from broker.dev.configuration import NODE_ALIAS, Plan
 from broker.dev.estate import Estate
 from broker.dev.stage import Process
-from tests.bench.answers import NEWCOMERS, P50_MS, P99_MS, first
+from tests.bench.answers import first, side_by_side
 from tests.bench.house import House
-from tests.bench.measure import Item, percentile, within
+from tests.bench.measure import Item
 from tests.integration.control_groups import made
 
 LABEL = ("bench", "yes")
-ROUNDS = 4
 
 
 async def first_fetch_x509_svid_docker(house: House, seconds: float) -> list[Item]:
@@ -39,20 +38,12 @@ async def first_fetch_x509_svid_docker(house: House, seconds: float) -> list[Ite
 
 async def beside(house: House, seconds: float, runtime: Path, inside: Process) -> list[Item]:
     """Measure newcomers of ``inside``, which is in a container of that runtime, beside newcomers of the house."""
-    each = max(20, int(NEWCOMERS * min(1.0, seconds / 4))) // ROUNDS
-    ours: list[float] = []
-    plain: list[float] = []
     async with docker_node(house, runtime) as socket, house.program("newcomer") as outside:
         for program, at in ((inside, socket), (outside, house.agent_socket)):
             await first(program, at, 5)
-        for _ in range(ROUNDS):
-            plain += (await first(outside, house.agent_socket, each))["ms"]
-            ours += (await first(inside, socket, each))["ms"]
-    name = "first_fetch_x509_svid_docker"
-    return [
-        within(f"{name}_p50", percentile(ours, 50), "ms", percentile(plain, 50), P50_MS),
-        within(f"{name}_p99", percentile(ours, 99), "ms", percentile(plain, 99), P99_MS),
-    ]
+        return await side_by_side(
+            "first_fetch_x509_svid_docker", seconds, (inside, socket), (outside, house.agent_socket)
+        )
 
 
 @asynccontextmanager

@@ -1,11 +1,12 @@
 """Callers of the Workload API that speak HTTP/2 by hand, so that thousands of processes cost little. Standard library only.
 
     raw_workload.py die STAGE COUNT SOCKET        COUNT connections, each of which dies at STAGE
-    raw_workload.py crowd FIRST COUNT ROUNDS SOCKET
-        COUNT processes of the users FIRST, FIRST + 1 … with several connections each, and many streams on each
+    raw_workload.py crowd FIRST COUNT SECONDS SOCKET
+        COUNT processes of the users FIRST, FIRST + 1 … with several connections each, and many streams on each, for so long
 
 Stages: ``connected``, ``preface`` (connections of one process), ``attesting``, ``streaming`` (a process for each). ``crowd``
-prints a line of JSON for each process: its user, how many answers it got, and every identity in them that is not its own.
+prints a line of JSON for each process: its user, how often it asked, how many answers it got, and every identity in them that is
+not its own.
 """
 
 import base64
@@ -15,6 +16,7 @@ import re
 import socket
 import struct
 import sys
+import time
 
 CONNECTIONS, STREAMS = 3, 8  # of one process of the crowd
 AT_ONCE = 32  # processes that die at the same time
@@ -116,12 +118,14 @@ def foreign(data: bytes, own: int) -> list:
     return [number for number in found if number != own]
 
 
-def crowd_member(uid: int, rounds: int, path: str) -> dict:
+def crowd_member(uid: int, seconds: float, path: str) -> dict:
     os.setgroups([])
     os.setgid(uid)
     os.setuid(uid)
-    answers, strangers = 0, []
-    for _ in range(rounds):
+    asked_for, answers, strangers = 0, 0, []
+    until = time.monotonic() + seconds
+    while not asked_for or time.monotonic() < until:
+        asked_for += CONNECTIONS * (STREAMS + 1)
         connections = [Connection(path) for _ in range(CONNECTIONS)]
         asked = []
         for one in connections:
@@ -132,17 +136,17 @@ def crowd_member(uid: int, rounds: int, path: str) -> dict:
                 answers += bool(ID.search(data))
                 strangers += foreign(data, uid)
             one.socket.close()
-    return {"uid": uid, "answers": answers, "foreign": strangers}
+    return {"uid": uid, "asked": asked_for, "answers": answers, "foreign": strangers}
 
 
-def crowd(first: int, count: int, rounds: int, path: str) -> None:
+def crowd(first: int, count: int, seconds: float, path: str) -> None:
     children = []
     for uid in range(first, first + count):
         reading, writing = os.pipe()
         pid = os.fork()
         if pid == 0:
             try:
-                said = crowd_member(uid, rounds, path)
+                said = crowd_member(uid, seconds, path)
             except (OSError, ValueError) as error:
                 said = {"uid": uid, "answers": 0, "foreign": [], "error": repr(error)}
             os.write(writing, json.dumps(said).encode())
@@ -193,4 +197,4 @@ if __name__ == "__main__":
     if what == "die":
         die(arguments[0], int(arguments[1]), arguments[2])
     else:
-        crowd(*map(int, arguments[:3]), arguments[3])
+        crowd(int(arguments[0]), int(arguments[1]), float(arguments[2]), arguments[3])

@@ -58,9 +58,15 @@ class RunningAgent:
             return await stub.FetchX509SVID(workload_pb2.X509SVIDRequest(), metadata=HEADER, timeout=10).read()
 
     async def jwt(self, *audience: str, spiffe_id: str = "") -> workload_pb2.JWTSVIDResponse:
-        async with self.workload() as stub:
-            request = workload_pb2.JWTSVIDRequest(audience=audience, spiffe_id=spiffe_id)
-            return await stub.FetchJWTSVID(request, metadata=HEADER, timeout=10)
+        async with self.channel() as channel:
+            return await self.jwt_by(channel, *audience, spiffe_id=spiffe_id)
+
+    async def jwt_by(
+        self, channel: grpc.aio.Channel, *audience: str, spiffe_id: str = ""
+    ) -> workload_pb2.JWTSVIDResponse:
+        """Fetch by a channel of one's own."""
+        request = workload_pb2.JWTSVIDRequest(audience=audience, spiffe_id=spiffe_id)
+        return await Stub(channel, WORKLOAD).FetchJWTSVID(request, metadata=HEADER, timeout=10)
 
 
 @asynccontextmanager

@@ -1,4 +1,7 @@
-"""Crowds at the agent's socket: connections that die at every stage, and many users at once."""
+"""Crowds at the agent's socket: connections that die at every stage, and many users at once.
+
+Full scale, 100,000 connections and five minutes: BROKER_ATTACK_SCALE=1.
+"""
 
 import asyncio
 import json
@@ -14,19 +17,26 @@ from tests.fakes.fake_server import entry_message
 from tests.fakes.running_agent import until
 
 SCRIPT = Path(__file__).parents[1] / "fakes" / "raw_workload.py"
-DYING = {"connected": 1500, "preface": 1500, "attesting": 500, "streaming": 500}
+SCALE = float(os.environ.get("BROKER_ATTACK_SCALE", "0.04"))  # CI has seconds, not minutes
+DYING = {
+    stage: int(count * SCALE)
+    for stage, count in {"connected": 37_500, "preface": 37_500, "attesting": 12_500, "streaming": 12_500}.items()
+}
 """A process for each of the last two: they cost the machine more than the agent."""
+AT_ONCE = 5_000  # die before the agent is looked at
 SLACK = 5  # descriptors and threads
 MAX_GROWTH = 20 * 1024  # KiB
-FIRST_UID, USERS, ROUNDS = 4100, 64, 4
+FIRST_UID, USERS = 4100, 64
+CROWD_SECONDS = max(1.0, 300 * SCALE - 5)
+PATIENCE = 120  # seconds more, for what a script of callers has begun
 
 
-async def raw(*arguments: object) -> str:
+async def raw(*arguments: object, seconds: float = 0) -> str:
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-I", "-S", str(SCRIPT), *map(str, arguments), stdout=subprocess.PIPE
     )
     try:
-        out, _ = await asyncio.wait_for(process.communicate(), 120)
+        out, _ = await asyncio.wait_for(process.communicate(), seconds + PATIENCE)
     except TimeoutError:
         process.kill()
         await process.wait()
@@ -49,7 +59,7 @@ class Costs:
         return self.descriptors <= before.descriptors + SLACK and self.threads <= before.threads + SLACK
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(240 + 2000 * SCALE)
 @pytest.mark.root("descriptors of a process that is not dumpable")
 @pytest.mark.bears("A22")
 async def test_thousands_of_connections_that_die_leave_nothing_behind() -> None:
@@ -60,23 +70,27 @@ async def test_thousands_of_connections_that_die_leave_nothing_behind() -> None:
         await until(lambda: len(agent.server.sessions) <= 1, 30)
         before = Costs(agent.process.pid)
         for stage, count in DYING.items():
-            await raw("die", stage, count, agent.socket)
-            await until(lambda: Costs(agent.process.pid).is_near(before), 30)
+            for begun in range(0, count, AT_ONCE):
+                await raw("die", stage, min(AT_ONCE, count - begun), agent.socket)
+                await until(lambda: Costs(agent.process.pid).is_near(before), 30)
         assert (await agent.fetch()).svids
         await until(lambda: len(agent.server.sessions) <= 1, 30)  # this process's own; all others are told as ended
         assert len(agent.server.ended) >= DYING["streaming"]
         assert Costs(agent.process.pid).memory - before.memory < MAX_GROWTH
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(240 + 1000 * SCALE)
 @pytest.mark.root("processes of many users")
 @pytest.mark.bears("A24", "A23", "A01")
 async def test_no_user_of_many_ever_gets_anothers_identity() -> None:
     async with running(first_identity_wait="10s") as agent:
         for uid in range(FIRST_UID, FIRST_UID + USERS):
             agent.server.put(entry_message(f"u{uid}", f"/wl/{uid}/x", [f"unix:uid:{uid}"]))
-        said = await raw("crowd", FIRST_UID, USERS, ROUNDS, agent.socket)
+        said = await raw("crowd", FIRST_UID, USERS, CROWD_SECONDS, agent.socket, seconds=CROWD_SECONDS)
         rows = [json.loads(line) for line in said.splitlines()]
         assert [row["uid"] for row in rows] == list(range(FIRST_UID, FIRST_UID + USERS))
         assert [row for row in rows if row["foreign"] or "error" in row] == []
-        assert {row["answers"] for row in rows} == {ROUNDS * 3 * 9}  # connections, streams: nobody was left out
+        assert [
+            row for row in rows if not row["answers"] or row["answers"] != row["asked"]
+        ] == []  # nobody was left out
+        print(f"{sum(row['answers'] for row in rows)} answers in {CROWD_SECONDS:g} s, none of them another's")

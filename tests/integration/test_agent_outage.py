@@ -108,6 +108,8 @@ async def test_in_an_outage_valid_svids_are_served_to_their_end_and_the_server_i
         new = await of_another_process(agent, 1)
         assert (new.spiffe_id, await part(agent, CONNECTION)) == (first.spiffe_id, False)
         assert leaf(new).serial_number != leaf(first).serial_number
+        # What would have to be signed now cannot be had, and it is not long until that is said.
+        assert await status(agent.jwt("another")) == grpc.StatusCode.UNAVAILABLE
         ends = max(leaf(first).not_valid_after_utc, leaf(new).not_valid_after_utc)
         assert await status(drained(call)) == grpc.StatusCode.UNAVAILABLE
         assert datetime.now(UTC) >= leaf(first).not_valid_after_utc

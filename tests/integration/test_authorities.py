@@ -15,15 +15,18 @@ from pathlib import Path
 import grpc
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding, load_der_private_key
 
 from broker._proto.spiffe import workload_pb2
 from broker._proto.spire.api.server.localauthority.v1 import localauthority_pb2 as pb
+from broker.audit.events import Event, Record
 from broker.errors import InvalidSvid
 from broker.server.settings import KeySettings
 from broker.server.store.rows import AuthorityKind, AuthorityState
 from broker.server.store.sqlite import SqliteStore
 from broker.spiffe import verify_x509_svid
 from broker.spiffe.certificates import split_der
+from broker.transport.tls import TlsIdentity, client_context
 from tests.fakes.running_agent import HEADER, until
 from tests.fakes.small_estate import issuer_key_id, leaf_of, running_agent, running_server
 
@@ -42,15 +45,46 @@ async def refusal(call):
     return caught.value.code(), caught.value.details()
 
 
-async def next_leaf(call, issuer):
+SOON = 10  # seconds: two of SPIRE's sync intervals
+
+
+async def next_svid(call, issuer):
     """Read a stream of SVIDs until one comes from this authority."""
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(SOON):
         while True:
             message = await call.read()
             assert message is not grpc.aio.EOF
-            leaf = leaf_of(message.svids[0])
-            if issuer_key_id(leaf) == issuer:
-                return leaf
+            if issuer_key_id(leaf_of(message.svids[0])) == issuer:
+                return message.svids[0]
+
+
+async def is_let_in(server, svid):
+    """Whether the server's port answers a client that shows this SVID."""
+    roots = [one.public_bytes(Encoding.DER) for one in await server.roots()]
+    identity = TlsIdentity(tuple(split_der(svid.x509_svid)), load_der_private_key(svid.x509_svid_key, None))
+    try:
+        reader, writer = await asyncio.open_connection(
+            "127.0.0.1", server.server.port, ssl=client_context(identity, roots, ("http/1.1",))
+        )
+    except OSError:
+        return False
+    try:
+        writer.write(b"GET /keys HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        return (await reader.readline()).split()[1:2] == [b"200"]
+    except OSError:
+        return False
+    finally:
+        writer.transport.abort()
+
+
+async def acts(server):
+    """What the record says of authorities that were ended by hand: event and who did it."""
+    async with SqliteStore.open(server.directory / "broker.db") as store:
+        rows = await store.read(lambda reader: reader.records(0, 10_000))
+    records = [Record.from_body(bytes(row.body)) for row in rows]
+    return [
+        (one.event, one.actor) for one in records if one.event in {Event.AUTHORITY_TAINTED, Event.AUTHORITY_REVOKED}
+    ]
 
 
 @pytest.mark.bears("K04", "I09", "X5-08")
@@ -61,7 +95,7 @@ async def test_forced_rotation_reaches_every_svid_and_ends_in_refusal(directory)
         before = (await local.GetX509AuthorityState(pb.GetX509AuthorityStateRequest())).active.authority_id
         async with agent.workload() as stub:
             call = stub.FetchX509SVID(workload_pb2.X509SVIDRequest(), metadata=HEADER)
-            await next_leaf(call, before)
+            old = await next_svid(call, before)
             prepared = (await local.PrepareX509Authority(pb.PrepareX509AuthorityRequest())).prepared_authority
             assert prepared.authority_id != before
             assert prepared.expires_at > 0
@@ -74,18 +108,26 @@ async def test_forced_rotation_reaches_every_svid_and_ends_in_refusal(directory)
 
             tainted = await local.TaintX509Authority(pb.TaintX509AuthorityRequest(authority_id=before))
             assert tainted.tainted_authority.authority_id == before
-            await next_leaf(call, prepared.authority_id)
+            new = await next_svid(call, prepared.authority_id)
             # The agent's own SVID and the server's are replaced as well, and the agent comes back with the new one.
             await until(lambda: issuer_key_id(agent.agent.node._svid.leaf) == prepared.authority_id)
             await until(lambda: agent.agent.sync.is_online)
             assert issuer_key_id(await shown_by(server.server.port)) == prepared.authority_id
 
+            assert (await is_let_in(server, old), await is_let_in(server, new)) == (True, True)
             await local.RevokeX509Authority(pb.RevokeX509AuthorityRequest(authority_id=before))
+            # The old one is accepted nowhere from here on, though its certificate says an hour.
+            assert (await is_let_in(server, old), await is_let_in(server, new)) == (False, True)
             assert before not in {issuer for root in await server.roots() for issuer in [key_id(root)]}
             await until(lambda: len(agent.agent.cache.own_bundle.x509_authorities) == 1)
+            with pytest.raises(InvalidSvid):
+                verify_x509_svid(split_der(old.x509_svid), agent.agent.cache.bundles, now=datetime.now(UTC))
             # Nothing was dropped, and nothing is lacking.
             assert issuer_key_id(leaf_of((await agent.x509()).svids[0])) == prepared.authority_id
             call.cancel()
+        by = f"uid:{os.geteuid()}"
+        home = server
+    assert await acts(home) == [(Event.AUTHORITY_TAINTED, by), (Event.AUTHORITY_REVOKED, by)]
 
 
 def key_id(certificate):

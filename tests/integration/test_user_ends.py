@@ -15,7 +15,7 @@ from broker._proto.broker.server.v1 import feed_pb2, tasks_pb2
 from broker._proto.service import Stub
 from broker.server.api.grpc import feed, tasks
 from broker.server.app import Server
-from broker.server.settings import SubjectSettings
+from broker.server.task_settings import SubjectSettings
 from tests.fakes.oidc import OidcIssuer
 from tests.integration.test_server_identity import DEADLINE, Estate, attested, running
 from tests.integration.test_token_endpoint import (

@@ -231,7 +231,7 @@ class TasksApi:
                 self._on_over(frozenset({request.workload.id}))
             raise
         # The answer may hold a token: only the process that asked may have it.
-        self._entitlement.check(await self._entitlement.session(caller))
+        await self._entitlement.check_caller(caller)
         return answer
 
 

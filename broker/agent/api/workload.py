@@ -182,6 +182,7 @@ class WorkloadApi:
         session = await self._entitlement.session(caller)
         with session.listening(self._cache) as bell:
             entries = await self._entitlement.first(session, bell)
+            self._entitlement.check(session)
             sent: M | None = None
             while True:
                 message = render(entries)

@@ -34,7 +34,7 @@ from broker.server.tasks.decision import (
     require_same_delegation,
     require_same_user,
 )
-from broker.server.tasks.delegated import IsAlive, Presented, attach, is_own, narrowed, resolve
+from broker.server.tasks.delegated import Glances, IsAlive, Presented, attach, narrowed, resolve
 from broker.server.tasks.ids import Ids
 from broker.server.tasks.policy.decision import Decision
 from broker.server.tasks.refusals import Refusals
@@ -114,6 +114,7 @@ class Exchange:
         self._issuer = issuer
         self._standing = standing or Standing()
         self._count = count
+        self._glances = Glances(issuer)
 
     async def start(self, actor: Actor, request: StartRequest) -> Task:
         """Start a task on a user's word; the same request under the same idempotency key gives the same task.
@@ -142,7 +143,11 @@ class Exchange:
 
     def is_own(self, token: str) -> bool:
         """Tell whether a token says that it is one of ours: as a subject it leads to the task behind it, not to a new one."""
-        return bool(token) and is_own(token, self._issuer)
+        return bool(token) and self._glances.at(token).is_own
+
+    def names_actor(self, token: str) -> bool:
+        """Tell whether a token says in ``may_act`` who may act on it."""
+        return self._glances.at(token).names_actor
 
     async def start_and_issue(self, actor: Actor, start: StartRequest, issue: IssueRequest) -> IssuedToken:
         """Start a task and issue its first token in one transaction: the one-step exchange of RFC 8693."""

@@ -34,7 +34,7 @@ UNKNOWN: Final = "-"
 
 
 class _Recorded(AbstractAsyncContextManager[None]):
-    """The block of :meth:`Refusals.recorded`. A class: a generator for each exchange would cost more than what it does."""
+    """The block around what may be refused; ``actor`` is None for a stranger. A class: a generator for each exchange would cost more than what it does."""
 
     __slots__ = ("_actor", "_event", "_refusals", "_subject", "_tell")
 
@@ -42,9 +42,9 @@ class _Recorded(AbstractAsyncContextManager[None]):
         self,
         refusals: "Refusals",
         event: Event,
-        actor: Actor,
+        actor: Actor | None,
         subject: str,
-        tell: Callable[[BrokerError | None], None] | None,
+        tell: Callable[[BrokerError | None], None] | None = None,
     ) -> None:
         self._refusals = refusals
         self._event = event
@@ -100,16 +100,9 @@ class Refusals:
             await self._refused(event, by, subject, error, {"door": "admin"})
             raise
 
-    @asynccontextmanager
-    async def recorded_stranger(self, event: Event) -> AsyncIterator[None]:
+    def recorded_stranger(self, event: Event) -> AbstractAsyncContextManager[None]:
         """Do the same at the HTTPS door before it is known who asks: what a stranger says of himself is not recorded."""
-        try:
-            yield
-        except (Unavailable, NonceWanted):
-            raise
-        except BrokerError as error:
-            await self._refused(event, STRANGER, "", error, {"door": Door.HTTPS.value})
-            raise
+        return _Recorded(self, event, None, "")
 
     async def note(self, make: Callable[[int], Record]) -> None:
         """Record a refusal of another form; ``make`` is told how many were left out before it."""
@@ -123,8 +116,11 @@ class Refusals:
         self._writing.add(writing)
         writing.add_done_callback(self._writing.discard)
 
-    async def refused(self, event: Event, actor: Actor, subject: str, error: BrokerError) -> None:
-        """Record the refusal of a workload, within the rate."""
+    async def refused(self, event: Event, actor: Actor | None, subject: str, error: BrokerError) -> None:
+        """Record the refusal of a workload, or of a stranger (None), within the rate."""
+        if actor is None:
+            await self._refused(event, STRANGER, subject, error, {"door": Door.HTTPS.value})
+            return
         fields: dict[str, FieldValue] = {
             "door": actor.door.value,
             "session": actor.session,

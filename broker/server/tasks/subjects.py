@@ -161,7 +161,7 @@ class Subjects:
             InvalidToken: it is not a trusted issuer's valid token for us.
             Unavailable: the issuer's keys cannot be had now.
         """
-        known = self._known.get(_digest(token))
+        known = self._known.get(digest_of_token(token))
         if known is not None:
             # What these very bytes say, and what is set for their issuer, is the same for ever. Their kind is what the caller
             # says now, the issuer's keys and the time are those of now.
@@ -190,11 +190,12 @@ class Subjects:
         subject = _judge(jws.payload, issuer, dates, now=int(self._clock.now().timestamp()), token=token)
         if len(self._known) >= TOKENS_KEPT:
             self._known.clear()
-        self._known[_digest(token)] = _Known(jws.typ, jws.kid, key, dates, subject)
+        self._known[digest_of_token(token)] = _Known(jws.typ, jws.kid, key, dates, subject)
         return subject
 
 
-def _digest(token: str) -> bytes:
+def digest_of_token(token: str) -> bytes:
+    """Give what a token is remembered by."""
     # Text that is no token's is refused where it is read.
     return hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()
 

@@ -11,7 +11,16 @@ import sysconfig
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SCRIPTS = ("wire.py", "puppet.py", "bystander.py", "victims.py", "credulous.py", "pid_rounds.py", "swarm.py")
+SCRIPTS = (
+    "wire.py",
+    "puppet.py",
+    "bystander.py",
+    "victims.py",
+    "credulous.py",
+    "pid_rounds.py",
+    "swarm.py",
+    "hanging_files.py",
+)
 _NEEDED = "array,collections,contextlib,ctypes,encodings.ascii,encodings.idna,encodings.latin_1,json,pathlib,re,signal,socket,subprocess,threading"
 _LIST = f"import sys,{_NEEDED}; print(*(m.__file__ for m in sys.modules.values() if getattr(m, '__file__', None)), sep='\\n')"
 

@@ -21,7 +21,7 @@ from broker.errors import BrokerError
 from broker.sdk.feed import FeedState
 from broker.server.api.grpc import feed, sessions, svid, tasks
 from broker.server.app import Server
-from broker.server.settings import AudienceSettings, TaskSettings
+from broker.server.task_settings import AudienceSettings, TaskSettings
 from broker.spiffe import SpiffeId
 from broker.spiffe.jose import parse_compact
 from broker.transport.rpc_errors import from_rpc_error

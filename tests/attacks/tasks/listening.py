@@ -24,11 +24,17 @@ class Ear:
     def __init__(self, stream: Any) -> None:
         self._stream = stream
         self.state = FeedState()
+        self.heard: list[feed_pb2.FeedMessage] = []
 
     async def hear(self) -> None:
         """Take the next message in."""
         message = await asyncio.wait_for(self._stream.read(), DEADLINE)
         assert message is not grpc.aio.EOF
+        self.take(message)
+
+    def take(self, message: feed_pb2.FeedMessage) -> None:
+        """Take one in, wherever it comes from."""
+        self.heard.append(message)
         self.state.apply(message, monotonic=0, now=int(SystemClock().now().timestamp()))
 
     def says(self, token: str) -> str:

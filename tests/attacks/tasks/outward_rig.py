@@ -27,16 +27,8 @@ from broker.sdk.workload import Workload
 from broker.server.api.grpc import authorities
 from broker.server.api.http.token_formats import ACCESS_TOKEN, GRANT_TYPE
 from broker.server.app import Server, server
-from broker.server.settings import (
-    AudienceSettings,
-    OperationsSettings,
-    OutwardSettings,
-    RateLimitSettings,
-    ServerSettings,
-    StoreSettings,
-    SubjectSettings,
-    TransactionSettings,
-)
+from broker.server.settings import OperationsSettings, RateLimitSettings, ServerSettings, StoreSettings
+from broker.server.task_settings import AudienceSettings, OutwardSettings, SubjectSettings, TransactionSettings
 from broker.spiffe import SpiffeId
 from broker.spiffe.x509svid import split_der
 from broker.tasks.keyset import read_keys

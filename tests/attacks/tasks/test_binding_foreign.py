@@ -15,7 +15,7 @@ from broker._proto.spire.api.types import bundle_pb2
 from broker.client import Bundles, dial_socket
 from broker.clock import SystemClock
 from broker.keys import MemoryKeys
-from broker.server.settings import WitIssuerSettings
+from broker.server.task_settings import WitIssuerSettings
 from broker.spiffe import TrustDomain, jose
 from broker.transport.tls import TlsIdentity, client_context, roots_of
 from tests.attacks.tasks.binding_rig import LOOSE, TOKEN_URL, Desk, Prover, desk, eventually, short_directory

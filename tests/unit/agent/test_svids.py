@@ -281,6 +281,24 @@ async def test_jwt_svids_are_cached_per_session_and_audience_set_until_half_life
         agent.server.sign_gate.set()
 
 
+@pytest.mark.bears("K01", "O06")
+async def test_a_jwt_svid_that_ends_while_another_is_waited_for_is_waited_for(monkeypatch) -> None:
+    async with estate() as agent:
+        agent.server.jwt_ttl = timedelta(seconds=4)
+        first = (await agent.jwt("a")).svids[0].svid
+        (session,) = agent.agent.sessions
+        (held,) = session.jwts.values()
+        agent.server.sign_gate.clear()
+        # Just before its end: it is valid when the caller begins to wait, and no longer when it stops.
+        monkeypatch.setattr(module, "JWT_REFRESH", 1.5)
+        await until(lambda: agent.server.ca.clock.now() > held.expires_at - timedelta(seconds=1))
+        asked = asyncio.create_task(agent.jwt("a"))
+        await until(lambda: agent.server.ca.clock.now() > held.expires_at + timedelta(seconds=1))
+        assert not asked.done()
+        agent.server.sign_gate.set()
+        assert (await asked).svids[0].svid != first
+
+
 def with_attributes(**attributes: bool):
     entry = entry_message("e1", "/wl/me", [ME])
     for name, value in attributes.items():
@@ -337,6 +355,8 @@ async def test_a_server_that_hangs_does_not_hold_an_open_stream_from_ending(monk
 @pytest.mark.bears("O01", "O06")
 async def test_an_answer_that_hangs_keeps_no_other_svid_from_its_rotation_or_its_end() -> None:
     entries = [entry_message(f"e{n}", f"/wl/{n}", [ME]) for n in range(2)]
+    for one in entries:  # a spare's signing would be under way, too
+        one.entry.additional_attributes.disable_x509_svid_prefetch = True
     async with estate(entries=entries, share_when_offline=False) as agent, agent.workload() as stub:
         agent.server.svid_ttl = timedelta(seconds=6)
         call, first = await stream(stub)
@@ -344,6 +364,7 @@ async def test_an_answer_that_hangs_keeps_no_other_svid_from_its_rotation_or_its
         agent.server.hanging.add("e0")
         changed = entry_message("e0", "/wl/0", [ME], revision=1)
         changed.entry.dns_names.append("me.example.org")
+        changed.entry.additional_attributes.disable_x509_svid_prefetch = True
         agent.server.put(changed)
         # The other is replaced while this one is waited for, and this one is handed out as long as it is valid.
         second = by_name(await asyncio.wait_for(call.read(), 6))

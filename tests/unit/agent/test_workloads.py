@@ -77,6 +77,8 @@ async def test_a_stream_ends_when_its_process_does_and_the_server_is_told() -> N
         await until(lambda: len(agent.server.ended) == 1, 2)
         assert asyncio.get_running_loop().time() - began < 1
         assert not agent.server.sessions
+        await until(lambda: agent.agent._socket.connections == 0)
+        assert len(agent.agent._socket._denials) == 0  # a process that ends is not a process that was refused
 
 
 @pytest.mark.bears("A05")

@@ -1,11 +1,13 @@
 """Blocking reads: bounded by user and in all, and a hung one harms only its own user."""
 
 import asyncio
+import os
 import threading
+from collections.abc import Callable
 
 import pytest
 
-from broker.attestation.reads import MAX_READS, MAX_READS_PER_USER, BlockingReads, SharedRead
+from broker.attestation.reads import KEPT_THREADS, MAX_READS, MAX_READS_PER_USER, BlockingReads, SharedRead
 from broker.clock import SystemClock
 
 
@@ -103,3 +105,48 @@ async def test_a_failure_is_shared_and_not_kept() -> None:
     with pytest.raises(OSError, match="again"):
         await shared.newer_than(SystemClock().monotonic())
     assert (await shared.newer_than(SystemClock().monotonic()))[1] == "here"
+
+
+async def test_threads_stay_for_the_next_read_but_not_all_and_none_without_their_owner() -> None:
+    reads, all_together = BlockingReads(), threading.Barrier(MAX_READS)
+
+    def read(_: object) -> int:
+        return threading.get_native_id()
+
+    def read_together(_: object) -> int:
+        all_together.wait(30)
+        return threading.get_native_id()
+
+    threads = set(await asyncio.gather(*(reads.run(uid, read_together) for uid in range(MAX_READS))))
+    assert len(threads) == MAX_READS
+    await _until(lambda: len(_alive(threads)) == KEPT_THREADS)
+    kept = _alive(threads)
+    assert {await reads.run(1, read) for _ in range(20)} <= kept  # no thread was started for any of them
+    del reads
+    await _until(lambda: not _alive(threads))
+
+
+async def test_a_read_for_which_no_thread_can_be_had_waits_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads, released = BlockingReads(), threading.Event()
+    holding = asyncio.create_task(reads.run(1, lambda _: released.wait(30)))
+    await asyncio.sleep(0)
+
+    def none(*_: object) -> int:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("_thread.start_new_thread", none)
+    waiting = asyncio.create_task(reads.run(2, lambda _: "served"))
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    released.set()
+    assert await asyncio.wait_for(asyncio.gather(holding, waiting), 5) == [True, "served"]
+
+
+def _alive(threads: set[int]) -> set[int]:
+    return {one for one in threads if os.path.exists(f"/proc/self/task/{one}")}
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.01)
