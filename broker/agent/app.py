@@ -5,7 +5,6 @@ The socket listens before the server has been reached, so that workloads are tol
 
 import asyncio
 import random
-import signal
 from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
@@ -24,6 +23,7 @@ from broker.agent.api.workload import WorkloadApi
 from broker.agent.attachments import Attachments
 from broker.agent.bootstrap import Condition, NodeIdentity, join
 from broker.agent.cache import EstateCache
+from broker.agent.clock_watch import ClockWatch
 from broker.agent.denials import Denials
 from broker.agent.entitlement import Entitlement
 from broker.agent.estate_file import EstateFile
@@ -69,13 +69,8 @@ from broker.spiffe import Bundle, SpiffeId
 from broker.tasks.causes import SessionEnd
 from broker.telemetry.log import get_logger
 from broker.transport.dialer import SpiffeDialer
-from broker.transport.hardening import harden
 
 SERVER_PATH: Final = "/spire/server"
-CLOCK_LOOK: Final = 5.0  # seconds between looks for a stepped clock
-CLOCK_STEP: Final = 2.0  # seconds of difference that count as a step
-ENDING: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # settings are read at the start: none says read again
-STOPPED: Final = 15.0  # seconds without a turn of the loop that count as sleep
 FAREWELL: Final = 1.0  # seconds to tell the server of the end
 GRACE: Final = 3.0  # seconds for calls in progress at the end; all of it stays below the ten that operators expect
 
@@ -150,7 +145,6 @@ class Agent:
     ) -> None:
         """Stop serving and let go of everything, within a few seconds."""
         await asyncio.gather(self._socket.stop(GRACE), self._admin.stop(GRACE))
-        await self.workloads.close()
         self.sessions.end_all()
         self.attachments.close()
         await self._farewell()
@@ -165,8 +159,11 @@ class Agent:
         async with asyncio.TaskGroup() as group:
             loops = [
                 group.create_task(self._live(), name="live"),
-                group.create_task(self.svids.maintain(), name="spares"),
-                group.create_task(self._watch_clock(), name="clock"),
+                group.create_task(self.svids.spares.maintain(), name="spares"),
+                group.create_task(
+                    ClockWatch(self._clock, self.cache.ring_all, self._dialer.reconnect).run(), name="clock"
+                ),
+                group.create_task(self.upstream.watch_connection(self._connected), name="connection"),
                 group.create_task(self.rounds.run(), name="rounds"),
                 group.create_task(self.offline.run(), name="offline"),
                 group.create_task(self.keeping.run(), name="keeping"),
@@ -192,22 +189,6 @@ class Agent:
             group.create_task(self.node.keep(self.upstream, self._chance.random), name="identity")
             group.create_task(self.reports.run(), name="reports")
             group.create_task(self.relay.run(), name="feed")
-
-    async def _watch_clock(self) -> None:
-        wall, steady = self._clock.now(), self._clock.monotonic()
-        while True:
-            await asyncio.sleep(CLOCK_LOOK)
-            wall_now, steady_now = self._clock.now(), self._clock.monotonic()
-            # A stepped clock or a suspended machine: what streams wait for by time may be due already.
-            stepped = (wall_now - wall).total_seconds() - (steady_now - steady)
-            if abs(stepped) > CLOCK_STEP:
-                _log.warning("clock_stepped", seconds=round(stepped))
-                self.cache.ring_all()
-            if stepped > CLOCK_STEP or steady_now - steady > CLOCK_LOOK + STOPPED:
-                # What slept for long has connections that are dead, and does not know it.
-                _log.warning("awake_again", seconds=round(max(stepped, steady_now - steady)))
-                self._dialer.reconnect()
-            wall, steady = wall_now, steady_now
 
     def _node(self, store: IdentityFile) -> NodeIdentity:
         settings = self._settings
@@ -366,7 +347,7 @@ class Agent:
         self.offline.forget()
         self.keeping.forget()
         self.cache.withdraw()
-        self.svids.forget()
+        self.svids.spares.forget()
         for session in self.sessions:
             self.sessions.entries(session)
 
@@ -394,8 +375,15 @@ class Agent:
                 for bell in session.bells:
                     bell.ring()
 
+    def _connected(self) -> None:
+        self.sync.hurry()
+        self.node.hurry()
+
     def _online(self) -> None:
-        self.reports.again(identity for session in self.sessions for identity in session.identities.values())
+        held = [identity for session in self.sessions for identity in session.identities.values()]
+        self.reports.again(held)
+        for identity in held:
+            identity.retry_at, identity.failures = 0.0, 0
         # Shared spares are replaced now, failed rotations tried again.
         self.cache.ring_all()
 
@@ -413,43 +401,6 @@ class Agent:
             self._dialer.reconnect()
         self.node.refused(error)
         self.offline.unheard()
-
-
-def run(settings: AgentSettings) -> None:
-    """Run an agent until SIGTERM, SIGINT or SIGHUP; raises BrokerError when it cannot start or may not join."""
-    harden()
-    try:
-        asyncio.run(_run(settings))
-    finally:
-        for number in ENDING:  # the interpreter takes handlers away before it ends: one more signal would be its cause
-            signal.signal(number, signal.SIG_IGN)
-
-
-async def _run(settings: AgentSettings) -> None:
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-
-    def told(number: int, frame: object) -> None:
-        with suppress(RuntimeError):  # the loop is closed: it is ending already
-            loop.call_soon_threadsafe(stop.set)
-
-    # Not loop.add_signal_handler: what that sets goes with the loop, and a second signal would kill us on the way out.
-    for number in ENDING:
-        signal.signal(number, told)
-    try:
-        async with Agent(settings) as agent:
-            await agent.serve(stop)
-    except BaseExceptionGroup as group:
-        # One cause is enough to say what to do; the others follow from it.
-        refusals, defects = group.split(BrokerError)
-        if refusals is None or defects is not None:
-            raise
-        raise _first(refusals) from None
-
-
-def _first(group: BaseExceptionGroup[BrokerError]) -> BrokerError:
-    inner = group.exceptions[0]
-    return _first(inner) if isinstance(inner, BaseExceptionGroup) else inner
 
 
 def _secret_names(chosen: SdsSettings) -> SecretNames:

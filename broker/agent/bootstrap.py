@@ -12,29 +12,23 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Final
 
-import grpc.aio
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from broker._proto.spire.api.server.agent.v1 import agent_pb2
-from broker._proto.spire.api.server.bundle.v1 import bundle_pb2
-from broker._proto.spire.api.types import attestation_pb2, x509svid_pb2
-from broker.agent import wire
+from broker._proto.spire.api.types import x509svid_pb2
 from broker.agent.backoff import Backoff
 from broker.agent.identity_file import IdentityFile, StoredIdentity
+from broker.agent.node_attestation import csr, fetch_bundle, judged, prove
 from broker.agent.signing import MAX_LIFETIME
 from broker.agent.upstream import RPC_TIMEOUT, Upstream, answered
 from broker.attestation.contract import NodeAgentAttestor
 from broker.clock import Clock
-from broker.errors import BrokerError, InvalidJson, InvalidSvid, NotAttested, Refused, Unavailable
-from broker.spiffe import Bundle, BundleSet, SpiffeId, TrustDomain, X509Svid, verify_x509_svid
+from broker.errors import BrokerError, InvalidJson, InvalidSvid, Refused, Unavailable
+from broker.spiffe import Bundle, BundleSet, SpiffeId, TrustDomain, X509Svid
 from broker.telemetry.log import get_logger
-from broker.transport.rpc_errors import from_rpc_error
 from broker.transport.tls import TlsIdentity
 
-AGENT_PATH: Final = "/spire/agent"
 HALF_LIFE: Final = 0.5
 JITTER: Final = 0.1  # of the half-life: a fleet that joined together does not renew together
 CHECK_EVERY: Final = 5.0  # seconds: the wall clock may jump, so it is asked rather than slept towards
@@ -141,7 +135,7 @@ class NodeIdentity:
                 return False
             now = self._clock.now()
             ends = x509.load_der_x509_certificate(stored.tls.chain_der[0]).not_valid_after_utc
-            svid = _judged(stored.tls.chain_der, stored.tls.key, stored.bundles, min(now, ends - _MOMENT))
+            svid = judged(stored.tls.chain_der, stored.tls.key, stored.bundles, min(now, ends - _MOMENT))
         except (InvalidJson, InvalidSvid, ValueError) as error:
             known = error if isinstance(error, BrokerError) else InvalidJson("its certificate cannot be read")
             _log.warning("stored_identity_unusable", code=known.reason, reason=known.message)
@@ -169,24 +163,13 @@ class NodeIdentity:
 
     async def attest(self, upstream: Upstream) -> None:
         """Prove this node and take the identity that the server gives; raises BrokerError."""
-        evidence = await self._attestor.evidence()
         key = ec.generate_private_key(ec.SECP256R1())
-        params = agent_pb2.AttestAgentRequest.Params(
-            data=attestation_pb2.AttestationData(type=evidence.type, payload=evidence.payload),
-            params=agent_pb2.AgentX509SVIDParams(csr=_csr(key)),
-        )
-        try:
-            async with asyncio.timeout(RPC_TIMEOUT):
-                result = await self._converse(upstream, params)
-        except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error) from error
-        except TimeoutError:
-            raise Unavailable("the server did not answer the attestation in time") from None
+        kind, result = await prove(upstream, self._attestor, key)
         if self._bundle is None:
-            self._bundle = await _fetch_bundle(upstream, self.trust_domain)
+            self._bundle = await fetch_bundle(upstream, self.trust_domain)
         self._reattestable = result.reattestable
         self._take(key, result.svid)
-        _log.info("node_attested", agent=str(self.id), attestor=evidence.type)
+        _log.info("node_attested", agent=str(self.id), attestor=kind)
 
     async def renew(self, upstream: Upstream) -> None:
         """Replace the SVID by a new one with a new key; raises BrokerError."""
@@ -204,7 +187,7 @@ class NodeIdentity:
         key = ec.generate_private_key(ec.SECP256R1())
         response: agent_pb2.RenewAgentResponse = await answered(
             upstream.agent.RenewAgent(
-                agent_pb2.RenewAgentRequest(params=agent_pb2.AgentX509SVIDParams(csr=_csr(key))), timeout=RPC_TIMEOUT
+                agent_pb2.RenewAgentRequest(params=agent_pb2.AgentX509SVIDParams(csr=csr(key))), timeout=RPC_TIMEOUT
             )
         )
         self._take(key, response.svid)
@@ -251,6 +234,10 @@ class NodeIdentity:
                 self.not_joined(error)
                 delay = backoff.next()
 
+    def hurry(self) -> None:
+        """Look at once: there is a connection to the server again."""
+        self._news.set()
+
     async def _woken(self, delay: float) -> None:
         with suppress(TimeoutError):
             async with asyncio.timeout(delay):
@@ -283,28 +270,10 @@ class NodeIdentity:
             _log.error("agent_identity_lost", code=error.reason, reason=error.message)
             self.lose()
 
-    async def _converse(
-        self, upstream: Upstream, params: agent_pb2.AttestAgentRequest.Params
-    ) -> agent_pb2.AttestAgentResponse.Result:
-        call = upstream.agent.AttestAgent(timeout=RPC_TIMEOUT)
-        try:
-            await call.write(agent_pb2.AttestAgentRequest(params=params))
-            while True:
-                response = await call.read()
-                if response is grpc.aio.EOF:
-                    raise NotAttested("the server ended the attestation without a result")
-                if response.WhichOneof("step") == "result":
-                    result: agent_pb2.AttestAgentResponse.Result = response.result
-                    return result
-                answer = await self._attestor.respond(response.challenge)
-                await call.write(agent_pb2.AttestAgentRequest(challenge_response=answer))
-        finally:
-            call.cancel()
-
     def _take(self, key: ec.EllipticCurvePrivateKey, told: x509svid_pb2.X509SVID) -> None:
         tls = TlsIdentity(tuple(told.cert_chain), key)
         now = self._clock.now()
-        svid = _judged(tls.chain_der, key, self.bundles, now)
+        svid = judged(tls.chain_der, key, self.bundles, now)
         if svid.not_after - now > MAX_LIFETIME:
             raise InvalidSvid("the server gave an identity for too long", code="svid_too_long")
         if svid.id.trust_domain != self.trust_domain:
@@ -336,34 +305,4 @@ async def join(node: NodeIdentity, upstream: Upstream, on_failure: Callable[[], 
         except Unavailable as error:
             _log.warning("server_unavailable", code=error.reason, reason=error.message)
             on_failure()
-            await asyncio.sleep(backoff.next())
-
-
-async def _fetch_bundle(upstream: Upstream, trust_domain: TrustDomain) -> Bundle:
-    told = wire.bundle(
-        await answered(upstream.bundle.GetBundle(bundle_pb2.GetBundleRequest(), timeout=RPC_TIMEOUT))
-    ).bundle
-    if told.trust_domain != trust_domain or not told.x509_authorities:
-        raise Refused("the server is of another trust domain", code="wrong_trust_domain", hint="check trust_domain")
-    return told
-
-
-def _csr(key: ec.EllipticCurvePrivateKey) -> bytes:
-    csr = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).sign(key, hashes.SHA256())
-    return csr.public_bytes(Encoding.DER)
-
-
-def _judged(chain: tuple[bytes, ...], key: object, bundles: BundleSet, now: datetime) -> X509Svid:
-    """Verify an SVID of an agent and that the key is its own; raises InvalidSvid."""
-    svid = verify_x509_svid(chain, bundles, now=now)
-    if not svid.id.path.startswith(f"{AGENT_PATH}/"):
-        raise InvalidSvid("it is not the identity of an agent", code="svid_wrong_id")
-    ours = key.public_key() if isinstance(key, ec.EllipticCurvePrivateKey) else None
-    theirs = svid.leaf.public_key()
-    if ours is None or not isinstance(theirs, ec.EllipticCurvePublicKey) or _spki(ours) != _spki(theirs):
-        raise InvalidSvid("it is the identity of another key", code="svid_wrong_key")
-    return svid
-
-
-def _spki(key: ec.EllipticCurvePublicKey) -> bytes:
-    return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+            await upstream.pause(backoff.next())

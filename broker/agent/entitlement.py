@@ -69,3 +69,7 @@ class Entitlement:
     def check(self, session: WorkloadSession) -> None:
         """Check the session's process fully; raises NoIdentity."""
         self._workloads.check(session)
+
+    async def check_caller(self, caller: Caller) -> None:
+        """Check the process behind a connection fully; raises NoIdentity or Unavailable."""
+        self._workloads.check(caller.session or await self._workloads.session_of(caller))

@@ -113,7 +113,7 @@ class FeedRelay:
                 _log.warning("feed_interrupted", code=error.reason, reason=error.message, seq=self._state.seq)
             finally:
                 self.is_live = False
-            await asyncio.sleep(backoff.next())
+            await self._upstream.pause(backoff.next())
 
     async def _follow(self, backoff: Backoff) -> None:
         call = self._upstream.feed.Subscribe()

@@ -40,12 +40,11 @@ class X509Holding:
 
     def is_fresh(self, entry: Entry, cache: EstateCache, now: datetime) -> bool:
         """Say whether nothing asks for a new one: valid, of this revision, before its half-life, authority untainted."""
-        return (
-            now < self.rotate_at
-            and _is_same(self.entry, entry)
-            and self.is_valid(cache, now)
-            and not cache.is_tainted(self.svid.authority)
-        )
+        return not self.is_due(entry, cache, now) and self.is_valid(cache, now)
+
+    def is_due(self, entry: Entry, cache: EstateCache, now: datetime) -> bool:
+        """Say of one that is valid whether something asks for a new one all the same."""
+        return now >= self.rotate_at or not _is_same(self.entry, entry) or cache.is_tainted(self.svid.authority)
 
 
 @dataclass(frozen=True, slots=True)

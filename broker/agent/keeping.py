@@ -97,7 +97,7 @@ class Keeping:
         agent_id, heard_at = self._agent_id(), self._heard_at()
         if agent_id is None or heard_at is None or not self._cache.is_synced or self.svids is None:
             return None
-        spares = self.svids.kept()
+        spares = self.svids.spares.kept()
         entries, is_partial = worth_keeping(self._cache.entries, (one.entry_id for one in spares))
         is_partial = is_partial or self._cache.is_partial
         return KeptEstate(agent_id, heard_at, entries, self._cache.told, spares, is_partial, self._cache.crls)

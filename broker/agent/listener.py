@@ -114,7 +114,6 @@ class PublicSocket:
             admit=workloads.admit,
             on_closed=workloads.closed,
             on_refusal=self._cut_off,
-            on_spoke=workloads.attest_early,
             max_connections=connection_room(MAX_CONNECTIONS, FDS_PER_PROCESS),
         )
         workloads.drop = self._listener.drop

@@ -109,7 +109,7 @@ class Offline:
         self.heard_at = kept.heard_at
         self._cache.resume(kept.entries, kept.bundles, kept.crls, is_partial=kept.is_partial)
         if self.svids is not None:
-            self.svids.resume(kept.spares)
+            self.svids.spares.resume(kept.spares)
         _log.warning("estate_resumed", entries=len(kept.entries), count=len(kept.spares), seconds=round(self.age()))
         self.look()
 

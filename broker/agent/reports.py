@@ -155,7 +155,7 @@ class SessionReports:
                     # Of a mere sign of life that was not heard there is nothing to say: that the server is away, others do.
                     log = _log.debug if self.is_settled else _log.warning
                     log("sessions_not_reported", code=error.reason, count=len(self._ended))
-                    await asyncio.sleep(backoff.next())
+                    await self._upstream.pause(backoff.next())
 
     def _forget(self) -> None:
         """Keep nothing for a server that takes no reports."""

@@ -41,6 +41,8 @@ class Identity:
     entry: Entry
     x509: X509Holding | None = None
     retry_at: float = 0.0  # monotonic: after a failed rotation, not before then
+    failures: int = 0  # to rotate it, one after the other
+    is_late: bool = False  # signing takes longer than its streams wait for it: they hear of its end
 
 
 @dataclass(slots=True, eq=False)

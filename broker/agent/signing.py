@@ -65,6 +65,7 @@ class Signing:
         self._waiting: list[_Request] = []
         self._under_way: set[asyncio.Task[None]] = set()
         self._scheduled = False
+        self._is_closed = False
 
     async def x509(self, entry: Entry) -> X509Holding:
         """Give a new X.509-SVID with a new key; raises Unavailable (also for a bad answer), Refused or NotFound."""
@@ -98,25 +99,36 @@ class Signing:
         return self._x509_holding(entry, key, tuple(chain))
 
     async def close(self) -> None:
-        """Give up what is under way."""
+        """Give up what is under way, and what waits for its turn; nothing is sent any more."""
+        self._is_closed = True
+        _fail(self._waiting, Unavailable("the agent is stopping"))
         for task in list(self._under_way):
             task.cancel()
         await asyncio.gather(*self._under_way, return_exceptions=True)
 
     async def _submit(self, entry_id: str, csr: bytes) -> tuple[bytes, ...]:
         request = _Request(entry_id, csr, asyncio.get_running_loop().create_future())
+        if self._is_closed:
+            raise Unavailable("the agent is stopping")
         self._waiting.append(request)
         self._schedule()
         return await request.answer
 
     def _schedule(self) -> None:
         # In the next turn of the loop: what comes in this turn goes together, and nobody waits on a timer.
-        if not self._scheduled and self._waiting and len(self._under_way) < MAX_BATCHES_UNDER_WAY:
+        if (
+            not self._is_closed
+            and not self._scheduled
+            and self._waiting
+            and len(self._under_way) < MAX_BATCHES_UNDER_WAY
+        ):
             self._scheduled = True
             asyncio.get_running_loop().call_soon(self._start)
 
     def _start(self) -> None:
         self._scheduled = False
+        if self._is_closed:
+            return
         batch, self._waiting = self._waiting[:MAX_BATCH], self._waiting[MAX_BATCH:]
         task = asyncio.get_running_loop().create_task(self._send(batch), name="sign-batch")
         self._under_way.add(task)

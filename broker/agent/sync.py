@@ -73,7 +73,7 @@ class Sync:
         self.is_online = False
 
     def hurry(self) -> None:
-        """Try at once if the stream waits out its back-off: what it failed of may have changed."""
+        """Try at once if the stream waits out its back-off: what it failed of may have changed, or there is a connection."""
         self._hurried.set()
 
     async def run(self) -> None:
@@ -90,8 +90,10 @@ class Sync:
                 _log.warning("watch_interrupted", code=error.reason, reason=error.message, cursor=self._cursor)
             finally:
                 self.is_online = False
+            # Not wait_for, which in Python 3.11 forgets a cancellation that comes together with the event.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._hurried.wait(), backoff.next())
+                async with asyncio.timeout(backoff.next()):
+                    await self._hurried.wait()
 
     async def _follow_or_poll(self, backoff: Backoff) -> None:
         try:

@@ -5,6 +5,7 @@ Who the server is was settled by the dialer. What it answers is judged by whoeve
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Final, TypeVar
 
 import grpc.aio
@@ -36,10 +37,12 @@ FEED: Final = ServiceBinding.of(feed_pb2.DESCRIPTOR, "Feed")
 
 
 class Upstream:
-    """Stubs of every service that the agent uses."""
+    """Stubs of every service that the agent uses, and the news of a new connection to them."""
 
     def __init__(self, channel: grpc.aio.Channel, lost: Callable[[], int] = lambda: 0) -> None:
         """Use this channel for all; nothing is sent yet. ``lost`` counts the connections that went."""
+        self._channel = channel
+        self._connected = asyncio.Event()
         self.lost = lost
         self.agent = Stub(channel, AGENT)
         self.bundle = Stub(channel, BUNDLE)
@@ -49,6 +52,22 @@ class Upstream:
         self.sessions = Stub(channel, SESSIONS)
         self.tasks = Stub(channel, TASKS)
         self.feed = Stub(channel, FEED)
+
+    async def watch_connection(self, on_connected: Callable[[], None]) -> None:
+        """See to it that there is a connection, and tell whoever waits of each new one; runs until cancelled."""
+        while True:
+            state = self._channel.get_state(try_to_connect=True)
+            if state is grpc.ChannelConnectivity.READY:
+                self._connected.set()
+                self._connected = asyncio.Event()
+                on_connected()
+            await self._channel.wait_for_state_change(state)
+
+    async def pause(self, seconds: float) -> None:
+        """Wait so long after a failure, or until there is a new connection."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._connected.wait()
 
 
 async def answered_once_more(call: Callable[[], Awaitable[T]], lost: Callable[[], int] = lambda: 0) -> T:

@@ -1,4 +1,4 @@
-"""From a connection to an attested session: snapshot at accept, attest before the first call, compare afterwards.
+"""From a connection to an attested session: snapshot at accept, attest at the first call, compare afterwards.
 
 A process that is not what it was loses its session and its connections, and is attested anew when it comes back. One that
 is only described otherwise (a label was changed) keeps them, and loses or gains entries: the attestors are asked again.
@@ -30,7 +30,6 @@ ATTEST_TIMEOUT: Final = 10.0  # seconds for all attestors at once; each has its 
 CLOSE_AFTER: Final = 0.2  # seconds for the refusal to be read before a changed process's connection is closed
 CLOSE_TOGETHER: Final = 0.05  # seconds in which those that are to be closed are gathered
 MAX_ATTESTATIONS: Final = 64  # at once: a storm of callers waits here, not in threads
-EARLY_HOLDS: Final = 1.0  # seconds for which a refusal that was found before the first call is that call's answer
 MAX_OF_ONE_USER: Final = 16  # of them: callers whose files take long to read hold up their own user's, and nobody else
 
 _log = get_logger("agent.workloads")
@@ -48,14 +47,6 @@ class Freshness:
         return now + self.ask_every * random.uniform(0.9, 1.1)  # noqa: S311 - spreads load, hides nothing
 
 
-@dataclass(frozen=True, slots=True)
-class Early:
-    """What came of an attestation before the first call: when it was over, and the refusal."""
-
-    at: float  # monotonic
-    error: BrokerError | None = None
-
-
 @dataclass(slots=True, eq=False)
 class Caller:
     """What is behind one connection: a process, and its session once it has been attested."""
@@ -65,7 +56,6 @@ class Caller:
     is_closed: bool = False
     is_released: bool = False
     attesting: asyncio.Lock = field(default_factory=asyncio.Lock)
-    early: "asyncio.Task[Early] | None" = None  # attestation that no call has asked for yet
     answers: tuple[Answer, ...] = ()  # of the attestors, for who must explain a refusal
     executable: str = ""  # its name as the kernel shows it: for people, proves nothing
 
@@ -99,48 +89,27 @@ class Workloads:
         self.drop: Callable[[Callable[[Caller], bool]], object] = _nothing_to_drop
         self._room = SharedRoom(MAX_ATTESTATIONS, MAX_OF_ONE_USER)
         self._asking: dict[tuple[int, Facts], asyncio.Future[tuple[Answer, ...]]] = {}
-        self._early: dict[int, asyncio.Task[Early]] = {}  # by pid: one for each process, however often it connects
 
     def admit(self, peer: KernelPeer) -> Caller:
         """Snapshot the process at accept; raises NotAttested. Does not block."""
         return Caller(Process.open(pid=peer.pid, uid=peer.uid, gid=peer.gid, pidfd=peer.pidfd))
 
-    def attest_early(self, caller: Caller) -> None:
-        """Begin to attest a caller that begins to speak: its call is still on its way, and finds what came of this."""
-        pid = caller.process.pid
-        if pid in self._early:
-            return
-        caller.early = task = asyncio.get_running_loop().create_task(self._attest_early(caller))
-        self._early[pid] = task
-        task.add_done_callback(lambda _: self._early.pop(pid))
-
-    async def close(self) -> None:
-        """Give up attestations that no call has asked for."""
-        early = list(self._early.values())
-        for task in early:
-            task.cancel()
-        await asyncio.gather(*early, return_exceptions=True)
-
     def closed(self, caller: Caller) -> None:
         """The connection is gone."""
         caller.is_closed = True
-        if caller.early is not None:
-            caller.early.cancel()
         if not caller.attesting.locked():
             self._let_go(caller)
 
     async def session_of(self, caller: Caller) -> WorkloadSession:
-        """Give the session behind a connection, attested by its first call at the latest, and check that it still holds.
+        """Give the session behind a connection, attesting it at its first call, and check that it still holds.
 
         Raises NoIdentity, in the same words whatever the cause, or Unavailable where attestation itself failed.
         """
         try:
-            # NOTE(security): what was attested before its first call may have changed since, however short that was.
-            fully = True if caller.early is not None else None
-            if caller.early is not None:
-                await self._hear_early(caller, caller.early)
-            session = caller.session or await self._attested(caller)
-            self._sessions.check(session, fully=fully)
+            session = caller.session
+            if session is None:
+                session = await self._attested(caller)
+            self._sessions.check(session)
         except NotAttested as error:
             raise self._outward(caller, error) from error
         return session
@@ -196,23 +165,6 @@ class Workloads:
         if not any(answer.error for answer in told):
             session.vouched_at = now
         self._sessions.describe(session, combined(answers), answers)
-
-    async def _attest_early(self, caller: Caller) -> Early:
-        try:
-            await self._attested(caller)
-        except BrokerError as error:
-            return Early(self._clock.monotonic(), error)
-        return Early(self._clock.monotonic())
-
-    async def _hear_early(self, caller: Caller, task: "asyncio.Task[Early]") -> None:
-        """Wait for what was begun before the first call. A refusal that is new is that call's; an old one is forgotten."""
-        caller.early = None
-        await asyncio.wait([task])
-        if task.cancelled() or task.exception() is not None:
-            return  # whoever asks now finds out by himself
-        early = task.result()
-        if early.error is not None and self._clock.monotonic() - early.at < EARLY_HOLDS:
-            raise early.error
 
     async def _attested(self, caller: Caller) -> WorkloadSession:
         async with caller.attesting:

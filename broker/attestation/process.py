@@ -6,7 +6,6 @@ The facts at connection time are kept; whatever happens later is compared with t
 """
 
 import os
-import re
 from dataclasses import dataclass
 from typing import Self
 
@@ -19,7 +18,9 @@ _WHOLE_RANGE = 0xFFFFFFFF
 _START_TIME = 19  # field 22 of /proc/<pid>/stat, counted behind the last ')'
 _NAMESPACES = ("mnt", "pid", "user")
 # NOTE(security): a process chooses its name, but not a line break in it: the kernel writes that as a backslash and n.
-_STATUS = re.compile(rb"^(Pid|Uid|Gid|Groups):\t([0-9\t ]*)$", re.MULTILINE)
+_STATUS = tuple((name, b"\n%s:\t" % name) for name in (b"Pid", b"Uid", b"Gid", b"Groups"))
+_NUMBERS = b"0123456789\t "
+_ONE_READ = 16 * 1024  # bytes: status, stat and cgroup are far shorter, but for a process of thousands of groups
 
 
 _Raw = tuple[bytes, FileId, tuple[tuple[bytes, bytes], ...], tuple[str, ...], bytes]
@@ -201,19 +202,37 @@ def _require_number(pidfd: int, pid: int) -> None:
 
 
 def _read_raw(directory: int, pid: int) -> _Raw:
-    status = tuple(_STATUS.findall(_read_file(directory, "status", pid)))
+    status = status_lines(_read_single(directory, "status", pid))
     # NOTE(security): another process's directory may be mounted over this one's, and is procfs all the same.
     if (b"Pid", b"%d" % pid) not in status:
         raise NotAttested("/proc describes another process under this number", hint="mount procfs at /proc")
     # NOTE(security): a process may name itself ") S 1 (": the numbers stand behind the last parenthesis.
-    stat = _read_file(directory, "stat", pid).rpartition(b")")[2].split(None, _START_TIME + 1)
+    stat = _read_single(directory, "stat", pid).rpartition(b")")[2].split(None, _START_TIME + 1)
     try:
         exe = file_id(directory, "exe")
         namespaces = tuple(os.readlink(f"ns/{name}", dir_fd=directory) for name in _NAMESPACES)
     except OSError as error:
         raise _unreadable(pid, error) from error
     start_time = stat[_START_TIME] if len(stat) > _START_TIME else b""
-    return start_time, exe, status, namespaces, _read_file(directory, "cgroup", pid)
+    return start_time, exe, status, namespaces, _read_single(directory, "cgroup", pid)
+
+
+def status_lines(status: bytes) -> tuple[tuple[bytes, bytes], ...]:
+    """Find the lines of ``status`` that facts are read from, as name and numbers.
+
+    They are looked for as text: an expression over all lines, for every message of every stream, was a third of a full look.
+    """
+    found: list[tuple[bytes, bytes]] = []
+    for name, begun in _STATUS:
+        at = status.find(begun)
+        while at >= 0:
+            start = at + len(begun)
+            end = status.find(b"\n", start)
+            numbers = status[start:] if end < 0 else status[start:end]
+            if not numbers.translate(None, _NUMBERS):
+                found.append((name, numbers))
+            at = status.find(begun, start)
+    return tuple(found)
 
 
 def _facts(raw: _Raw) -> Facts:
@@ -231,6 +250,19 @@ def _facts(raw: _Raw) -> Facts:
         )
     except (KeyError, ValueError) as error:
         raise NotAttested("the kernel's description of the process cannot be read") from error
+
+
+def _read_single(directory: int, name: str, pid: int) -> bytes:
+    """Read a file that the kernel writes in one piece (``status``, ``stat``, ``cgroup``): a read that is not filled was the last."""
+    try:
+        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
+        try:
+            content = os.read(fd, _ONE_READ)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise _unreadable(pid, error) from error
+    return content if len(content) < _ONE_READ else _read_file(directory, name, pid)
 
 
 def _read_file(directory: int, name: str, pid: int) -> bytes:

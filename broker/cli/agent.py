@@ -46,10 +46,10 @@ COMMAND = noun("agent", "The node agent: one here, and all that the server knows
 
 
 def _parts() -> tuple[Load, Run]:
-    from broker.agent import app  # noqa: PLC0415 - the whole agent
+    from broker.agent import program  # noqa: PLC0415 - the whole agent
     from broker.agent.settings import load  # noqa: PLC0415
 
-    return load, app.run
+    return load, program.run
 
 
 def _ask() -> Ask:

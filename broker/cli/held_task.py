@@ -19,7 +19,7 @@ from broker._proto.service import ServiceBinding
 from broker.cli.connections import agent_channel, ask_agent
 from broker.cli.options import Settings
 from broker.cli.output import EXIT_INTERRUPTED, EXIT_OK, Format
-from broker.cli.task import SHAPE, row
+from broker.cli.task_rows import SHAPE, row
 from broker.clock import SystemClock
 from broker.errors import Refused
 from broker.sdk.feed import FeedState

@@ -162,6 +162,12 @@ class Output:
             self.err.write(f"{_safe(text)}\n")
             self.err.flush()
 
+    def progress(self, text: str) -> None:
+        """Tell a person at a terminal how far something long is, on one line that is written over; empty wipes it."""
+        if not self.quiet and not self.machine and self.err.isatty():
+            self.err.write(f"\r{_safe(text)}\x1b[K")
+            self.err.flush()
+
     def next(self, command: str) -> None:
         """Name the command that people usually want now."""
         if not self.quiet:

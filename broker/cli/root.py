@@ -29,7 +29,7 @@ NOUNS: Final[Mapping[str, tuple[str, str]]] = {
     "run": ("broker.cli.run", "Launch a program under a name that the agent can attest."),
     "server": ("broker.cli.server", "The server."),
     "svid": ("broker.cli.svid", "This process's identity documents; minting and revoking others."),
-    "task": ("broker.cli.task", "Tasks: start, see and end them."),
+    "task": ("broker.cli.task", "Tasks: start, see, change and end them."),
     "token": ("broker.cli.token", "Task tokens: look into them, verify them."),
     "version": ("broker.cli.version", "The version."),
     "whoami": ("broker.cli.whoami", "Which identities this very process gets."),

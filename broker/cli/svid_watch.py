@@ -3,12 +3,13 @@
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import click
 
-from broker.cli.options import SPIFFE_ID, Parsed, Verb, option, settings
+from broker.cli.options import SPIFFE_ID, Parsed, Settings, Verb, option, settings
 from broker.cli.output import Column, Shape
+from broker.errors import Invalid
 
 if TYPE_CHECKING:
     from broker.cli.svid_reload import ReloadPlan
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 SHAPE = Shape("credential_files", "credential_files", (Column("files", "files"),), name="directory")
+COMMAND = Shape(
+    "command", "commands", (Column("command", "command"), Column("notes", "notes", wide=True)), name="command"
+)
 _HELP = """Keep this process's SVIDs in files, for programs that read files: as spiffe-helper does.
 
 Each file is replaced as a whole, and no link is followed. CMD is started when all files are there, gets
@@ -78,7 +82,7 @@ NAME = Parsed("name", _file_name)
 def _options(command: F) -> F:
     for add in reversed(
         (
-            option("--dir", "directory", required=True, type=click.Path(file_okay=False, path_type=Path),
+            option("--dir", "directory", type=click.Path(file_okay=False, path_type=Path),
                    help="Where the files are. Made, with mode 0700, where it is not there."),
             option("--spiffe-id", spire=["spiffeID"], type=SPIFFE_ID, help="Which of this process's identities."),
             option("--hint", default="", help="The identity with this hint."),
@@ -101,6 +105,8 @@ def _options(command: F) -> F:
             option("--pid-file", type=click.Path(dir_okay=False, path_type=Path), help="Whom else to signal."),
             option("--exec", "each_time", metavar="COMMAND", help="Run this after each change, without a shell."),
             option("--once", is_flag=True, help="Write everything one time, and end."),
+            option("--from-helper-conf", "helper_conf", type=click.File("r", encoding="utf-8"), metavar="FILE",
+                   help="Print the command that does what a settings file of spiffe-helper says, and end."),
             option("--health", type=Parsed("address", _address), metavar="[HOST:]PORT", help="Serve /ready and /live."),
         )
     ):  # fmt: skip
@@ -114,6 +120,10 @@ def _options(command: F) -> F:
 def watch(**given: Any) -> int:
     """Keep files."""
     here = settings()
+    if (conf := given.pop("helper_conf")) is not None:
+        return _print_equivalent(here, conf)
+    if given["directory"] is None:
+        raise click.MissingParameter(ctx=click.get_current_context(), param_hint="--dir", param_type="option")
     plan = _plan(given)
     if here.dry_run:
         names = [name for names in plan.wanted.parts.values() for name in names]
@@ -127,6 +137,23 @@ def watch(**given: Any) -> int:
         here.shown.one(SHAPE, {"directory": plan.directory, "files": list(files)})
         here.shown.next(f"broker svid watch --dir {plan.directory} keeps them fresh")
     return code
+
+
+def _print_equivalent(here: Settings, conf: TextIO) -> int:
+    from broker.cli.helper_conf import MAX_BYTES, equivalent, read  # noqa: PLC0415 - for those who move here alone
+
+    try:
+        text = conf.read(MAX_BYTES + 1)
+    except (OSError, UnicodeDecodeError) as error:
+        raise Invalid(f"the file cannot be read: {error}", code="bad_helper_conf") from None
+    found = equivalent(read(text))
+    if here.output is None:
+        here.shown.raw(shlex.join(found.argv))
+    else:
+        here.shown.one(COMMAND, {"command": shlex.join(found.argv), "arguments": found.argv[1:], "notes": found.notes})
+    for note in found.notes:
+        here.shown.talk(note)
+    return 0
 
 
 def _plan(given: dict[str, Any]) -> "WatchPlan":

@@ -40,6 +40,8 @@ class RunRequest:
     """What task a command gets. ``repr`` shows no token."""
 
     user_token: str = field(repr=False)
+    delegation: str
+    """The id of a standing delegation, where there is no token."""
     purpose: str
     authorization_details: str
     ttl: int
@@ -88,6 +90,7 @@ def _task(me: Workload, request: RunRequest) -> Any:
     details: Any = strictjson.loads(request.authorization_details.encode())
     return me.task(
         user_token=request.user_token,
+        delegation=request.delegation,
         purpose=request.purpose,
         authorization_details=details,
         ttl=request.ttl,

@@ -1,6 +1,6 @@
 """Tasks, as an operator sees and ends them (``broker.server.v1.Tasks``)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import grpc.aio
 
@@ -24,9 +24,19 @@ class Tasks:
         return task
 
     async def list(
-        self, *, state: str = "", user: str = "", agent: str = "", root: str = "", parent: str = ""
+        self,
+        *,
+        state: str = "",
+        user: str = "",
+        agent: str = "",
+        root: str = "",
+        parent: str = "",
+        told: Callable[[int], None] | None = None,
     ) -> Sequence[tasks_pb2.Task]:
-        """Give the tasks of this state, user, agent, tree and parent (empty: any), page by page."""
+        """Give the tasks of this state, user, agent, tree and parent (empty: any), page by page.
+
+        ``told`` is told after each page but the last how many there are so far.
+        """
         found: list[tasks_pb2.Task] = []
         token = ""
         while True:
@@ -38,6 +48,8 @@ class Tasks:
             token = page.next_page_token
             if not token:
                 return found
+            if told is not None:
+                told(len(found))
 
     async def revoke(self, task_id: str, *, reason: str = "", expected_version: int = 0) -> tasks_pb2.Task:
         """End a task and all below it, at once; raises NotFound, Conflict when it ended otherwise or moved on."""

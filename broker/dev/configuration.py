@@ -26,6 +26,8 @@ class Plan:
     server: Mapping[str, str] = field(default_factory=dict)
     """Further settings of the server, and (``tasks``) of its tasks."""
     tasks: Mapping[str, str] = field(default_factory=dict)
+    delegation_clients: Sequence[str] = ()
+    """Whose user tokens make standing delegations: none, since here users' own application and agents get the same ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,7 @@ def server_toml(layout: Layout, ports: Ports, plan: Plan) -> str:
         f"issuer = {_text(ports.issuer_url)}",
         f"audiences = [{_text(AUDIENCE)}]",
         f"ca_path = {_text(layout.issuer / 'ca.pem')}",
+        f"delegation_clients = {json.dumps([*plan.delegation_clients])}",
     ]
     for audience in plan.audiences:
         lines += ["", "[[server.audiences]]", f"resource = {_text(audience)}", 'risk = "high"']

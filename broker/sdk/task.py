@@ -1,4 +1,4 @@
-"""A task as a block: entering starts it (or takes it up), leaving ends it, and every token of it dies.
+"""A running task: its tokens, the tasks below it, and what becomes of it. When its block is left every token of it dies.
 
 Tokens are bound to this process: to its X.509-SVID and its workload session, or to a key for proofs. They are kept until shortly
 before they expire or until the SVID rotates, then asked for anew; there is nothing to refresh by hand. While nobody can give a
@@ -8,27 +8,19 @@ heartbeat).
 """
 
 import asyncio
-import contextlib
 import secrets
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
-
-import grpc
-from typing_extensions import override
 
 from broker._proto.broker.agent.v1 import tasks_pb2
 from broker._proto.broker.server.v1 import tasks_pb2 as server_pb2
-from broker._proto.service import ServiceBinding, Stub
-from broker.clock import Clock, SystemClock
-from broker.errors import BrokerError, PolicyDenied, Unavailable
-from broker.sdk.endpoint import CALL_SECONDS, SECURITY_HEADER
+from broker.clock import Clock
+from broker.errors import PolicyDenied, Unavailable
 from broker.sdk.keeping import Keeper
-from broker.spiffe import SpiffeId, strictjson
-from broker.tasks import Authority, Confirmation, Resource, State
+from broker.sdk.task_calls import asked, canonical, chosen, tasks_api
+from broker.spiffe import SpiffeId
+from broker.tasks import Authority, Confirmation, Resource
 from broker.tasks.verify import unverified_confirmation
-from broker.transport.rpc_errors import from_rpc_error
 
 if TYPE_CHECKING:
     from broker.sdk.dpop import ProofKey
@@ -41,9 +33,6 @@ RENEW_BEFORE = 20.0
 ROTATION_SECONDS = 5.0
 """How long a token may be ahead of the SVID stream when both rotate."""
 
-COMPLETE_SECONDS = 10.0
-"""How long leaving the block tries to end the task before it gives up and says so."""
-
 
 class Task:
     """A running task. Made by entering the block of :meth:`broker.sdk.Workload.task`."""
@@ -53,10 +42,10 @@ class Task:
         self._workload = workload
         self._state = state
         self._clock = clock
-        self._api = Stub(workload.channel, ServiceBinding.of(tasks_pb2.DESCRIPTOR, "Tasks"))
+        self._api = tasks_api(workload)
         self._kept: dict[tuple[str, str, str, str], tuple[server_pb2.IssuedToken, Confirmation | None]] = {}
         self._asking = asyncio.Lock()
-        self.keeper = Keeper(workload.channel, state, _chosen(workload))
+        self.keeper = Keeper(workload.channel, state, chosen(workload))
         """Keeps the task alive while this process works on it."""
         self.authority = Authority.parse(state.authorization_details)
 
@@ -106,40 +95,50 @@ class Task:
         scope: str = "",
         authorization_details: Sequence[Mapping[str, object]] | None = None,
         key: "ProofKey | None" = None,
+        user_token: str = "",
     ) -> str:
         """Give a token for this resource, bound to this process, or with ``key`` to that key (RFC 9449).
+
+        ``user_token`` is a newer token of the task's user: it confirms their session, where the server waits for that, and lets the
+        task go on that was suspended because it did not come.
 
         Raises:
             Refused: the task has ended, or its authority does not reach that far.
             Unavailable: agent or server cannot answer now.
         """
-        wanted = _json(authorization_details) if authorization_details else ""
+        wanted = canonical(authorization_details) if authorization_details else ""
         name = (Resource(resource).text, scope, wanted, "" if key is None else key.jkt)
         async with self._asking:
-            if self.keeper.lost is not None:
-                # What was kept is dead: the server says whether there is another.
+            if self.keeper.lost is not None or user_token:
+                # What was kept is dead, or may be: the server says whether there is another.
                 self._kept.clear()
             kept = self._kept.get(name)
-            if kept is not None and self._is_current(*kept):
+            if kept is not None and self._is_current(*kept) and not user_token:
                 return kept[0].access_token
             try:
-                issued = await self._issue(self._request(*name))
+                issued = await self._issue(self._request(*name, user_token))
             except Unavailable:
                 if kept is None or not self._is_good(*kept):
                     raise
                 return kept[0].access_token
+            if self.keeper.lost is not None:
+                # It goes on: somebody has let it.
+                await self._keep()
             self._kept[name] = (issued, await self._settle(issued))
             return issued.access_token
 
-    def _request(self, resource: str, scope: str, details: str, jkt: str) -> tasks_pb2.IssueTokenRequest:
+    def _request(
+        self, resource: str, scope: str, details: str, jkt: str, user_token: str
+    ) -> tasks_pb2.IssueTokenRequest:
         return tasks_pb2.IssueTokenRequest(
             task_id=self.id,
-            spiffe_id=_chosen(self._workload),
+            spiffe_id=chosen(self._workload),
             resource=resource,
             scope=scope,
             authorization_details=details,
             idempotency_key=secrets.token_urlsafe(16),
             jkt=jkt,
+            user_token=user_token,
         )
 
     def resource_of(self, url: str) -> str:
@@ -170,7 +169,7 @@ class Task:
     async def complete(self) -> None:
         """End the task now. Ending twice is fine."""
         request = tasks_pb2.CompleteTaskRequest(
-            task_id=self.id, spiffe_id=_chosen(self._workload), idempotency_key=f"complete-{self.id}"
+            task_id=self.id, spiffe_id=chosen(self._workload), idempotency_key=f"complete-{self.id}"
         )
         self._state = await self._call("CompleteTask", request)
         self._kept.clear()
@@ -194,11 +193,11 @@ class Task:
             Refused: this task, or one above it, is not active.
         """
         request = tasks_pb2.StartChildTaskRequest(
-            spiffe_id=_chosen(self._workload),
+            spiffe_id=chosen(self._workload),
             parent=self.id,
             agent=str(agent),
             purpose=purpose,
-            authorization_details=_json(authorization_details),
+            authorization_details=canonical(authorization_details),
             ttl=ttl,
             supervision=supervision,
             idempotency_key=idempotency_key or secrets.token_urlsafe(16),
@@ -232,12 +231,12 @@ class Task:
 
     async def _keep(self) -> None:
         await self.keeper.stop()
-        self.keeper = Keeper(self._workload.channel, self._state, _chosen(self._workload))
+        self.keeper = Keeper(self._workload.channel, self._state, chosen(self._workload))
         await self.keeper.start()
 
     async def _change(self, operation: str, *, to: str = "") -> server_pb2.ChangedTask:
         request = tasks_pb2.ChangeTaskRequest(
-            spiffe_id=_chosen(self._workload),
+            spiffe_id=chosen(self._workload),
             task_id=self.id,
             operation=operation,
             to=to,
@@ -278,128 +277,6 @@ class Task:
     async def _call(self, method: str, request: object) -> Any:
         """Ask, and once more where nobody answered: every request bears a key under which it is done once."""
         try:
-            return await _asked(self._api, method, request)
+            return await asked(self._api, method, request)
         except Unavailable:
-            return await _asked(self._api, method, request)
-
-
-async def _asked(api: Stub, method: str, request: object) -> Any:
-    try:
-        return await getattr(api, method)(request, metadata=SECURITY_HEADER, timeout=CALL_SECONDS)
-    except grpc.aio.AioRpcError as error:
-        raise from_rpc_error(error) from None
-
-
-class _Block(ABC):
-    """A task that lives as long as a block of code; how it begins is the subclass's."""
-
-    def __init__(self, workload: "Workload", clock: Clock | None) -> None:
-        self._workload = workload
-        self._clock = clock or SystemClock()
-        self._task: Task | None = None
-
-    @abstractmethod
-    async def _begin(self, api: Stub) -> server_pb2.Task: ...
-
-    async def __aenter__(self) -> Task:
-        """Begin."""
-        api = Stub(self._workload.channel, ServiceBinding.of(tasks_pb2.DESCRIPTOR, "Tasks"))
-        self._task = Task(self._workload, await self._begin(api), clock=self._clock)
-        await self._task.keeper.start()
-        return self._task
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """End the task, also when the block was left by an error or by cancellation; one that was given away has ended."""
-        assert self._task is not None
-        ending = asyncio.ensure_future(_end(self._task))
-        try:
-            await asyncio.shield(ending)
-        except asyncio.CancelledError:
-            with contextlib.suppress(BrokerError):
-                await ending
-            raise
-        except BrokerError:
-            if error is None:
-                raise
-        finally:
-            await self._task.keeper.stop()
-
-
-class TaskBlock(_Block):
-    """What :meth:`broker.sdk.Workload.task` gives: nothing is started before ``async with``."""
-
-    def __init__(
-        self,
-        workload: "Workload",
-        *,
-        user_token: str,
-        delegation: str = "",
-        purpose: str,
-        authorization_details: Sequence[Mapping[str, object]],
-        ttl: int,
-        limits: Mapping[str, object],
-        supervision: str,
-        idempotency_key: str,
-        clock: Clock | None = None,
-    ) -> None:
-        """Hold the request."""
-        super().__init__(workload, clock)
-        self._request = tasks_pb2.StartTaskRequest(
-            spiffe_id=_chosen(workload),
-            user_token=user_token,
-            delegation_id=delegation,
-            purpose=purpose,
-            authorization_details=_json(authorization_details),
-            ttl=ttl,
-            limits=_json(limits) if limits else "",
-            supervision=supervision,
-            idempotency_key=idempotency_key or secrets.token_urlsafe(16),
-        )
-
-    @override
-    async def _begin(self, api: Stub) -> server_pb2.Task:
-        task: server_pb2.Task = await _asked(api, "StartTask", self._request)
-        return task
-
-
-class AttachedBlock(_Block):
-    """What :meth:`broker.sdk.Workload.attach` gives: nothing is taken up before ``async with``."""
-
-    def __init__(self, workload: "Workload", task_id: str, *, is_resumed: bool, clock: Clock | None = None) -> None:
-        """Hold the request."""
-        super().__init__(workload, clock)
-        self._request = tasks_pb2.ChangeTaskRequest(
-            spiffe_id=_chosen(workload),
-            task_id=task_id,
-            operation="resume" if is_resumed else "attach",
-            idempotency_key=secrets.token_urlsafe(16),
-        )
-
-    @override
-    async def _begin(self, api: Stub) -> server_pb2.Task:
-        changed: server_pb2.ChangedTask = await _asked(api, "ChangeTask", self._request)
-        return changed.task
-
-
-async def _end(task: Task) -> None:
-    if State(task.state).is_terminal:
-        return
-    try:
-        async with asyncio.timeout(COMPLETE_SECONDS):
-            await task.complete()
-    except TimeoutError:
-        raise Unavailable(
-            "the end of the task was not confirmed in time",
-            code="end_unconfirmed",
-            hint="it ends with this process, or when it expires",
-        ) from None
-
-
-def _chosen(workload: "Workload") -> str:
-    return str(workload.chosen or "")
-
-
-def _json(value: object) -> str:
-    return strictjson.canonical(value).decode()
+            return await asked(self._api, method, request)

@@ -8,23 +8,23 @@ time after a rotation is looked up, once: that alone waits.
 
 import asyncio
 import hashlib
-import ssl
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from broker.clock import Clock, SystemClock
 from broker.errors import InvalidToken, Refused, Unavailable
+from broker.sdk.evidence import Connection, Peers
 from broker.sdk.feed import FeedState, Risk
 from broker.sdk.leaves import Leaves
 from broker.sdk.proofs import DpopRequest, ProofJudge
 from broker.sdk.steady import SteadyClock
 from broker.sdk.subscription import FeedSubscription
 from broker.sdk.workload import Workload
-from broker.spiffe import SpiffeId, TrustDomain, X509Svid, verify_x509_svid
+from broker.spiffe import SpiffeId, TrustDomain
 from broker.spiffe.jose import PublicKey
 from broker.tasks import (
     LEEWAY,
@@ -41,18 +41,12 @@ from broker.tasks import (
 )
 from broker.tasks.keyset import read_keys
 from broker.tasks.transactions import VerifiedTransaction, verify_transaction
-from broker.transport.tls import SvidPeer, peer_chain
 
 TOKENS_REMEMBERED = 10_000
 """Tokens whose signature is not checked twice: some ten megabytes at the most."""
 
-PEERS_REMEMBERED = 4_096
-"""Client certificates whose chain is not checked twice."""
-
 FIRST_SNAPSHOT_SECONDS = 15.0
 """How long discovery waits for the feed before it gives up."""
-
-Connection = ssl.SSLObject | ssl.SSLSocket | Sequence[bytes] | MutableMapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +71,6 @@ class Caller:
             PolicyDenied: it does not reach that far (``insufficient_authorization``).
         """
         return self.authority.require(action, self.token.claims.aud, resource, enforced=enforced)
-
-
-@dataclass(frozen=True, slots=True)
-class _Peer:
-    evidence: PeerEvidence
-    not_after: float
-    bundles: object
 
 
 class _LeafUnknown(Refused):
@@ -119,10 +106,9 @@ class TokenVerifier:
         self._clock = SteadyClock(clock)
         self._owns_workload = False
         self._tokens: OrderedDict[bytes, _Known] = OrderedDict()
-        self._peers: OrderedDict[bytes, _Peer] = OrderedDict()
-        self._svids: OrderedDict[str, tuple[X509Svid, PeerEvidence, float]] = OrderedDict()
-        self._leaves = Leaves(workload.channel, clock)
-        self.proofs = ProofJudge(origin or audience.text, clock)
+        self._peers = Peers(lambda: workload.bundles, self._clock)
+        self._leaves = Leaves(workload.channel, self._clock)
+        self.proofs = ProofJudge(origin or audience.text, self._clock)
         self._accepted = Accepted()
         self._keys: Mapping[str, PublicKey] = {}
         self.feed = FeedState()
@@ -220,7 +206,7 @@ class TokenVerifier:
         )
         proof = None if dpop is None else self.proofs.judge(dpop, token)
         cnf = claims.cnf
-        evidence = None if cnf is None or cnf.x5t is None else self._evidence_of(connection)
+        evidence = None if cnf is None or cnf.x5t is None else self._peers.evidence_of(connection)
         if proof is not None or known.caller is None or known.evidence is not evidence:
             # The binding is a matter of these two values alone: for the same two it is the same answer. A proof is of one call.
             caller = self._caller(verified, evidence, proof)
@@ -288,41 +274,6 @@ class TokenVerifier:
         if len(self._tokens) > TOKENS_REMEMBERED:
             self._tokens.popitem(last=False)
         return known
-
-    def _evidence_of(self, connection: Connection) -> PeerEvidence:
-        if isinstance(connection, MutableMapping):
-            peer = connection.get("extensions", {}).get("broker.peer")
-            return self._evidence_of_svid(peer.svid) if isinstance(peer, SvidPeer) else self._evidence(())
-        if isinstance(connection, ssl.SSLObject | ssl.SSLSocket):
-            return self._evidence(peer_chain(connection))
-        return self._evidence(connection)
-
-    def _evidence_of_svid(self, svid: X509Svid) -> PeerEvidence:
-        """Give the evidence of an SVID that the listener verified on this connection, and goes on judging."""
-        known = self._svids.get(svid.x5t)
-        if known is None or known[0] is not svid:
-            known = self._svids[svid.x5t] = svid, PeerEvidence.from_svid(svid), svid.expires_at.timestamp()
-            if len(self._svids) > PEERS_REMEMBERED:
-                self._svids.popitem(last=False)
-        # NOTE(security): a connection may outlive its SVID by a moment; nothing is accepted on it then (PB13).
-        if self._clock.now().timestamp() >= known[2]:
-            raise Refused("the connection's certificate has expired", code="svid_expired", hint="connect anew")
-        return known[1]
-
-    def _evidence(self, chain: Sequence[bytes]) -> PeerEvidence:
-        if not chain:
-            raise Refused("the connection has no client certificate", code="binding_missing", hint="use mutual TLS")
-        bundles = self._workload.bundles
-        known = self._peers.get(chain[0])
-        now = self._clock.now()
-        if known is not None and known.bundles is bundles and now.timestamp() < known.not_after:
-            return known.evidence
-        svid = verify_x509_svid(chain, bundles, now=now)
-        evidence = PeerEvidence.from_svid(svid)
-        self._peers[chain[0]] = _Peer(evidence, svid.expires_at.timestamp(), bundles)
-        if len(self._peers) > PEERS_REMEMBERED:
-            self._peers.popitem(last=False)
-        return evidence
 
     def _keys_changed(self) -> None:
         self._keys = read_keys(self.feed.keys)

@@ -22,7 +22,7 @@ from broker._proto.service import ServiceBinding, Stub
 from broker._proto.spiffe import workload_pb2
 from broker.errors import BrokerError, Invalid, InvalidBundle, InvalidSvid, NoIdentity, Unavailable
 from broker.sdk.endpoint import CALL_SECONDS, SECURITY_HEADER, socket_target
-from broker.sdk.task import AttachedBlock, TaskBlock
+from broker.sdk.task_blocks import AttachedBlock, TaskBlock
 from broker.spiffe import Bundle, BundleSet, SpiffeId, TrustDomain, certificates
 from broker.spiffe.jose import b64url_encode
 from broker.spiffe.revocation import read_crls

@@ -17,6 +17,7 @@ from broker.server import failpoints
 from broker.server.admin_services import admin_services
 from broker.server.api.access import Access
 from broker.server.api.http.app import create_app
+from broker.server.api.http.direct import DirectApp
 from broker.server.api.http.discovery import Discovery
 from broker.server.authority.authorities import Authorities
 from broker.server.authority.server_svid import ServerNames, ServerSvid
@@ -137,7 +138,7 @@ async def _assemble(settings: ServerSettings, clock: Clock, stack: AsyncExitStac
         )
     )
     app = create_app(tasks.http if tasks else None, Discovery(settings.issuer, lambda: authorities.bundle))
-    listener = await doors.open_tls(clock, identity.federated, svid, app, tasks.refusals if tasks else None)
+    listener = await doors.open_tls(clock, identity.federated, svid, DirectApp(app), tasks.refusals if tasks else None)
     running.bundle_port = await doors.open_bundle_endpoint(clock, authorities, svid)
     running._port = listener.port  # noqa: SLF001  # the same module
     _keep_in_step(listener, authorities, identity)

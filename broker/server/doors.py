@@ -5,7 +5,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Final
 
-from starlette.applications import Starlette
+from starlette.types import ASGIApp
 
 from broker._proto.service import handler
 from broker.clock import Clock
@@ -62,7 +62,7 @@ class Doors:
         )
 
     async def open_tls(
-        self, clock: Clock, federated: Federated, svid: ServerSvid, http_app: Starlette, refusals: Refusals | None
+        self, clock: Clock, federated: Federated, svid: ServerSvid, http_app: ASGIApp, refusals: Refusals | None
     ) -> TlsListener:
         """Open the TLS port; connections that are refused are recorded where the task half keeps refusals."""
 

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from broker._proto.service import ServiceBinding
 from broker.clock import Clock
-from broker.errors import BrokerError, Invalid, Misconfigured
+from broker.errors import BrokerError
 from broker.server.api.grpc import delegations as delegations_api
 from broker.server.api.grpc import feed as feed_api
 from broker.server.api.grpc import policies as policies_api
@@ -19,27 +19,32 @@ from broker.server.api.http.services import HttpServices
 from broker.server.authority.authorities import Authorities
 from broker.server.identity.directory import Directory
 from broker.server.settings import (
-    AudienceSettings,
-    DetailTypeSettings,
-    OutwardSettings,
     ServerSettings,
-    SubjectSettings,
-    WitIssuerSettings,
 )
 from broker.server.stillness import Stillness
 from broker.server.store.ports import Store
+from broker.server.task_rules import (
+    audience,
+    detail_type,
+    remote_server,
+    subject_issuer,
+    supervision_rules,
+    task_defaults,
+    transaction_rules,
+    wit_keys_of,
+)
 from broker.server.tasks.admission import Starters
 from broker.server.tasks.assertions import Assertions
 from broker.server.tasks.changes import Changes
-from broker.server.tasks.config import Audience, Audiences, SubjectIssuer, TaskDefaults
+from broker.server.tasks.config import Audiences
 from broker.server.tasks.decision import Policy
-from broker.server.tasks.detail_types import DetailType, DetailTypes
+from broker.server.tasks.detail_types import DetailTypes
 from broker.server.tasks.exchange import Exchange
 from broker.server.tasks.feed import Feed
 from broker.server.tasks.foreign import ForeignStarters
 from broker.server.tasks.ids import Ids
 from broker.server.tasks.lifecycle import Lifecycle
-from broker.server.tasks.outward import RemoteServer, RemoteServers, TransactionRules
+from broker.server.tasks.outward import RemoteServers
 from broker.server.tasks.policy.bundles import Bundles
 from broker.server.tasks.policy.explain import Explain
 from broker.server.tasks.policy.rejudge import Rejudge
@@ -48,16 +53,11 @@ from broker.server.tasks.proofs import Proofs
 from broker.server.tasks.refusals import Refusals
 from broker.server.tasks.sessions import Sessions
 from broker.server.tasks.subjects import Subjects
-from broker.server.tasks.supervisor import SupervisionRules, Supervisor
+from broker.server.tasks.supervisor import Supervisor
 from broker.server.tasks.tokens import TaskTokens
 from broker.server.tasks.withdrawals import Distrust
 from broker.server.user_ends import UserEnds, standing_of, user_ends
-from broker.spiffe import BundleSet, TrustDomain, strictjson
-from broker.spiffe.jose import PublicKey
-from broker.tasks import Resource, Supervision
-from broker.tasks.authority import OPTIONAL_MEMBERS
-from broker.tasks.grants import GrantFormat
-from broker.tasks.wit import read_wit_keys
+from broker.spiffe import BundleSet, TrustDomain
 from broker.telemetry.log import get_logger
 from broker.telemetry.metrics import Metrics
 
@@ -148,8 +148,8 @@ async def tasks_half(
 
     ``bundles`` gives those under which workloads are judged: our own, and those of trust domains that we federate with.
     """
-    audiences = Audiences(_audience(one) for one in settings.audiences)
-    subjects = Subjects((_issuer(one) for one in settings.subjects), clock)
+    audiences = Audiences(audience(one) for one in settings.audiences)
+    subjects = Subjects((subject_issuer(one) for one in settings.subjects), clock)
     foreign = ForeignStarters(settings.tasks.foreign_starters, settings.trust_domain)
     starters = Starters(foreign)
     # The directory was loaded before and has every commit since: nothing falls between these two lines.
@@ -165,11 +165,14 @@ async def tasks_half(
     rejudge = Rejudge(store, rules, clock, count=lambda cause: metrics.ends.labels(cause).inc())
     policies = Bundles(store, rules, clock, path=settings.policy.path, on_change=rejudge.soon)
     stop_policy = await policies.start()
-    ids, detail_types = Ids(secrets.token_bytes), DetailTypes.of(map(_detail_type, settings.authorization_details))
-    policy = Policy(audiences, _defaults(settings), rules, detail_types)
+    ids, detail_types = Ids(secrets.token_bytes), DetailTypes.of(map(detail_type, settings.authorization_details))
+    policy = Policy(audiences, task_defaults(settings), rules, detail_types)
+
+    issued = metrics.exchanges.labels("issued", "")
 
     def count(outcome: str, reason: str) -> None:
-        metrics.exchanges.labels(outcome, reason).inc()
+        # The one that is counted with every token is looked up once.
+        (issued if outcome == "issued" else metrics.exchanges.labels(outcome, reason)).inc()
 
     standing = standing_of(settings)
     tokens = TaskTokens(
@@ -186,7 +189,9 @@ async def tasks_half(
         policy=policy,
         count=lambda cause: metrics.ends.labels(cause).inc(),
     )
-    supervisor = Supervisor(store, clock, _supervision(settings), count=lambda cause: metrics.ends.labels(cause).inc())
+    supervisor = Supervisor(
+        store, clock, supervision_rules(settings), count=lambda cause: metrics.ends.labels(cause).inc()
+    )
     await supervisor.start()
     tainted = (row.id for row in authorities.x509_keys if row.tainted)
     await Distrust(store, clock).settle(tainted, (audience.resource.text for audience in audiences))
@@ -228,8 +233,8 @@ async def tasks_half(
         refusals=refusals,
         policy=policy,
         issuer=settings.issuer,
-        transactions=_transactions(settings),
-        remotes=RemoteServers(map(_remote, settings.outward), audiences),
+        transactions=transaction_rules(settings),
+        remotes=RemoteServers(map(remote_server, settings.outward), audiences),
         count=count,
     )
     http = HttpServices(
@@ -256,7 +261,7 @@ async def tasks_half(
         clients=Clients(
             Proofs(store, clock, secrets.token_bytes),
             foreign,
-            wit_keys={one.trust_domain: _wit_keys(one) for one in settings.tasks.wit_issuers},
+            wit_keys={one.trust_domain: wit_keys_of(one) for one in settings.tasks.wit_issuers},
             proxies=frozenset(settings.tasks.trusted_proxies),
         ),
     )
@@ -275,85 +280,14 @@ async def tasks_half(
         http=http,
         ends=ends,
         policies=policies_api.Policies(
-            policies, Explain(store, rules, clock, tokens), rules, audiences, [one.issuer for one in settings.subjects]
+            policies,
+            Explain(store, rules, clock, tokens),
+            rules,
+            audiences,
+            issuers=[one.issuer for one in settings.subjects],
+            refusals=refusals,
         ),
         rejudge=rejudge,
         stop_policy=stop_policy,
         supervisor=supervisor,
     )
-
-
-def _audience(settings: AudienceSettings) -> Audience:
-    return Audience(
-        Resource(settings.resource),
-        binding=frozenset(settings.binding),
-        risk=settings.risk,
-        introspectors=frozenset(settings.introspectors),
-        token_ttl=None if settings.token_ttl is None else int(settings.token_ttl.total_seconds()),
-        transactions=settings.transactions,
-        transaction_requesters=frozenset(settings.transaction_requesters),
-    )
-
-
-def _detail_type(settings: DetailTypeSettings) -> DetailType:
-    members = OPTIONAL_MEMBERS if settings.members is None else frozenset(settings.members)
-    return DetailType(settings.type, settings.actions, members)
-
-
-def _transactions(settings: ServerSettings) -> TransactionRules:
-    chosen = settings.transactions
-    return TransactionRules(settings.trust_domain, chosen.ttl, frozenset(chosen.replacers))
-
-
-def _remote(settings: OutwardSettings) -> RemoteServer:
-    return RemoteServer(
-        settings.issuer,
-        frozenset(map(Resource, settings.resources)),
-        frozenset(map(GrantFormat, settings.formats)),
-        settings.ttl,
-        dict(settings.clients),
-    )
-
-
-def _issuer(settings: SubjectSettings) -> SubjectIssuer:
-    return SubjectIssuer(
-        settings.issuer,
-        frozenset(settings.audiences),
-        clients=frozenset(settings.clients),
-        namespace=settings.namespace,
-        ca_path=settings.ca_path,
-        required_claims=tuple(sorted(settings.required_claims.items())),
-        session_lease=0 if settings.session_lease is None else int(settings.session_lease.total_seconds()),
-        delegation_clients=frozenset(settings.delegation_clients),
-        delegation_max_age=int(settings.delegation_max_age.total_seconds()),
-    )
-
-
-def _defaults(settings: ServerSettings) -> TaskDefaults:
-    tasks = settings.tasks
-    return TaskDefaults(
-        token_ttl=int(tasks.token_ttl.total_seconds()),
-        task_ttl=int(tasks.task_ttl.total_seconds()),
-        max_task_ttl=int(tasks.max_task_ttl.total_seconds()),
-        supervision=Supervision(tasks.supervision),
-        allow_unsupervised=tasks.allow_unsupervised,
-        max_depth=tasks.max_depth,
-        max_children=tasks.max_children,
-        max_resumes=tasks.max_resumes,
-        max_resumes_per_minute=tasks.max_resumes_per_minute,
-        allow_bearer=tasks.allow_bearer,
-    )
-
-
-def _supervision(settings: ServerSettings) -> SupervisionRules:
-    tasks = settings.tasks
-    return SupervisionRules(tasks.lease_ttl, tasks.lapsed_ttl, tasks.agent_lease_ttl, tasks.agent_lost == "end")
-
-
-def _wit_keys(settings: WitIssuerSettings) -> dict[str, PublicKey]:
-    try:
-        return read_wit_keys(strictjson.loads(settings.keys_path.read_bytes()))
-    except (OSError, Invalid) as error:
-        raise Misconfigured(
-            f"{settings.keys_path}: {error}", code="wit_keys", hint="a JWK Set with use wit-svid and a kid for each key"
-        ) from None

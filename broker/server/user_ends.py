@@ -8,8 +8,9 @@ from typing import Any
 
 from broker.clock import Clock
 from broker.errors import Misconfigured
-from broker.server.settings import ServerSettings, TransmitterSettings
+from broker.server.settings import ServerSettings
 from broker.server.store.ports import Store
+from broker.server.task_settings import TransmitterSettings
 from broker.server.tasks.config import Transmitter, check_transmitters
 from broker.server.tasks.decision import Policy
 from broker.server.tasks.delegations import Delegations
@@ -20,6 +21,7 @@ from broker.server.tasks.signals import LogoutTokens, SecurityEvents, Signals
 from broker.server.tasks.standing import Standing
 from broker.server.tasks.stops import Stops
 from broker.server.tasks.subjects import Subjects
+from broker.server.tasks.user_leases import UserLeases
 from broker.server.tasks.users import Users
 
 
@@ -34,10 +36,11 @@ class UserEnds:
     events: SecurityEvents
     signals: Signals
     pollers: tuple[Poller, ...]
+    leases: UserLeases
 
     def loops(self) -> Iterable[Coroutine[Any, Any, None]]:
         """Give what has to run for as long as the server does."""
-        return [poller.run() for poller in self.pollers]
+        return [*(poller.run() for poller in self.pollers), *self.leases.loops()]
 
     async def aclose(self) -> None:
         """Close the connections to the transmitters."""
@@ -89,6 +92,7 @@ def user_ends(
         events=events,
         signals=signals,
         pollers=tuple(Poller(one, events, signals) for one in transmitters if one.poll_url),
+        leases=UserLeases(store, clock, standing, policy.rules),
     )
 
 

@@ -97,8 +97,11 @@ def is_reachable(relationship: Relationship, url: str, address: str) -> bool:
     Whoever configured a host knows where it is. Another host, which a redirect named, must not lead to this machine or
     into its network, whatever its name resolved to at this moment.
     """
-    if urlsplit(url).hostname == urlsplit(relationship.url).hostname:
-        return True
+    return urlsplit(url).hostname == urlsplit(relationship.url).hostname or is_public(address)
+
+
+def is_public(address: str) -> bool:
+    """Tell whether an IP address is one of the world's: not this machine, not a private network, not a cloud's metadata."""
     try:
         read = ipaddress.ip_address(address)
     except ValueError:

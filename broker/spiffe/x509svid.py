@@ -41,10 +41,14 @@ class X509Svid:
     chain: tuple[x509.Certificate, ...] = field(repr=False)
     authority: x509.Certificate = field(repr=False)
     seal: InitVar[object]
+    expires_at: datetime = field(init=False, repr=False, compare=False)
+    """The end of the first certificate of the path to expire: nothing may rely on the SVID after it."""
 
     def __post_init__(self, seal: object) -> None:
         if seal is not _SEAL:
             raise TypeError("an X509Svid comes from verify_x509_svid only")
+        ends = min(certificate.not_valid_after_utc for certificate in (*self.chain, self.authority))
+        object.__setattr__(self, "expires_at", ends)
 
     @property
     def leaf(self) -> x509.Certificate:
@@ -55,11 +59,6 @@ class X509Svid:
     def issuer(self) -> x509.Certificate:
         """The certificate that signed the leaf."""
         return (*self.chain, self.authority)[1]
-
-    @property
-    def expires_at(self) -> datetime:
-        """The end of the first certificate of the path to expire: nothing may rely on the SVID after it."""
-        return min(certificate.not_valid_after_utc for certificate in (*self.chain, self.authority))
 
 
 def verify_x509_svid(chain_der: Sequence[bytes], bundles: BundleSet, *, now: datetime) -> X509Svid:

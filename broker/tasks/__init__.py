@@ -3,7 +3,7 @@
 from broker.tasks.authority import Authority, AuthorizationDetail
 from broker.tasks.binding import Accepted, BindingMatch, Confirmation, PeerEvidence, check_binding
 from broker.tasks.causes import Cause
-from broker.tasks.claims import TaskClaims, TaskReference, issue_claims
+from broker.tasks.claims import TaskClaims, issue_claims
 from broker.tasks.delegation import Delegation
 from broker.tasks.dpop import Expected, NonceWanted, ShownProof, verify_proof
 from broker.tasks.lineage import (
@@ -15,6 +15,7 @@ from broker.tasks.lineage import (
     start_successor,
     start_task,
 )
+from broker.tasks.reference import TaskReference
 from broker.tasks.resource import Resource
 from broker.tasks.task import (
     MAX_ACT_DEPTH,

@@ -150,6 +150,8 @@ class Authority:
 
     details: tuple[AuthorizationDetail, ...] = field(compare=False)
     _text: str = field(init=False, repr=False)
+    _digest: str = field(init=False, repr=False, compare=False)
+    _scope: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.details) <= MAX_DETAILS:
@@ -160,6 +162,9 @@ class Authority:
             raise invalid(f"they are longer than {MAX_BYTES} bytes")
         object.__setattr__(self, "details", tuple(by_text[key] for key in sorted(by_text)))
         object.__setattr__(self, "_text", text)
+        # Worked out when they are asked for; one authority is asked with every token of a task.
+        object.__setattr__(self, "_digest", "")
+        object.__setattr__(self, "_scope", "")
 
     @classmethod
     def parse(cls, value: JsonValue) -> Self:
@@ -184,7 +189,10 @@ class Authority:
     @property
     def digest(self) -> str:
         """``sha-256:`` and the base64url hash of the canonical text."""
-        return "sha-256:" + b64url_encode(hashlib.sha256(self._text.encode()).digest())
+        if not self._digest:
+            digest = "sha-256:" + b64url_encode(hashlib.sha256(self._text.encode()).digest())
+            object.__setattr__(self, "_digest", digest)
+        return self._digest
 
     def narrow(self, requested: "Authority") -> "Authority":
         """Give what is requested if all of it is part of this; raises PolicyDenied, never gives less or more."""
@@ -222,7 +230,10 @@ class Authority:
 
     def scope(self) -> str:
         """Give all actions, sorted, as a scope (RFC 8693 §4.2): a coarse picture of the details."""
-        return " ".join(sorted({action for detail in self.details for action in detail.actions}))
+        if not self._scope:
+            actions = {action for detail in self.details for action in detail.actions}
+            object.__setattr__(self, "_scope", " ".join(sorted(actions)))
+        return self._scope
 
     def resources(self) -> tuple[Resource, ...]:
         """Give all locations, sorted, each once."""

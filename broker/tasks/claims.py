@@ -9,25 +9,27 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
+from functools import lru_cache
 from typing import Final, Self
 
-from broker.errors import Invalid, InvalidSpiffeId, InvalidToken, Refused
+from broker.errors import Invalid, InvalidToken, Refused
 from broker.spiffe import SpiffeId
 from broker.spiffe.jose import b64url_encode, numeric_date
 from broker.spiffe.strictjson import JsonValue
+from broker.tasks.actors import nested_act, read_act
 from broker.tasks.authority import Authority
 from broker.tasks.binding import Confirmation
+from broker.tasks.claim_values import invalid, named, own_id, string
 from broker.tasks.lineage import act_chain, lineage_epoch, require_lineage_active
+from broker.tasks.reference import TaskReference
 from broker.tasks.resource import Resource
 from broker.tasks.task import MAX_ACT_DEPTH, Task
-from broker.tasks.texts import DIGEST, ID, NAME, check_id, check_issuer
+from broker.tasks.texts import check_id, check_issuer
 
 MAX_TTL: Final = timedelta(seconds=300)
 """Longest life of a task token: the floor under the feed for verifiers that do not hear it."""
-MAX_EPOCH: Final = 2**53 - 1
-"""Largest epoch: the largest whole number that every JSON reader keeps."""
-USES: Final = frozenset({"once"})
-"""What ``task.use`` may say; absent means any number of uses within the token's life."""
+PURPOSES_KEPT: Final = 1_024
+"""Purposes that are not hashed twice, a few KiB each at most: every token of a task says the same."""
 
 
 class Fate(StrEnum):
@@ -61,38 +63,6 @@ FATES: Final[Mapping[str, Fate]] = {
 """Every claim that we put into a task token, or judge in one."""
 
 _REQUIRED: Final = frozenset(name for name, fate in FATES.items() if fate in (Fate.VERIFIED, Fate.RECORDED))
-_TASK_REQUIRED: Final = frozenset({"id", "root", "epoch", "hop", "purpose", "authority_hash"})
-_TASK_MEMBERS: Final = _TASK_REQUIRED | {"parent", "use"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TaskReference:
-    """The claim ``task``. ``hop`` counts the agents of the chain; ``purpose`` and ``authority_hash`` are hashes."""
-
-    id: str
-    root: str
-    parent: str | None
-    epoch: int
-    hop: int
-    purpose: str
-    authority_hash: str
-    use: str | None = None
-
-    def to_json(self) -> dict[str, JsonValue]:
-        """Give the members that are present."""
-        value: dict[str, JsonValue] = {"id": self.id}
-        if self.parent is not None:
-            value["parent"] = self.parent
-        value |= {
-            "root": self.root,
-            "epoch": self.epoch,
-            "hop": self.hop,
-            "purpose": self.purpose,
-            "authority_hash": self.authority_hash,
-        }
-        if self.use is not None:
-            value["use"] = self.use
-        return value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,16 +94,16 @@ class TaskClaims:
     def __post_init__(self) -> None:
         # What one claim says of another. It holds for what we mint as for what we read.
         if not self.act or self.act[0] != self.client_id:
-            raise _invalid("client_id is not the present actor")
+            raise invalid("client_id is not the present actor")
         if len(self.act) > MAX_ACT_DEPTH or len(set(self.act)) != len(self.act):
-            raise _invalid("the chain of actors is too long, or meets one twice")
+            raise invalid("the chain of actors is too long, or meets one twice")
         # A root that was handed off has history and no parent.
         if self.task.hop != len(self.act) or (self.task.hop == 1 and self.task.parent is not None):
-            raise _invalid("the task's hop does not fit the chain of actors")
+            raise invalid("the task's hop does not fit the chain of actors")
         if self.exp <= self.iat:
-            raise _invalid("exp is not after iat")
+            raise invalid("exp is not after iat")
         if self.scope != self.authorization_details.scope():
-            raise _invalid("scope does not say what authorization_details say")
+            raise invalid("scope does not say what authorization_details say")
 
     def to_payload(self) -> dict[str, JsonValue]:
         """Give the token's payload; absent claims are left out."""
@@ -168,23 +138,23 @@ class TaskClaims:
         act = read_act(payload["act"])
         try:
             return cls(
-                iss=_string(payload, "iss"),
-                sub=_named(payload, "sub"),
+                iss=string(payload, "iss"),
+                sub=named(payload, "sub"),
                 # The same text twice is the usual token: its parsed form is taken, not parsed again.
-                client_id=act[0] if payload["client_id"] == str(act[0]) else SpiffeId(_string(payload, "client_id")),
-                aud=Resource(_string(payload, "aud")),
+                client_id=act[0] if payload["client_id"] == str(act[0]) else SpiffeId(string(payload, "client_id")),
+                aud=Resource(string(payload, "aud")),
                 exp=numeric_date(payload, "exp", required=True),
                 iat=numeric_date(payload, "iat", required=True),
                 nbf=numeric_date(payload, "nbf", required=False),
-                jti=_own_id(payload["jti"], "jti"),
-                txn=_own_id(payload["txn"], "txn"),
-                sid=_named(payload, "sid") if "sid" in payload else None,
-                scope=_string(payload, "scope"),
+                jti=own_id(payload["jti"], "jti"),
+                txn=own_id(payload["txn"], "txn"),
+                sid=named(payload, "sid") if "sid" in payload else None,
+                scope=string(payload, "scope"),
                 act=act,
                 cnf=Confirmation.parse(payload["cnf"]) if "cnf" in payload else None,
                 authorization_details=Authority.parse(_array(payload["authorization_details"])),
-                task=_reference(payload["task"]),
-                acr=_named(payload, "acr") if "acr" in payload else None,
+                task=TaskReference.parse(payload["task"]),
+                acr=named(payload, "acr") if "acr" in payload else None,
                 auth_time=numeric_date(payload, "auth_time", required=False),
                 unknown=tuple(sorted(payload.keys() - FATES.keys())),
             )
@@ -255,6 +225,7 @@ def issue_claims(
     )
 
 
+@lru_cache(maxsize=PURPOSES_KEPT)
 def purpose_hash(purpose: str) -> str:
     """Give what a token says of a purpose: ``sha-256:`` and the hash of its UTF-8 text."""
     return "sha-256:" + b64url_encode(hashlib.sha256(purpose.encode()).digest())
@@ -268,89 +239,8 @@ def _seconds(time: datetime) -> int:
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 
-def nested_act(chain: Sequence[SpiffeId]) -> JsonValue:
-    """Write a chain of agents, the present actor first, as the claim ``act`` (RFC 8693 §4.1)."""
-    value: dict[str, JsonValue] = {}
-    for agent in reversed(chain):
-        value = {"sub": str(agent), "act": value} if value else {"sub": str(agent)}
-    return value
-
-
-def read_act(value: JsonValue) -> tuple[SpiffeId, ...]:
-    """Read a claim ``act``, the present actor first; raises InvalidToken."""
-    chain: list[SpiffeId] = []
-    while True:
-        # NOTE(security): an actor is its ID and its history, nothing that could be taken for a claim (RFC 8693 §4.1).
-        if not isinstance(value, dict) or not value.keys() <= {"sub", "act"} or len(chain) == MAX_ACT_DEPTH:
-            raise InvalidToken("the claim act is malformed or too deep", code="token_act")
-        agent = value.get("sub")
-        if not isinstance(agent, str):
-            raise InvalidToken("an actor's sub is missing or not text", code="token_act")
-        try:
-            chain.append(SpiffeId(agent))
-        except InvalidSpiffeId as error:
-            raise InvalidToken(f"an actor is not a SPIFFE ID: {error.message}", code="token_act") from None
-        if "act" not in value:
-            return tuple(chain)
-        value = value["act"]
-
-
-def _reference(value: JsonValue) -> TaskReference:
-    if not isinstance(value, dict) or not value.keys() <= _TASK_MEMBERS or not value.keys() >= _TASK_REQUIRED:
-        raise _invalid("task lacks a member, or has one that is not known")
-    use = value.get("use")
-    if "use" in value and not (isinstance(use, str) and use in USES):
-        raise _invalid("task.use is not known")
-    return TaskReference(
-        id=_own_id(value["id"], "task.id"),
-        root=_own_id(value["root"], "task.root"),
-        parent=_own_id(value["parent"], "task.parent") if "parent" in value else None,
-        epoch=_count(value["epoch"], "task.epoch", 0, MAX_EPOCH),
-        hop=_count(value["hop"], "task.hop", 1, MAX_ACT_DEPTH),
-        purpose=_digest(value["purpose"], "task.purpose"),
-        authority_hash=_digest(value["authority_hash"], "task.authority_hash"),
-        use=use if isinstance(use, str) else None,
-    )
-
-
 def _array(value: JsonValue) -> list[JsonValue]:
     # In a token it is an array: text that holds JSON is what a form parameter is.
     if not isinstance(value, list):
-        raise _invalid("authorization_details is not a list")
+        raise invalid("authorization_details is not a list")
     return value
-
-
-def _string(payload: Mapping[str, JsonValue], name: str) -> str:
-    value = payload[name]
-    if not isinstance(value, str):
-        raise _invalid(f"{name} is not text")
-    return value
-
-
-def _named(payload: Mapping[str, JsonValue], name: str) -> str:
-    value = _string(payload, name)
-    if NAME.fullmatch(value) is None:
-        raise _invalid(f"{name} is not short printable text")
-    return value
-
-
-def _own_id(value: JsonValue, name: str) -> str:
-    if not isinstance(value, str) or ID.fullmatch(value) is None:
-        raise _invalid(f"{name} is not an id")
-    return value
-
-
-def _digest(value: JsonValue, name: str) -> str:
-    if not isinstance(value, str) or DIGEST.fullmatch(value) is None:
-        raise _invalid(f"{name} is not a hash")
-    return value
-
-
-def _count(value: JsonValue, name: str, least: int, most: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise _invalid(f"{name} is not a whole number in range")
-    return value
-
-
-def _invalid(what: str) -> InvalidToken:
-    return InvalidToken(f"a claim of the token is not valid: {what}", code="token_claim_invalid")

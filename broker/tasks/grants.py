@@ -14,8 +14,8 @@ from typing import Final
 
 from broker.spiffe import SpiffeId
 from broker.spiffe.strictjson import JsonValue
+from broker.tasks.actors import nested_act
 from broker.tasks.authority import Authority
-from broker.tasks.claims import nested_act
 from broker.tasks.resource import Resource
 from broker.tasks.task import Task
 from broker.tasks.transactions import whole_seconds

@@ -7,6 +7,7 @@ Which resources exist is not known here. Normalised for comparison (RFC 3986 §6
 import ipaddress
 import re
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Final
 
 from typing_extensions import override
@@ -18,6 +19,8 @@ MAX_RESOURCE: Final = 2048
 MAX_HOST: Final = 253
 """Longest DNS name, in characters (RFC 1035 §2.3.4, without the final dot)."""
 HTTPS_PORT: Final = 443
+SPELLINGS_KEPT: Final = 1_024
+"""Texts whose one spelling is not worked out twice, 4 KiB each at most: the same services are named again and again."""
 
 _SCHEME: Final = "https://"
 # No user information, query or fragment; the host and the path are looked at more closely afterwards.
@@ -65,6 +68,11 @@ def _normalise(text: object) -> str:
         raise _invalid("it is not text")
     if len(text) > MAX_RESOURCE:
         raise _invalid(f"it is longer than {MAX_RESOURCE} characters")
+    return _spelled(text)
+
+
+@lru_cache(maxsize=SPELLINGS_KEPT)
+def _spelled(text: str) -> str:
     # ASCII before lower(), which folds the Kelvin sign to k.
     if not text.isascii() or text[: len(_SCHEME)].lower() != _SCHEME:
         raise _invalid("it is not an absolute https URI", hint="write it as https://host/path, without user or query")

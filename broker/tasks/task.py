@@ -142,18 +142,27 @@ def require_active(task: Task, now: datetime) -> None:
     if state is State.ACTIVE:
         return
     code = "task_ended" if state.is_terminal else f"task_{state.value}"
-    raise Refused(f"the task is {state.value}", code=code, hint="start a new task" if state.is_terminal else "")
+    raise Refused(f"the task is {state.value}", code=code, hint=_hint(state, task.cause))
+
+
+def _hint(state: State, cause: Cause | None) -> str:
+    if state.is_terminal:
+        return "start a new task"
+    if cause is Cause.USER_UNCONFIRMED:
+        return "show a user token of the same session that its issuer gave lately"
+    return ""
 
 
 def end(task: Task, state: State, cause: Cause, now: datetime, expected_version: int | None = None) -> Task:
-    """End a task in a final state; the same task when it stands there already.
+    """End a task in a final state; the same task when it stands there already, or ended together with one above it.
 
     A task past its deadline ends as expired, whatever is asked for. Raises Conflict (``conflict`` when it ended
     otherwise, ``stale_version``), and Invalid for a state that is not final.
     """
     if not state.is_terminal:
         raise Invalid("a task ends in a final state only", code="invalid_task")
-    if task.state is state:
+    # Whoever ends a tree from several places at once ends each task once, and is not told of a conflict with itself.
+    if task.state in {state, State.CASCADED}:
         return task
     _require_open(task, expected_version)
     if now >= task.expires_at:

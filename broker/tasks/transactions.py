@@ -14,9 +14,10 @@ from broker.errors import Invalid, InvalidToken, PolicyDenied, Refused
 from broker.spiffe import SpiffeId, TrustDomain
 from broker.spiffe.jose import PublicKey, numeric_date, parse_compact, verify_signature
 from broker.spiffe.strictjson import JsonValue
+from broker.tasks.actors import nested_act, read_act
 from broker.tasks.authority import Authority
-from broker.tasks.claims import MAX_EPOCH, nested_act, read_act
 from broker.tasks.context import NO_CONTEXT, Context, extend, read_context
+from broker.tasks.reference import MAX_EPOCH
 from broker.tasks.task import MAX_ACT_DEPTH
 from broker.tasks.texts import ID, NAME
 from broker.tasks.verify import ALGORITHM, LEEWAY

@@ -27,6 +27,7 @@ from broker.transport.acceptor import BACKLOG, Acceptor
 from broker.transport.handshake import connect_tls
 from broker.transport.lifetimes import Lifetimes
 from broker.transport.peercred import peer_pid
+from broker.transport.redial import Redial
 from broker.transport.socket_path import MAX_PATH_BYTES
 from broker.transport.splice import CHUNK, Splice
 from broker.transport.tls import ALPN_H2, SvidPeer, TlsIdentity, client_context, judge, peer_chain
@@ -41,7 +42,7 @@ _CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.min_reconnect_backoff_ms", 15_000),  # in truth how long one attempt may take: longer than CONNECT_DEADLINE
-    ("grpc.max_reconnect_backoff_ms", 5_000),  # callers wait between attempts themselves; here only a storm is kept off
+    ("grpc.max_reconnect_backoff_ms", 1_000),  # to our own socket: when the server itself is tried is Redial's to say
     ("grpc.keepalive_time_ms", 30_000),  # finds a server that went without a word, while calls are open
     ("grpc.keepalive_timeout_ms", 10_000),
 )
@@ -50,6 +51,10 @@ _UNKNOWN_AUTHORITY = frozenset({7, 18, 19, 20, 21})
 """OpenSSL's X509_V_ERR_ codes of a chain that ends in no authority of ours: bad signature, self-signed, no issuer."""
 
 UnsafeServerCheck = Callable[[tuple[bytes, ...]], None]
+
+
+class _TooSoonError(Unavailable):
+    """Nobody asked the server: it could not be reached a moment ago."""
 
 
 class _Gate(asyncio.Protocol):
@@ -104,6 +109,7 @@ class SpiffeDialer:
         self._lost = 0
         self._emptied = asyncio.Event()
         self._lifetimes = Lifetimes(clock)
+        self._redial = Redial()
         self._last_error: str | None = None
         self._is_stranger = False
         self._channel: grpc.aio.Channel | None = None
@@ -126,7 +132,8 @@ class SpiffeDialer:
         return self._is_stranger
 
     def reconnect(self) -> None:
-        """Drop the current TLS connections: the next call makes one with the identity and bundles of then."""
+        """Drop the current TLS connections: the next is made at once, with the identity and bundles of then."""
+        self._redial.at_once()
         for splice in list(self._open):
             splice.abort()
 
@@ -188,6 +195,10 @@ class SpiffeDialer:
 
     async def _connect(self, accepted: socket.socket, splice: Splice, lifetimes: list[int]) -> None:
         await asyncio.get_running_loop().connect_accepted_socket(lambda: splice.front, accepted)
+        if any(one.back.spoke for one in self._open):
+            self._redial.at_once()
+        if (wait := self._redial.take(asyncio.get_running_loop().time())) > 0:
+            raise _TooSoonError(f"the server is away, and tried again in {wait:.1f} s", code="server_away")
         await self._dial(_Gate(lambda transport: self._judged(transport, splice, lifetimes)))
 
     def _connected(
@@ -200,7 +211,10 @@ class SpiffeDialer:
         if error is None and not setup.cancelled():
             self._last_error, self._is_stranger = None, False
             return
-        self._last_error = _words(error) if error else "closed"
+        if error is not None and not isinstance(error, _TooSoonError):
+            self._redial.failed(asyncio.get_running_loop().time())
+        if not isinstance(error, _TooSoonError):
+            self._last_error = _words(error) if error else "closed"
         if isinstance(error, ssl.SSLCertVerificationError):
             self._is_stranger = error.verify_code in _UNKNOWN_AUTHORITY
         splice.abort()
@@ -240,7 +254,10 @@ class SpiffeDialer:
         self._open.pop(splice, None)
         if self._judged_by.pop(splice, None) is not None:
             self._lost += 1
-        if splice.ended_by is splice.back and not splice.back.spoke:
+        if splice.back.spoke:
+            self._redial.at_once()
+        elif splice.ended_by is splice.back:
+            self._redial.failed(asyncio.get_running_loop().time())
             self._last_error = "the server closed the connection after the handshake: it may refuse our certificate"
         if not self._open:
             self._emptied.set()

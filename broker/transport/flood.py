@@ -66,8 +66,8 @@ class FrameMeter:
         "_resets",
         "_sending",
         "_skip",
+        "_spoke",
         "_windows",
-        "spoke",
         "streams",
     )
 
@@ -75,7 +75,7 @@ class FrameMeter:
         """``monotonic``: seconds, e.g. the event loop's time."""
         now = monotonic()
         self._monotonic = monotonic
-        self.spoke = False  # whether the preface has been seen
+        self._spoke = False  # whether the preface has been seen
         self._skip = 0
         self._partial = b""
         self._opened = 0  # the highest stream that was opened
@@ -99,13 +99,13 @@ class FrameMeter:
             # A part of the preface or of a frame's header waited; nothing is to be skipped then.
             chunk, self._partial = self._partial + chunk, b""
         position = self._skip
-        if not self.spoke:
+        if not self._spoke:
             if not PREFACE.startswith(chunk[: len(PREFACE)]):
                 raise Refused("the connection does not speak HTTP/2", code="not_http2")
             if len(chunk) < len(PREFACE):
                 self._partial = chunk
                 return len(chunk)
-            self.spoke = True
+            self._spoke = True
             position = len(PREFACE)
         opened, first = self.streams, -1
         while position + _HEADER_BYTES <= len(chunk):

@@ -17,6 +17,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from broker.clock import Clock
+from broker.transport.joining import JoinedWrites
 from broker.transport.tls import TlsPeer
 
 PEER_EXTENSION = "broker.peer"
@@ -64,7 +65,8 @@ class _PeerProtocol(HttpToolsProtocol):
 
     @override
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        self._joined = JoinedWrites(transport, self.loop)
+        super().connection_made(self._joined)
         self._arm()
 
     @override
@@ -126,6 +128,11 @@ class _PeerProtocol(HttpToolsProtocol):
         self._in_head, self._head_bytes = True, 0
         self._disarm()
         super().on_message_complete()
+
+    @override
+    def on_response_complete(self) -> None:
+        self._joined.flush()
+        super().on_response_complete()
 
     @override
     def send_400_response(self, msg: str) -> None:

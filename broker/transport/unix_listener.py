@@ -34,9 +34,7 @@ SHARE_OF_ONE_UID = 0.75  # of the room: one user that opens connections without 
 class Connection(Generic[C]):
     """One spliced connection and the process behind it."""
 
-    def __init__(
-        self, peer: KernelPeer, caller: C, turnstile: Turnstile, on_spoke: Callable[[C], None] | None = None
-    ) -> None:
+    def __init__(self, peer: KernelPeer, caller: C, turnstile: Turnstile) -> None:
         """Made by the listener."""
         self.peer = peer
         self.caller = caller
@@ -45,15 +43,11 @@ class Connection(Generic[C]):
         self.meter = FrameMeter(asyncio.get_running_loop().time)
         self.splice: Splice
         self.is_open = True
-        self._on_spoke = on_spoke
 
     def watch(self, chunk: bytes) -> int | None:
         """Meter what comes from the process; give how much may pass now, where calls that it begins must wait."""
         before = self.meter.streams
         passing = self.meter.read(chunk)
-        if (tell := self._on_spoke) is not None and self.meter.spoke:
-            self._on_spoke = None
-            tell(self.caller)
         return None if self.turnstile.ask(self.meter.streams - before, self.splice.front.release) else passing
 
     def begun(self) -> None:
@@ -82,7 +76,6 @@ class UnixListener(Generic[C]):
         admit: Callable[[KernelPeer], C],
         on_closed: Callable[[C], None] | None = None,
         on_refusal: Callable[[BrokerError, KernelPeer | None], None] | None = None,
-        on_spoke: Callable[[C], None] | None = None,
         directory_mode: int = 0o755,
         max_connections: int = MAX_CONNECTIONS,
     ) -> None:
@@ -90,8 +83,7 @@ class UnixListener(Generic[C]):
 
         It may raise Refused: the connection is closed. The pidfd belongs to the connection (dup it to keep it longer);
         ``on_closed(caller)`` is called once after the connection ended, however it ended; ``on_refusal(error, peer)`` where
-        one was refused or cut, with the peer where the kernel named one; ``on_spoke(caller)`` once, when the caller has said
-        enough to be an HTTP/2 client: a call of its is to come.
+        one was refused or cut, with the peer where the kernel named one.
         """
         self._path, self._mode, self._directory_mode = path, mode, directory_mode
         self._backend = Backend(backend)
@@ -99,7 +91,6 @@ class UnixListener(Generic[C]):
         self._admit = admit
         self._on_closed = on_closed
         self._on_refusal = on_refusal
-        self._on_spoke = on_spoke
         self._max_connections = max_connections
         self._room = self._room_of_uid = 0
         self._open: set[Connection[C]] = set()
@@ -196,7 +187,7 @@ class UnixListener(Generic[C]):
         # One for each process: the number is not used again before all its connections are aborted.
         turnstile, connections = self._of_process.get(peer.pid) or (Turnstile(), 0)
         self._of_process[peer.pid] = turnstile, connections + 1
-        connection = Connection(peer, caller, turnstile, self._on_spoke)
+        connection = Connection(peer, caller, turnstile)
         connection.name = self._index.admit(caller, connection)
         self._begin(accepted, connection)
 

@@ -20,6 +20,7 @@ from tests.bench.house import House
 from tests.bench.measure import Item, result
 from tests.bench.signing import x509_svids
 from tests.bench.starting import version
+from tests.bench.trees import end_of_tree, five_hops
 from tests.bench.verifying import verify_cold, verify_warm
 
 SECONDS = 6.0
@@ -38,6 +39,8 @@ IN_HOUSE: dict[str, Measure] = {
     "first_fetch_x509_svid_docker": first_fetch_x509_svid_docker,  # as root
     "exchange_socket": exchange_socket,
     "exchange_https": exchange_https,
+    "five_hops": five_hops,
+    "end_of_tree": end_of_tree,
     "server_with_many_entries": server_with_many_entries,
     "entry_to_svid": entry_to_svid,  # the last one: it fills the house
 }

@@ -28,3 +28,14 @@ OF_FILE: Final[Mapping[str, frozenset[str]]] = {
     "test_federation.py": frozenset(f"FE-{line:02}" for line in range(1, 17)),
 }
 """Lines that come with a part of the product: they count from the moment on when that part's tests stand here."""
+
+BY_ONE_CLIENT: Final[Mapping[str, str]] = {
+    "WA-02": "it is about the description of the wire, which is compared with the standard's",
+    "WA-03": "it is about what a client does: our SDK's part is tested here, an independent one's beside a restarting agent",
+    "WA-13": "an independent client does not show hints; messages and our SDK do",
+    "WA-19": "our SDK asks for no JWT bundles, since the node agent validates; messages and an independent client do",
+    "WA-23": "neither client knows WIT-SVIDs: the methods are called by hand",
+    "WA-26": "an independent client does not show hints",
+    "WA-27": "clients put their own words around the agent's: what it says is read from its messages",
+}
+"""Lines of the Workload API that are not tested with every client, by hand, with our SDK and with an independent one: why."""

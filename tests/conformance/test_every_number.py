@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.conformance.not_applicable import NOT_APPLICABLE
-from tests.conformance.numbers import ALL, OF_FILE
+from tests.conformance.numbers import ALL, BY_ONE_CLIENT, OF_FILE
 
 
 def marks(source: str) -> Iterator[str]:
@@ -35,6 +35,13 @@ def test_no_number_is_both_or_unknown() -> None:
     assert sorted(NOT_APPLICABLE.keys() - ALL) == []
     assert sorted(frozenset().union(*OF_FILE.values()) - ALL) == []
     assert all(len(reason) > 20 for reason in NOT_APPLICABLE.values())
+
+
+def test_the_workload_api_is_tested_with_every_client() -> None:
+    everybodys = set(marks(Path(__file__).with_name("test_three_clients.py").read_text("utf-8")))
+    workload_api = {number for number in ALL if number.startswith("WA-")}
+    assert sorted(workload_api - everybodys - NOT_APPLICABLE.keys()) == sorted(BY_ONE_CLIENT)
+    assert all(len(reason) > 20 for reason in BY_ONE_CLIENT.values())
 
 
 @pytest.mark.parametrize(

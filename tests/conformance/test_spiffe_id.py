@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import string
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from broker.clock import SystemClock
 from broker.errors import BrokerError, InvalidSpiffeId
 from broker.server.api.grpc import svid, tasks
 from broker.server.settings import load
+from broker.server.tasks.policy.bundle import PolicyRefused, read
 from broker.spiffe import BundleSet, SpiffeId, TrustDomain, verify_jwt_svid
 from broker.spiffe.jose import parse_compact
 from broker.spiffe.x509svid import parse_x509_svid_id, split_der
@@ -114,6 +116,16 @@ class Doors:
             return NO_PLACE  # there it is the name of a trust domain, which has no scheme
         return self._parsed(lambda: BundleSet.parse_map(json.dumps({"trust_domains": {text: {"keys": []}}})))
 
+    def policy(self, text: str) -> Any:
+        # A rule about somebody who cannot be would permit nothing, which is bad, or forbid nothing, which is worse.
+        written = re.sub(r"[^a-zA-Z0-9:/._-]", lambda found: f"\\u{{{ord(found[0]):x}}}", text)
+        rule = f'@id("one") permit (principal == Agent::"{written}", action, resource);'
+        try:
+            read(rule)
+        except PolicyRefused as refused:
+            return {problem.code for problem in refused.problems} != {"policy_literal"}
+        return True
+
     def tasks_of(self, text: str) -> Any:
         if not text:
             return NO_PLACE
@@ -140,7 +152,7 @@ class Doors:
 
 DOORS = (
     "library", "registration", "command", "settings", "request", "subject_at_the_agent", "subject_at_a_verifier",
-    "certificate_at_the_port", "bundle_map", "tasks_of",
+    "certificate_at_the_port", "bundle_map", "policy", "tasks_of",
 )  # fmt: skip
 
 

@@ -1,8 +1,11 @@
 """One token, three judges: the agent's ValidateJWTSVID, the library, and the exchange's actor_token always agree."""
 
+import contextlib
 import json
 import os
+import socket
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -13,7 +16,9 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 
-from broker.spiffe import jose
+from broker.clock import SystemClock
+from broker.errors import InvalidSvid
+from broker.spiffe import jose, verify_jwt_svid
 from broker.spiffe.jose import b64url_decode, b64url_encode
 from tests.conformance.house import ONE, House, Replica
 from tests.conformance.token_doors import TokenDoors
@@ -162,6 +167,50 @@ def test_what_all_three_refuse(house: House, doors: TokenDoors, name: str) -> No
 @pytest.mark.parametrize("name", SOUND)
 def test_what_all_three_accept(house: House, doors: TokenDoors, name: str) -> None:
     assert doors.ask(SOUND[name](Forge(house.replica, doors.audience))).accepted
+
+
+@pytest.mark.bears("I01", "I15")
+@pytest.mark.parametrize("member", ["jku", "x5u", "jwk", "x5c"])
+def test_nobody_asks_where_a_token_says(house: House, doors: TokenDoors, member: str) -> None:
+    # Keys that would make the signature good wait at an address of the token's own.
+    with socket.create_server(("127.0.0.1", 0)) as attacker:
+        attacker.setblocking(False)
+        address = f"https://127.0.0.1:{attacker.getsockname()[1]}/keys"
+        value = {"jwk": {"kty": "EC", "x5u": address, "jku": address}, "x5c": [address]}.get(member, address)
+        assert not doors.ask(house.replica.token({member: value}, aud=[doors.audience])).accepted
+        with pytest.raises(BlockingIOError):
+            attacker.accept()
+        # A control: whoever asks is seen.
+        with socket.create_connection(attacker.getsockname()):
+            attacker.accept()[0].close()
+
+
+# --- sizes ---------------------------------------------------------------------------------------------------------
+
+SIZES = [name for name in FORGED if name in {"a long header", "a long payload", "a megabyte", "a megabyte of dots", "many audiences", "deep"}]  # fmt: skip
+AT_MOST = 0.05  # seconds of this thread, the quickest of several attempts: a busy machine does not count
+
+
+@pytest.mark.bears("I01")
+@pytest.mark.parametrize("name", [*SIZES, *SOUND])
+def test_what_a_token_costs_before_it_is_judged(house: House, name: str) -> None:
+    token = {**FORGED, **SOUND}[name](Forge(house.replica, "tests"))
+    bundles, now = house.bundles, SystemClock().now()
+
+    def judged() -> float:
+        began = time.thread_time()
+        with contextlib.suppress(InvalidSvid):
+            verify_jwt_svid(token, bundles, audience="tests", now=now)
+        return time.thread_time() - began
+
+    assert min(judged() for _ in range(5)) < AT_MOST
+    tracemalloc.start()
+    try:
+        judged()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < max(3 * len(token), 256 * 1024)  # below that it is the interpreter's own
 
 
 # --- Wycheproof ---------------------------------------------------------------------------------------------------

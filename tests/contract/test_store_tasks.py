@@ -131,6 +131,20 @@ class TestTasks:
         living = await store.read(lambda r: r.list_tasks(TaskFilter(live=True)))
         assert {each.id for each in living.tasks} == {"tsk_1", "tsk_l", "tsk_r"}
 
+    @pytest.mark.bears("RV04")
+    async def test_a_cascade_walks_through_what_has_ended(self, store: Store) -> None:
+        """The one between is over and the one below it is not, as no use case leaves it: the end from above finds it still."""
+        top = task()
+        root, between = task("tsk_r", parent=top), task("tsk_b", parent=task("tsk_r", parent=top))
+        leaf = task("tsk_x", parent=between)
+        await store.write(lambda w: [w.add_task(each) for each in (top, root, between, leaf)])
+        await store.write(lambda w: w.replace_task(ended(between), 1))
+        for start, expected in (("tsk_r", 1), ("tsk_1", 1)):
+            count = await store.write(lambda w, start=start: w.cascade(start, Cause.PARENT_ENDED, NOW + SECOND))
+            assert count == expected, start
+            assert (await store.read(lambda r: r.task("tsk_x"))).state is State.CASCADED
+        assert await store.read(lambda r: r.task("tsk_b")) == ended(between), "and what had ended stays as it was"
+
     async def test_the_tasks_of_a_session_are_its_living_ones(self, store: Store) -> None:
         mine, over, other = task(), task("tsk_2"), task("tsk_3", session="ws_2")
         await store.write(lambda w: [w.add_task(each) for each in (mine, over, other)])

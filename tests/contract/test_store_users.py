@@ -7,7 +7,7 @@ import pytest
 from broker.errors import Conflict, Invalid
 from broker.server.store.ports import Store, Writer
 from broker.server.store.rows import NewFrame
-from broker.server.store.user_rows import LivingTasks, UserSession
+from broker.server.store.user_rows import LivingTasks, UserLease, UserSession
 from broker.spiffe import SpiffeId
 from broker.tasks import Authority, Cause, State, Task
 from broker.tasks.standing import AgentPattern, StandingDelegation
@@ -80,6 +80,40 @@ class TestSessions:
         assert await store.read(lambda r: r.user_session(ISSUER, "s-2", "alice")) is None
         assert await store.write(lambda w: w.sweep(NOW + 32 * 24 * HOUR, 10)) == 2
 
+    async def test_it_is_found_by_what_became_of_its_lease(self, store: Store) -> None:
+        sessions = [UserSession(ISSUER, f"s-{n}", "alice", NOW + n * SECOND, NOW) for n in range(4)]
+        await store.write(lambda w: [w.see_user_session(one) for one in sessions])
+        await store.write(lambda w: w.put_user_lease(sessions[0], UserLease.LAPSED))
+        await store.write(lambda w: w.put_user_lease(sessions[2], UserLease.RETURNING))
+
+        async def silent(until: int, limit: int = 10) -> list[str]:
+            found = await store.read(lambda r: r.silent_user_sessions(ISSUER, NOW + until * SECOND, limit))
+            return [one.sid for one in found]
+
+        assert (await silent(2), await silent(2, 1), await silent(0)) == (["s-1", "s-2"], ["s-1"], [])
+        returning = await store.read(lambda r: r.returning_user_sessions(ISSUER, NOW + SECOND, 10))
+        assert returning == (replace(sessions[2], lease=UserLease.RETURNING),)
+        assert await store.read(lambda r: r.returning_user_sessions(ISSUER, NOW + 2 * SECOND, 10)) == ()
+        assert await store.read(lambda r: r.silent_user_sessions("https://other.example", NOW + HOUR, 10)) == ()
+        # Its issuer speaks of it again: what was written of its tasks stays.
+        await store.write(lambda w: w.see_user_session(replace(sessions[0], confirmed_at=NOW + HOUR)))
+        found = await store.read(lambda r: r.user_session(ISSUER, "s-0", "alice"))
+        assert found == replace(sessions[0], confirmed_at=NOW + HOUR, lease=UserLease.LAPSED)
+
+    async def test_that_it_was_seen_again_counts_from_minute_to_minute(self, store: Store) -> None:
+        seen = UserSession(ISSUER, "s-1", "alice", NOW, NOW)
+        await store.write(lambda w: w.see_user_session(seen))
+        for later, counts in ((59, False), (60, True), (61, False)):
+            again = replace(seen, seen_at=NOW + later * SECOND)
+            await store.write(lambda w, again=again: w.see_user_session(again))
+            known = await store.read(lambda r: r.user_session(ISSUER, "s-1", "alice"))
+            assert known is not None
+            assert (known == again) is counts
+        # Another word of its issuer counts at once.
+        word = replace(seen, confirmed_at=NOW + SECOND, seen_at=NOW + 62 * SECOND)
+        await store.write(lambda w: w.see_user_session(word))
+        assert await store.read(lambda r: r.user_session(ISSUER, "s-1", "alice")) == word
+
 
 class TestLivingTasks:
     async def test_they_are_found_by_what_they_hang_on(self, store: Store) -> None:
@@ -101,9 +135,18 @@ class TestLivingTasks:
         assert await found(user="alice", given=(("standing", "dlg_1"),)) == {"tsk_3"}
         assert await found(agent=mine.agent) == {"tsk_1", "tsk_2", "tsk_3", "tsk_4"}
         assert await found(agent=SpiffeId("spiffe://example.org/nobody")) == set()
+        assert await found(user="alice", state=State.ACTIVE) == {"tsk_1", "tsk_2", "tsk_3"}
+        assert await found(user="alice", state=State.SUSPENDED) == set()
         place = mine.authority.resources()[0].text
         assert await found(location=place) == {"tsk_1", "tsk_2", "tsk_3", "tsk_4"}
         assert await found(location="https://elsewhere.example") == set()
+        low = replace(named("tsk_6", session="s%_1"), root="tsk_1", parent="tsk_1", depth=1)
+        held = replace(named("tsk_7", session="s%_1"), state=State.SUSPENDED, cause=Cause.USER_UNCONFIRMED)
+        await store.write(lambda w: [w.add_task(one) for one in (low, held)])
+        mine_again = {"user": "alice", "given": (("session", "s%_1"),)}
+        assert await found(**mine_again, roots=True) == {"tsk_1", "tsk_7"}
+        assert await found(**mine_again, cause=Cause.USER_UNCONFIRMED) == {"tsk_7"}
+        assert await found(**mine_again, cause=Cause.PAUSED) == set()
         with pytest.raises(Invalid):
             await found()
 

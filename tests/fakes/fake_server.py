@@ -158,6 +158,7 @@ class FakeServer:
         self.refuse_signing: BrokerError | None = None
         self.sign_gate = asyncio.Event()
         self.sign_gate.set()
+        self.hanging: set[str] = set()  # entries whose X.509-SVIDs are not answered for while they are in here
         self.forge = None  # a function of (entry, public key) that gives the chain to answer with
         self.forge_jwt = None
         self.batches: list[int] = []
@@ -296,6 +297,8 @@ class FakeServer:
     async def BatchNewX509SVID(self, request, context, peer):
         self.batches.append(len(request.params))
         await self.sign_gate.wait()
+        while self.hanging & {one.entry_id for one in request.params}:
+            await asyncio.sleep(0.05)
         if self.refuse_signing is not None:
             raise self.refuse_signing
         response = svid_pb2.BatchNewX509SVIDResponse()

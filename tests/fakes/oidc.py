@@ -41,14 +41,14 @@ def _rsa_key(place: int) -> rsa.RSAPrivateKey:
 
 
 class SigningKey:
-    """One key of the issuer: RS256 or ES256."""
+    """One key of the issuer: RS256 or ES256. A stranger's is never one of an issuer's."""
 
-    def __init__(self, kid: str, alg: str = "RS256") -> None:
+    def __init__(self, kid: str, alg: str = "RS256", *, is_strangers: bool = False) -> None:
         self.kid = kid
         self.alg = alg
         self.private: rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey
         if alg == "RS256":
-            self.private = _rsa_key(next(_TURNS) % 4)
+            self.private = _rsa_key(-1 if is_strangers else next(_TURNS) % 4)
         else:
             self.private = ec.generate_private_key(ec.SECP256R1())
 
@@ -76,6 +76,7 @@ class OidcIssuer:
         self.fetched: dict[str, int] = {}
         self.fault = ""
         self.claimed_issuer: str | None = None
+        self.jwks_uri: str | None = None
         self.extra_jwks: list[dict[str, Any]] = []
         self.events: dict[str, str] = {}
         self.polled: list[dict[str, Any]] = []
@@ -131,7 +132,7 @@ class OidcIssuer:
             return json.dumps(
                 {
                     "issuer": self.claimed_issuer or self.issuer,
-                    "jwks_uri": f"{self.issuer}/jwks",
+                    "jwks_uri": self.jwks_uri or f"{self.issuer}/jwks",
                     "id_token_signing_alg_values_supported": ["RS256", "ES256"],
                 }
             ).encode()

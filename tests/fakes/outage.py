@@ -30,6 +30,8 @@ class Line:
 
     def __init__(self) -> None:
         self.port = self.to = 0
+        self.refused: list[float] = []  # when somebody called while nobody answered
+        self._is_hung_up = False
         self._listening: asyncio.Server | None = None
         self._open: set[asyncio.Transport] = set()
 
@@ -45,7 +47,21 @@ class Line:
         for transport in list(self._open):
             transport.abort()
 
+    async def hang_up(self) -> None:
+        """End every connection, and each new one at once: somebody calls, and is heard to."""
+        self._is_hung_up = True
+        for transport in list(self._open):
+            transport.abort()
+
+    def answer(self) -> None:
+        """Carry what comes from now on."""
+        self._is_hung_up = False
+
     async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._is_hung_up:
+            self.refused.append(asyncio.get_running_loop().time())
+            writer.transport.abort()
+            return
         self._open.add(writer.transport)
         try:
             back, forth = await asyncio.open_connection("127.0.0.1", self.to)

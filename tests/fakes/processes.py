@@ -19,7 +19,7 @@ _SIGCHLD = 17
 AGENT = """
 import os, sys
 from pathlib import Path
-from broker.agent.app import run
+from broker.agent.program import run
 from broker.agent.settings import load
 run(load(Path(sys.argv[1]), os.environ))
 """

@@ -15,6 +15,7 @@ from broker._proto.spire.api.types import entry_pb2, selector_pb2, spiffeid_pb2
 from broker.agent.app import Agent
 from broker.agent.settings import AgentSettings
 from broker.client import Authorities, Bundles, Entries, Nodes, dial_socket
+from broker.clock import Clock
 from broker.server.app import Server, server
 from broker.server.settings import OperationsSettings, RateLimitSettings, ServerSettings, StoreSettings
 from broker.spiffe import TrustDomain
@@ -55,7 +56,7 @@ class RunningServer:
 
 
 @asynccontextmanager
-async def running_server(directory: Path, name: str = "server", **changed):
+async def running_server(directory: Path, name: str = "server", *, clock: Clock | None = None, **changed):
     """A server with directories of its own below ``directory``."""
     home = directory / name
     home.mkdir(exist_ok=True)
@@ -70,7 +71,7 @@ async def running_server(directory: Path, name: str = "server", **changed):
         "ratelimit": RateLimitSettings(attestation=False),  # every node has the same address
     }
     settings = ServerSettings(**(values | changed))
-    async with server(settings) as one:
+    async with server(settings, clock=clock) as one:
         channel = dial_socket(settings.socket_path)
         try:
             yield RunningServer(one, channel, home)
@@ -79,7 +80,9 @@ async def running_server(directory: Path, name: str = "server", **changed):
 
 
 @asynccontextmanager
-async def running_agent(above: RunningServer, directory: Path, name: str = "agent", **changed):
+async def running_agent(
+    above: RunningServer, directory: Path, name: str = "agent", *, clock: Clock | None = None, **changed
+):
     """An agent that has joined a server, and been told the estate."""
     token = "none" if (directory / name).exists() else (await above.nodes.create_join_token(ttl=600)).value
     values = {
@@ -93,7 +96,7 @@ async def running_agent(above: RunningServer, directory: Path, name: str = "agen
     }
     settings = AgentSettings(**(values | changed))
     async with AsyncExitStack() as stack:
-        agent = await stack.enter_async_context(Agent(settings))
+        agent = await stack.enter_async_context(Agent(settings, clock=clock))
         running = RunningAgent(agent, settings, None)
         running.directory = directory
         task = asyncio.create_task(agent.serve(running.stop))

@@ -81,7 +81,7 @@ async def joined(agent: RunningAgent, house: House, **entry) -> Path:
     """Register this user below the agent, and wait until a restart would find a spare."""
     await house.register(agent.agent.node.id.path, **entry)
     assert (await agent.x509()).svids
-    await until(lambda: agent.agent.svids._spares and kept(agent).exists(), LONG)
+    await until(lambda: agent.agent.svids.spares._held and kept(agent).exists(), LONG)
     size = await held_spares(agent)
     assert size
     return kept(agent)
@@ -89,7 +89,7 @@ async def joined(agent: RunningAgent, house: House, **entry) -> Path:
 
 async def held_spares(agent: RunningAgent) -> int:
     await agent.agent.keeping.save()
-    return len(agent.agent.svids.kept())
+    return len(agent.agent.svids.spares.kept())
 
 
 @pytest.mark.bears("O01")
@@ -108,6 +108,8 @@ async def test_in_an_outage_valid_svids_are_served_to_their_end_and_the_server_i
         new = await of_another_process(agent, 1)
         assert (new.spiffe_id, await part(agent, CONNECTION)) == (first.spiffe_id, False)
         assert leaf(new).serial_number != leaf(first).serial_number
+        # What would have to be signed now cannot be had, and it is not long until that is said.
+        assert await status(agent.jwt("another")) == grpc.StatusCode.UNAVAILABLE
         ends = max(leaf(first).not_valid_after_utc, leaf(new).not_valid_after_utc)
         assert await status(drained(call)) == grpc.StatusCode.UNAVAILABLE
         assert datetime.now(UTC) >= leaf(first).not_valid_after_utc
@@ -138,7 +140,7 @@ async def test_killed_in_the_outage_it_serves_again_until_the_svids_end(house) -
         async with house.agent() as agent:
             file = await joined(agent, house, ttl=10)
             assert file.stat().st_mode & 0o777 == 0o600
-            ends = max(spare.svid.expires_at for spare in agent.agent.svids._spares.values())
+            ends = max(spare.svid.expires_at for spare in agent.agent.svids.spares._held.values())
     socket = house.directory / "a" / "public" / "api.sock"
     async with agent_process(house.directory, text) as first:
         assert (await served(socket)).spiffe_id == "spiffe://example.org/wl/me"
@@ -273,7 +275,7 @@ async def test_a_ban_while_cut_off_is_heard_first_and_deletes_every_key(house, r
             assert await status(agent.x509()) in {grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAVAILABLE}
             assert not file.exists()
             assert not (agent.settings.private_dir / "identity.json").exists()
-            assert agent.agent.svids.kept() == ()
+            assert agent.agent.svids.spares.kept() == ()
             assert not await part(agent, "")
 
 

@@ -79,7 +79,7 @@ async def test_a_refused_join_is_an_error_that_ends_it() -> None:
 
 async def test_two_agents_do_not_share_a_socket() -> None:
     async with running() as agent:
-        script = "import os,sys\nfrom pathlib import Path\nfrom broker.agent.app import run\nfrom broker.agent.settings import load\nrun(load(Path(sys.argv[1]), os.environ))"
+        script = "import os,sys\nfrom pathlib import Path\nfrom broker.agent.program import run\nfrom broker.agent.settings import load\nrun(load(Path(sys.argv[1]), os.environ))"
         second = await asyncio.create_subprocess_exec(
             sys.executable, "-c", script, str(agent.directory / "agent.toml"), stderr=subprocess.PIPE
         )

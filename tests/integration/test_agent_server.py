@@ -172,8 +172,8 @@ async def test_an_entry_s_additional_attributes_reach_the_agent(estate) -> None:
         assert (await agent.x509()).svids
         other = await estate.register(agent, "/wl/other")
         assert len((await agent.x509()).svids) == 2
-        await until(lambda: other in agent.agent.svids._spares)
-        assert entry_id not in agent.agent.svids._spares
+        await until(lambda: other in agent.agent.svids.spares._held)
+        assert entry_id not in agent.agent.svids.spares._held
 
 
 async def test_sessions_live_and_end_with_their_process(estate) -> None:

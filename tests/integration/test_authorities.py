@@ -7,6 +7,7 @@ import shutil
 import ssl
 import sys
 import tempfile
+from collections import Counter
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,13 +15,18 @@ from pathlib import Path
 import grpc
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding, load_der_private_key
 
 from broker._proto.spiffe import workload_pb2
 from broker._proto.spire.api.server.localauthority.v1 import localauthority_pb2 as pb
+from broker.audit.events import Event, Record
 from broker.errors import InvalidSvid
 from broker.server.settings import KeySettings
+from broker.server.store.rows import AuthorityKind, AuthorityState
+from broker.server.store.sqlite import SqliteStore
 from broker.spiffe import verify_x509_svid
 from broker.spiffe.certificates import split_der
+from broker.transport.tls import TlsIdentity, client_context
 from tests.fakes.running_agent import HEADER, until
 from tests.fakes.small_estate import issuer_key_id, leaf_of, running_agent, running_server
 
@@ -39,15 +45,46 @@ async def refusal(call):
     return caught.value.code(), caught.value.details()
 
 
-async def next_leaf(call, issuer):
+SOON = 10  # seconds: two of SPIRE's sync intervals
+
+
+async def next_svid(call, issuer):
     """Read a stream of SVIDs until one comes from this authority."""
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(SOON):
         while True:
             message = await call.read()
             assert message is not grpc.aio.EOF
-            leaf = leaf_of(message.svids[0])
-            if issuer_key_id(leaf) == issuer:
-                return leaf
+            if issuer_key_id(leaf_of(message.svids[0])) == issuer:
+                return message.svids[0]
+
+
+async def is_let_in(server, svid):
+    """Whether the server's port answers a client that shows this SVID."""
+    roots = [one.public_bytes(Encoding.DER) for one in await server.roots()]
+    identity = TlsIdentity(tuple(split_der(svid.x509_svid)), load_der_private_key(svid.x509_svid_key, None))
+    try:
+        reader, writer = await asyncio.open_connection(
+            "127.0.0.1", server.server.port, ssl=client_context(identity, roots, ("http/1.1",))
+        )
+    except OSError:
+        return False
+    try:
+        writer.write(b"GET /keys HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        return (await reader.readline()).split()[1:2] == [b"200"]
+    except OSError:
+        return False
+    finally:
+        writer.transport.abort()
+
+
+async def acts(server):
+    """What the record says of authorities that were ended by hand: event and who did it."""
+    async with SqliteStore.open(server.directory / "broker.db") as store:
+        rows = await store.read(lambda reader: reader.records(0, 10_000))
+    records = [Record.from_body(bytes(row.body)) for row in rows]
+    return [
+        (one.event, one.actor) for one in records if one.event in {Event.AUTHORITY_TAINTED, Event.AUTHORITY_REVOKED}
+    ]
 
 
 @pytest.mark.bears("K04", "I09", "X5-08")
@@ -58,7 +95,7 @@ async def test_forced_rotation_reaches_every_svid_and_ends_in_refusal(directory)
         before = (await local.GetX509AuthorityState(pb.GetX509AuthorityStateRequest())).active.authority_id
         async with agent.workload() as stub:
             call = stub.FetchX509SVID(workload_pb2.X509SVIDRequest(), metadata=HEADER)
-            await next_leaf(call, before)
+            old = await next_svid(call, before)
             prepared = (await local.PrepareX509Authority(pb.PrepareX509AuthorityRequest())).prepared_authority
             assert prepared.authority_id != before
             assert prepared.expires_at > 0
@@ -71,18 +108,26 @@ async def test_forced_rotation_reaches_every_svid_and_ends_in_refusal(directory)
 
             tainted = await local.TaintX509Authority(pb.TaintX509AuthorityRequest(authority_id=before))
             assert tainted.tainted_authority.authority_id == before
-            await next_leaf(call, prepared.authority_id)
+            new = await next_svid(call, prepared.authority_id)
             # The agent's own SVID and the server's are replaced as well, and the agent comes back with the new one.
             await until(lambda: issuer_key_id(agent.agent.node._svid.leaf) == prepared.authority_id)
             await until(lambda: agent.agent.sync.is_online)
             assert issuer_key_id(await shown_by(server.server.port)) == prepared.authority_id
 
+            assert (await is_let_in(server, old), await is_let_in(server, new)) == (True, True)
             await local.RevokeX509Authority(pb.RevokeX509AuthorityRequest(authority_id=before))
+            # The old one is accepted nowhere from here on, though its certificate says an hour.
+            assert (await is_let_in(server, old), await is_let_in(server, new)) == (False, True)
             assert before not in {issuer for root in await server.roots() for issuer in [key_id(root)]}
             await until(lambda: len(agent.agent.cache.own_bundle.x509_authorities) == 1)
+            with pytest.raises(InvalidSvid):
+                verify_x509_svid(split_der(old.x509_svid), agent.agent.cache.bundles, now=datetime.now(UTC))
             # Nothing was dropped, and nothing is lacking.
             assert issuer_key_id(leaf_of((await agent.x509()).svids[0])) == prepared.authority_id
             call.cancel()
+        by = f"uid:{os.geteuid()}"
+        home = server
+    assert await acts(home) == [(Event.AUTHORITY_TAINTED, by), (Event.AUTHORITY_REVOKED, by)]
 
 
 def key_id(certificate):
@@ -225,6 +270,11 @@ async def test_keys_on_disk_outlive_the_server(directory):
         assert all(one.is_local for one in await server.authorities.list("x509"))
 
 
+KILLS = int(os.environ.get("BROKER_ROTATION_KILLS", "1"))
+"""How often each step is died in, for each key manager. The line itself asks for a hundred times: 50 here, some 20 minutes."""
+
+
+@pytest.mark.timeout(120 + 10 * KILLS)
 @pytest.mark.bears("K05")
 @pytest.mark.parametrize("step", ["before_prepare", "after_prepare", "before_activate", "after_activate"])
 @pytest.mark.parametrize("manager", ["memory", "disk"])
@@ -233,6 +283,28 @@ async def test_a_server_killed_in_a_step_of_rotation_starts_again(directory, ste
     async with running_server(directory, **kept) as server:
         before = {key_id(root) for root in await server.roots()}
         home = server.directory
+    left = Left(home, before)
+    for number in range(1, KILLS + 1):
+        if manager == "disk":
+            # What is there would serve for a day: this way the process has something to rotate.
+            shutil.rmtree(home / "data/keys")
+        # Each goes on where the last one died, up to the same step.
+        await died(home, step, manager)
+        await left.check(is_on_disk=manager == "disk")
+        if number % 25 and number != KILLS:
+            continue
+        async with running_server(directory, **kept) as server:
+            rows = await server.authorities.list("x509")
+            (active,) = (one for one in rows if one.state == 2)
+            now = {key_id(root) for root in await server.roots()}
+            assert active.id in now
+            assert left.signed <= now  # what signed before may have signed something that still lives
+            assert issuer_key_id(await shown_by(server.server.port)) in now
+            left.signed.add(active.id)
+
+
+async def died(home, step, manager):
+    """Run a server that is killed when it comes to this step."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("BROKER_")} | {
         "BROKER_FAILPOINTS": f"authority.{step}=exit",
         "BROKER_SERVER__ALLOW_FAILPOINTS": "true",
@@ -243,23 +315,33 @@ async def test_a_server_killed_in_a_step_of_rotation_starts_again(directory, ste
         "BROKER_SERVER__STORE__URL": f"sqlite://{home}/broker.db",
         "BROKER_SERVER__OPERATIONS__ENABLED": "false",
         "BROKER_SERVER__KEYS__MANAGER": manager,
-        "BROKER_SERVER__CA_TTL": "2s",
+        "BROKER_SERVER__CA_TTL": "2h",
     }
-    if manager == "disk":
-        # What is there would serve for a day: this way the process has something to rotate.
-        shutil.rmtree(home / "data/keys")
     command = [sys.executable, "-m", "broker.cli.main", "server", "run"]
-    dying = await asyncio.create_subprocess_exec(*command, env=environment, stdout=asyncio.subprocess.PIPE)
+    dying = await asyncio.create_subprocess_exec(
+        *command, env=environment, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+    )
     said, _ = await asyncio.wait_for(dying.communicate(), 60)
-    assert dying.returncode not in (0, None), said
-    async with running_server(directory, **kept) as server:
-        rows = await server.authorities.list("x509")
-        assert [one.state for one in rows].count(2) == 1
-        active = next(one for one in rows if one.state == 2)
-        now = {key_id(root) for root in await server.roots()}
-        assert active.id in now
-        assert before <= now  # what signed before may have signed something that still lives
-        assert issuer_key_id(await shown_by(server.server.port)) in now
+    assert dying.returncode == 137, said
+
+
+class Left:
+    """What the dead leave in the store and on the disk, looked at before anybody starts again."""
+
+    def __init__(self, home, signed):
+        self.home, self.signed = home, set(signed)  # authorities that may have signed something that still lives
+
+    async def check(self, *, is_on_disk):
+        async with SqliteStore.open(self.home / "broker.db") as store:
+            rows = (await store.read(lambda reader: reader.published())).authorities
+        assert self.signed <= {row.id for row in rows}
+        active = [row for row in rows if row.state is AuthorityState.ACTIVE]
+        assert all(count == 1 for count in Counter(row.kind for row in active).values())
+        if is_on_disk:
+            # A key comes before its row: one may lie there that nobody ever heard of, none is lacking.
+            files = {one.stem for one in (self.home / "data/keys").iterdir() if one.suffix == ".pem"}
+            assert {row.id for row in active} <= files
+        self.signed |= {row.id for row in active if row.kind is AuthorityKind.X509}
 
 
 class Cable:

@@ -22,14 +22,16 @@ from broker._proto.service import Stub
 from broker._proto.spiffe import workload_pb2
 from broker._proto.spire.api.server.bundle.v1 import bundle_pb2
 from broker._proto.spire.api.types import bundle_pb2 as types_pb2
+from broker._proto.spire.api.types.federationrelationship_pb2 import FederationRelationship
 from broker.client import Bundles
 from broker.clock import SystemClock
 from broker.errors import BrokerError
+from broker.keys import MemoryKeys
 from broker.sdk.tls import client_context, require_peer, server_context
 from broker.server.api.grpc import bundle, trustdomain
-from broker.spiffe import Bundle, BundleSet, SpiffeId
+from broker.spiffe import Bundle, BundleSet, SpiffeId, TrustDomain
 from broker.transport.dialer import SpiffeDialer
-from tests.fakes.bundle_endpoints import WebAuthority
+from tests.fakes.bundle_endpoints import WebAuthority, endpoint, ok, redirect
 from tests.fakes.running_agent import HEADER
 from tests.fakes.trust_domains import Side, holds, side
 
@@ -310,3 +312,45 @@ async def test_the_command(directory) -> None:
         await run(a, "federation", "delete", "-id", "b.test", "--yes")
         assert json.loads(await run(a, "bundle", "list", "-o", "json"))["items"] == []
         await run(a, "federation", "refresh", "b.test", code=3)
+
+
+@pytest.mark.bears("SP04", "X05")
+async def test_a_hostile_endpoint_changes_nothing_of_what_is_held(directory) -> None:
+    """Older keys, another's document, too much of it, another address: what is held stays, and each is told. Nothing is held only
+    where the endpoint itself says so by a newer, empty document (ADR 0023)."""
+    web, ours = WebAuthority(), MemoryKeys()
+    keys = {"old": ours.generate("old").public_key, "new": ours.generate("new").public_key}
+    named = TrustDomain("b.test")
+    good = Bundle(named, (), {"new": keys["new"]}, sequence=7)
+    older = Bundle(named, (), {"old": keys["old"]}, sequence=6)
+    bad = {
+        "older": ok(older.to_json()),
+        "no document": ok("[]"),
+        "another format": ok('{"keys":[{"kty":"EC","use":"sig"}],"spiffe_sequence":"9"}'),
+        "no numbers": ok('{"keys":{},"spiffe_sequence":-1}'),
+        "10 MB": ok(b" " * 10_000_000 + good.to_json().encode()),
+        "redirect to http": redirect("http://127.0.0.1/bundle"),
+        "redirect within the machine": redirect("https://169.254.169.254/latest"),
+        "refused": b"HTTP/1.1 500 Oops\r\ncontent-length: 0\r\n\r\n",
+    }
+    answer = ok(good.to_json())
+    async with endpoint(web.issue("127.0.0.1"), lambda _: answer) as theirs:
+        federation = {"web_ca_path": web.write(directory / "web.pem")}
+        async with side("a.test", directory, federation=federation, agent=False) as a:
+            made = FederationRelationship(trust_domain="b.test", bundle_endpoint_url=theirs.url())
+            made.https_web.SetInParent()
+            await a.relationships.create([made])
+            await a.relationships.refresh("b.test")
+            held = await a.federated.get_federated("b.test")
+            assert (held.sequence_number, [one.key_id for one in held.jwt_authorities]) == (7, ["new"])
+            for name, each in bad.items():
+                answer = each
+                with pytest.raises(BrokerError):
+                    await a.relationships.refresh("b.test")
+                assert await a.federated.get_federated("b.test") == held, name
+                assert len(theirs.seen) >= 2
+            # Theirs alone: a document that names nobody is the one of the trust domain that was asked for.
+            assert [one.trust_domain for one in await a.federated.list_federated()] == ["b.test"]
+            answer = ok(Bundle(named, sequence=8).to_json())
+            await a.relationships.refresh("b.test")
+            assert list((await a.federated.get_federated("b.test")).jwt_authorities) == []

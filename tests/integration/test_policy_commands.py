@@ -12,7 +12,7 @@ import pytest
 
 from broker.audit.events import Record
 from broker.cli.main import main
-from broker.server.settings import PolicySettings
+from broker.server.task_settings import PolicySettings
 from broker.server.tasks.policy import bundle as bundles
 from tests.attacks.tasks.policy_rig import NO_TASKS, NO_TOKENS, Rig, audit_records, rig
 from tests.fakes.oidc import OidcIssuer

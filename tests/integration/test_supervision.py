@@ -189,7 +189,7 @@ async def test_a_process_that_is_stopped_or_hangs_or_lets_go_is_suspended_by_its
             for working, what in ((stopped, "SIGSTOP"), (closed, "a closed stream"), (hung, "a hanging event loop")):
                 code, took = await working.refused()
                 told(took, what)
-                assert code == "task_ended"
+                assert code == "task_suspended"
                 suspended = await working.reaches("suspended")
                 assert suspended.cause == "lease_lapsed"
             await hanging
@@ -221,7 +221,7 @@ async def test_a_silent_node_agent_stops_tasks_and_another_run_of_it_ends_them()
             os.kill(agent, signal.SIGCONT)
         # It comes back, its workloads live: what was stopped stays so, and a new task can be started.
         # (The verifier on that node was cut off, and refused for that; now it hears.)
-        await first.refused("task_ended")
+        await first.refused("task_suspended")
         second = await here.started(first.pod)
         assert (await here.task(first.task)).state == "suspended"
         # The agent dies and starts again; the pod lives. What the first run attested is known to nobody.

@@ -72,15 +72,8 @@ class Runner:
         self.resource = f"https://localhost:{port}"
         token = directory / "user-token"
         token.write_text(estate.dev("user-token", "alice", "-q").stdout)
-        details = [{"type": "api", "locations": [self.resource], "actions": ["ticket.read"]}]
-        self.options = [
-            "--user-token-file",
-            str(token),
-            "--purpose",
-            "p",
-            "--authorization-details",
-            json.dumps(details),
-        ]
+        self.details = json.dumps([{"type": "api", "locations": [self.resource], "actions": ["ticket.read"]}])
+        self.word = ("--user-token-file", str(token))
         self.files = directory / "runtime"
         self.files.mkdir(mode=0o700)
         self.environment = {**estate.environment, "XDG_RUNTIME_DIR": str(self.files)}
@@ -92,8 +85,10 @@ class Runner:
 
     def start_command(self, *command: str, options: tuple[str, ...] = ()) -> subprocess.Popen[str]:
         own = [] if "--resource" in options else ["--resource", self.resource]
+        own += [] if {"--user-token-file", "--delegation"} & {*options} else self.word
+        own += ["--purpose", "p", "--authorization-details", self.details]
         return subprocess.Popen(
-            [sys.executable, "-m", "broker.cli.main", "task", "run", *self.options, *own, *options, "--", *command],
+            [sys.executable, "-m", "broker.cli.main", "task", "run", *own, *options, "--", *command],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=self.environment,
         )  # fmt: skip
 
@@ -140,7 +135,9 @@ def runner() -> Iterator[Runner]:
     with tempfile.TemporaryDirectory(dir="/tmp") as name:
         directory, port = Path(name), _free_port()
         audiences = (f"https://localhost:{port}", "https://other.test")
-        programs = Programs(directory / "e", plan=Plan(audiences=audiences, first_identity_wait="300ms"))
+        programs = Programs(
+            directory / "e", plan=Plan(audiences=audiences, first_identity_wait="300ms", delegation_clients=["broker"])
+        )
         service: subprocess.Popen[bytes] | None = None
         try:
             asyncio.run(programs.up(lambda _: None))
@@ -268,6 +265,29 @@ def test_what_is_refused_runs_nothing(runner: Runner, options: tuple[str, ...]) 
 def test_the_chosen_identity_is_used(runner: Runner) -> None:
     out, _ = runner.ended(runner.start(CALL, str(runner.port), options=("--spiffe-id", ME)), 7)
     assert json.loads(out)["body"]["agent"] == ME
+
+
+def test_a_delegation_that_stands_takes_the_place_of_the_token(runner: Runner) -> None:
+    """What a user left standing: the command runs on it over the socket, and ends when they withdraw it."""
+    token = runner.directory / "carols"
+    token.write_text(runner.estate.dev("user-token", "carol", "-q").stdout)
+    made = runner.estate.json(
+        "delegation", "create", "--user-token-file", str(token), "--agent", ME, "--purpose", "nightly", "--ttl", "1h",
+        "--authorization-details", runner.details,
+    )  # fmt: skip
+    word = ("--delegation", made["id"])
+    told = json.loads(runner.ended(runner.start(CALL, str(runner.port), options=word), 7)[0])
+    assert (told["status"], told["body"]["user"], told["body"]["agent"]) == (200, "carol", ME)
+    waiting = runner.waiting("heed", *word)
+    runner.estate.run("delegation", "revoke", made["id"], "--yes")
+    _, err = runner.ended(waiting.process, 4)
+    assert "error:" in err
+    assert runner.task(waiting.task)["cause"] == "delegation_withdrawn"
+    _, err = runner.ended(runner.start("print('it ran')", options=word), 4)
+    assert "delegation" in err
+    for neither_or_both in ((), (*word, *runner.word)):
+        options = [*neither_or_both, "--purpose", "p", "--authorization-details", runner.details]
+        runner.estate.run("task", "run", *options, "--resource", runner.resource, "--", "/bin/true", code=2)
 
 
 def test_a_command_that_is_none(runner: Runner) -> None:

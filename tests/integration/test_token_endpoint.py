@@ -27,7 +27,7 @@ from broker.sdk.feed import FeedState
 from broker.server.api.grpc import entries, feed, sessions, svid, tasks
 from broker.server.api.http.token_formats import ACCESS_TOKEN, GRANT_TYPE
 from broker.server.app import Server
-from broker.server.settings import AudienceSettings, SubjectSettings
+from broker.server.task_settings import AudienceSettings, SubjectSettings
 from broker.spiffe import BundleSet, SpiffeId, X509Svid, verify_x509_svid
 from broker.tasks import PeerEvidence, check_binding, verify_task_token
 from broker.tasks.keyset import read_keys

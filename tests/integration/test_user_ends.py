@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from broker._proto.broker.server.v1 import feed_pb2, tasks_pb2
 from broker._proto.service import Stub
 from broker.server.api.grpc import feed, tasks
 from broker.server.app import Server
-from broker.server.settings import SubjectSettings
+from broker.server.task_settings import SubjectSettings
 from tests.fakes.oidc import OidcIssuer
 from tests.integration.test_server_identity import DEADLINE, Estate, attested, running
 from tests.integration.test_token_endpoint import (
@@ -143,3 +144,45 @@ async def test_only_operators_stop(estate: Estate, oidc: OidcIssuer) -> None:
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await getattr(Stub(channel, binding), method)(request, timeout=DEADLINE)
             assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
+
+
+@pytest.mark.bears("TX20", "RV11")
+async def test_a_session_that_is_not_confirmed_in_time_suspends_its_tasks_until_it_is(
+    estate: Estate, oidc: OidcIssuer
+) -> None:
+    """With everything real and a lease of three seconds: the feed tells of it; a newer token at /token ends it."""
+    subject = SubjectSettings(
+        issuer=oidc.issuer, audiences=("broker",), ca_path=oidc.ca_path, session_lease=timedelta(seconds=3)
+    )
+    settings = task_settings(oidc) | {"subjects": (subject,)}
+    async with running(estate, **settings) as one, attested(one) as (node, agent_id, channel):
+        entry_id = await register(one, agent_id, TRIAGE)
+        async with process(one, node, channel, entry_id, "ws_1", node.trusted) as agent:
+            stub = Stub(channel, tasks.BINDING)
+            start = tasks_pb2.StartTaskRequest(
+                workload=agent.session, user_token=oidc.token("alice", sid="s-1"), purpose="p",
+                authorization_details=json.dumps(DETAILS),
+            )  # fmt: skip
+            task = await stub.StartTask(start, timeout=DEADLINE)
+            listening = Stub(channel, feed.BINDING).Subscribe()
+            await listening.write(feed_pb2.SubscribeRequest())
+            assert (await asyncio.wait_for(listening.read(), DEADLINE)).WhichOneof("kind") == "snapshot"
+
+            async def lapsed() -> None:
+                frame = await _next_frame(listening)
+                assert (frame.kind, frame.root, frame.cause) == ("subtree", task.id, "user_unconfirmed")
+                shown = await command(one, "task", "show", task.id)
+                assert (shown["state"], shown["cause"]) == ("suspended", "user_unconfirmed")
+
+            await lapsed()
+            fields = form(oidc, subject_token=oidc.token("alice", sid="s-1"), task=task.id)
+            del fields["purpose"]
+            answer = await agent.http.post("/token", data=fields)
+            assert answer.status_code == 200, answer.text
+
+
+async def _next_frame(listening: Any) -> Any:
+    while True:
+        message = await asyncio.wait_for(listening.read(), DEADLINE)
+        if message.WhichOneof("kind") == "frame":
+            return message.frame

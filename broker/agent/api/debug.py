@@ -29,7 +29,7 @@ class DebugApi:
     ) -> debug_pb2.GetInfoResponse:
         """Give the agent's own chain, its age, how much it holds, and when the server was heard."""
         held = [one.x509 for session in self._sessions for one in session.identities.values()]
-        x509 = sum(one is not None and not one.shared for one in held) + self._svids.spares
+        x509 = sum(one is not None and not one.shared for one in held) + len(self._svids.spares)
         heard = self._offline.heard_at
         response = debug_pb2.GetInfoResponse(
             uptime=int(self._clock.monotonic() - self._began),

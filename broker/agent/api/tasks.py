@@ -55,8 +55,7 @@ class TasksApi:
         self, request: tasks_pb2.StartTaskRequest, context: Context, caller: Caller
     ) -> server_pb2.Task:
         """Start a task for a user, with the user's token."""
-        if len(request.user_token) > MAX_TOKEN:
-            raise Invalid(f"the user's token is longer than {MAX_TOKEN} characters", code="token_too_long")
+        _check_length(request.user_token)
         forwarded = server_pb2.StartTaskRequest(
             workload=await self._workload(caller, request.spiffe_id),
             user_token=request.user_token,
@@ -75,6 +74,7 @@ class TasksApi:
         self, request: tasks_pb2.IssueTokenRequest, context: Context, caller: Caller
     ) -> server_pb2.IssuedToken:
         """Get a token of a task for one resource."""
+        _check_length(request.user_token)
         forwarded = server_pb2.IssueTokenRequest(
             workload=await self._workload(caller, request.spiffe_id),
             task_id=request.task_id,
@@ -88,6 +88,7 @@ class TasksApi:
             request_details=request.request_details,
             jkt=request.jkt,
             bearer=request.bearer,
+            user_token=request.user_token,
         )
         issued: server_pb2.IssuedToken = await self._forward(
             self._upstream.tasks.IssueToken, forwarded, context, caller
@@ -230,7 +231,7 @@ class TasksApi:
                 self._on_over(frozenset({request.workload.id}))
             raise
         # The answer may hold a token: only the process that asked may have it.
-        self._entitlement.check(await self._entitlement.session(caller))
+        await self._entitlement.check_caller(caller)
         return answer
 
 
@@ -246,3 +247,8 @@ def _suspended() -> Refused:
     return Refused(
         "this process did not answer for the task in time", code="task_suspended", hint="resume it, or start a new one"
     )
+
+
+def _check_length(user_token: str) -> None:
+    if len(user_token) > MAX_TOKEN:
+        raise Invalid(f"the user's token is longer than {MAX_TOKEN} characters", code="token_too_long")

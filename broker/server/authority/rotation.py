@@ -20,6 +20,7 @@ from broker.errors import BrokerError, Conflict, Unavailable
 from broker.keys import KeyManager, Signer
 from broker.server import failpoints
 from broker.server.authority import profile
+from broker.server.authority.adoption import adopt, differs
 from broker.server.authority.authorities import root_key_id
 from broker.server.authority.journal import CHANGE_KIND, SERVER, Journal, activate, find
 from broker.server.authority.plan import (
@@ -150,11 +151,11 @@ class Rotation:
     ) -> None:
         """Put authorities into the bundle that are not ours; with ``all_from_above`` drop what is not among them."""
         wanted = {(row.kind, row.id): row for row in rows}
-        if not _differs(self._journal.published.adopted, wanted, all_from_above=all_from_above):
+        if not differs(self._journal.published.adopted, wanted, all_from_above=all_from_above):
             return
 
         def alter(writer: Writer) -> bool:
-            return _adopt(writer, wanted, all_from_above=all_from_above)
+            return adopt(writer, wanted, all_from_above=all_from_above)
 
         name = self._rules.trust_domain.name
         fields: dict[str, FieldValue] = {"trust_domain": name, "reason": "adopted"}
@@ -255,7 +256,7 @@ class Rotation:
             for one in before:
                 writer.remove_authority(one.kind, one.id)
             writer.put_authority(row)
-            _adopt(writer, {(one.kind, one.id): one for one in adopted}, all_from_above=False)
+            adopt(writer, {(one.kind, one.id): one for one in adopted}, all_from_above=False)
             return True
 
         await self._journal.commit(Event.AUTHORITY_PREPARED, row.kind, row.id, alter, actor=actor)
@@ -332,40 +333,3 @@ class Rotation:
 
         await self._journal.commit(Event.AUTHORITY_PRUNED, row.kind, row.id, alter)
         self._keys.remove(row.id)
-
-
-Wanted = dict[tuple[AuthorityKind, str], AdoptedAuthority]
-
-
-def _differs(there: Iterable[AdoptedAuthority], wanted: Wanted, *, all_from_above: bool) -> bool:
-    known = {(row.kind, row.id): row for row in there}
-    return any(_merged(known.get(key), row) != known.get(key) for key, row in wanted.items()) or (
-        all_from_above and any(_is_from_above(row) and key not in wanted for key, row in known.items())
-    )
-
-
-def _adopt(writer: Writer, wanted: Wanted, *, all_from_above: bool) -> bool:
-    known = {(row.kind, row.id): row for row in writer.published().adopted}
-    changed = False
-    for key, row in wanted.items():
-        merged = _merged(known.get(key), row)
-        if merged != known.get(key):
-            writer.put_adopted(merged)
-            changed = True
-    if all_from_above:
-        for kind, name in [key for key, row in known.items() if _is_from_above(row) and key not in wanted]:
-            writer.remove_adopted(kind, name)
-            changed = True
-    return changed
-
-
-def _merged(known: AdoptedAuthority | None, told: AdoptedAuthority) -> AdoptedAuthority:
-    # Taint does not go away, and what was revoked here does not come back with the next look above.
-    if known is None:
-        return told
-    source = Source.REVOKED if known.source is Source.REVOKED else told.source
-    return replace(told, tainted=known.tainted or told.tainted, source=source)
-
-
-def _is_from_above(row: AdoptedAuthority) -> bool:
-    return row.source in (Source.UPSTREAM, Source.REVOKED)

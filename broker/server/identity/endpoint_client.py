@@ -7,7 +7,7 @@ MiB for everything together. What comes of a bundle is not decided here.
 
 import asyncio
 import ssl
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,6 +18,7 @@ from broker.clock import Clock
 from broker.errors import InvalidSvid, Misconfigured, Refused, Unavailable
 from broker.spiffe import Bundle, BundleSet
 from broker.spiffe.federation import Profile, Relationship, is_reachable, redirected
+from broker.transport.dialling import Trace, dialling
 from broker.transport.tls import SvidPeer, client_context, judge
 
 FETCH_SECONDS: Final = 10.0
@@ -25,8 +26,6 @@ FETCH_SECONDS: Final = 10.0
 MAX_DOCUMENT: Final = 1 << 20
 """Bytes of a bundle: one with some hundred authorities fits."""
 MAX_REDIRECTS: Final = 3
-
-Trace = Callable[[str, Mapping[str, Any]], Awaitable[None]]
 
 
 class EndpointClient:
@@ -62,13 +61,15 @@ class EndpointClient:
         headers = {"accept": "application/json", "accept-encoding": "identity"}
         for _ in range(MAX_REDIRECTS + 1):
             # A client for each address: no connection and no cookie of one is there for another.
-            async with httpx2.AsyncClient(**options, headers=headers) as client:  # type: ignore[arg-type]
-                extensions = {"trace": self._judging(relationship, trust, url)}
-                async with client.stream("GET", url, extensions=extensions) as response:
-                    if response.is_redirect and "location" in response.headers:
-                        url = redirected(relationship, url, response.headers["location"])
-                        continue
-                    return await _body(response)
+            async with (
+                httpx2.AsyncClient(**options, headers=headers) as client,  # type: ignore[arg-type]
+                dialling(self._judging(relationship, trust, url)) as trace,
+                client.stream("GET", url, extensions={"trace": trace}) as response,
+            ):
+                if response.is_redirect and "location" in response.headers:
+                    url = redirected(relationship, url, response.headers["location"])
+                    continue
+                return await _body(response)
         raise Refused(f"the bundle endpoint redirects more than {MAX_REDIRECTS} times", code="redirect_refused")
 
     def _judging(self, relationship: Relationship, trust: Bundle | None, url: str) -> Trace:

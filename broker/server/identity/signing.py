@@ -27,6 +27,7 @@ from broker.server.identity.directory import Directory
 from broker.server.store.ports import Store, Writer
 from broker.server.store.revocation_rows import IssuedSvid
 from broker.spiffe import SpiffeId, TrustDomain
+from broker.telemetry.log import get_logger
 
 T = TypeVar("T")
 
@@ -36,10 +37,14 @@ INLINE: Final = 4
 """Up to so many requests are worked on where they arrive: a hop to a thread costs as much as one signature."""
 MAX_AUDIENCES: Final = 16
 """Audiences of one JWT-SVID; the standard recommends one."""
+ROUNDING: Final = timedelta(seconds=1)
+"""By so much less an SVID lives because its times are whole seconds."""
 TOKEN_ID_BYTES: Final = 16
 """Random bytes of a ``jti``."""
 ANY_AUDIENCE: Final = "*"
 """In the default audiences: whatever the workload asks for."""
+
+log = get_logger("signing")
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +130,9 @@ class Signing:
         self._rules = rules
         self._workers = workers
         self._count = count
+        self._told: dict[
+            str, str
+        ] = {}  # by kind: the authority of which it was said that it ends before what it signs would
 
     async def x509(self, agent: SpiffeId, requests: Sequence[X509Request]) -> list[SignedX509 | BrokerError]:
         """Sign for an agent, each request with its own outcome; raises Invalid for too many, Unavailable for none at all."""
@@ -176,6 +184,7 @@ class Signing:
         self._check_mintable(spiffe_id)
         authority, now = self._authorities.x509(), self._clock.now()
         validity = authority.validity(now, ttl or self._rules.x509_ttl)
+        self._note_end("x509", authority.id, now + (ttl or self._rules.x509_ttl), validity.not_after)
         leaf = Leaf(spiffe_id, _serial(), validity, tuple(dns_names))
         decided = _Decided(authority, leaf, requested_key(csr_der), "", "")
         await self._store.write(_recorder([_x509_record(decided, actor, now)], [decided.issued("")]))
@@ -197,9 +206,11 @@ class Signing:
                 raise _not_yours()
             key = requested_key(csr_der)
             ttl = timedelta(seconds=entry.x509_svid_ttl) if entry.x509_svid_ttl else self._rules.x509_ttl
-            leaf = Leaf(entry.spiffe_id, _serial(), authority.validity(now, ttl), entry.dns_names)
+            validity = authority.validity(now, ttl)
+            leaf = Leaf(entry.spiffe_id, _serial(), validity, entry.dns_names)
         except BrokerError as error:
             return error
+        self._note_end("x509", authority.id, now + ttl, validity.not_after)
         return _Decided(authority, leaf, key, entry.id, entry.hint)
 
     async def _sign_jwt(
@@ -209,6 +220,7 @@ class Signing:
         start = now.replace(microsecond=0)
         token_id = secrets.token_hex(TOKEN_ID_BYTES)
         expires_at = authority.expiry(now, ttl)
+        self._note_end("jwt", authority.id, now + ttl, expires_at)
         claims = JwtSvidClaims(spiffe_id, audience, start - ISSUED_BEFORE, expires_at, token_id, self._rules.issuer)
         fields: dict[str, FieldValue] = {
             "kind": "jwt",
@@ -222,6 +234,13 @@ class Signing:
         token = sign_jwt_svid(authority, claims)
         self._count("jwt", 1)
         return SignedJwt(spiffe_id, token, claims.issued_at, expires_at, "" if entry is None else entry.hint)
+
+    def _note_end(self, kind: str, authority: str, wanted: datetime, given: datetime) -> None:
+        """Say, once of each authority, that it is near its end and what it signs lives shorter than it was to."""
+        if wanted - given <= ROUNDING or self._told.get(kind) == authority:
+            return
+        self._told[kind] = authority
+        log.warning("svid_shortened", kind=kind, authority=authority, until=str(given), wanted=str(wanted))
 
     def _check_mintable(self, spiffe_id: SpiffeId) -> None:
         if spiffe_id.trust_domain != self._rules.trust_domain or not spiffe_id.path:

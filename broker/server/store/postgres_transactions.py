@@ -14,6 +14,7 @@ from psycopg import pq
 from typing_extensions import override
 
 from broker.errors import Misconfigured, Unavailable
+from broker.server.store.asking import RememberingSql
 from broker.server.store.group import Bench
 from broker.server.store.ports import Reader
 from broker.server.store.postgres_connection import Connection, PostgresSql, is_lost, is_passing, storage_fault
@@ -44,7 +45,8 @@ class PostgresWriting(Bench):
         self._told = told
         self._connection = self._connected()
         self._sql = PostgresSql(self._connection)
-        self._tables = SqlWriter(self._sql)
+        self._asked = RememberingSql(self._sql)
+        self._tables = SqlWriter(self._asked)
         self._heads = (self._tables.change_head(), self._tables.chain_head().seq)
         self._missed: Sequence[Change] = ()
         self._warned = False
@@ -78,6 +80,8 @@ class PostgresWriting(Bench):
         cursor.nextset()
         heads: tuple[int, int] = cursor.fetchone()  # type: ignore[assignment]  # two counts, always
         require_onward(self._heads, heads)
+        # Another server may have written rows that no number tells of: answers hold for one transaction.
+        self._asked.forget()
         if heads != self._heads:
             # Another server wrote: numbers and links are counted from its rows.
             self._tables.undo(0)

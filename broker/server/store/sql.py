@@ -48,6 +48,18 @@ class Sql(Protocol):
         """Give all rows; Unavailable."""
         ...
 
+    def ask(self, text: str, values: Sequence[Value] = ()) -> Sequence[Row]:
+        """Give all rows, few of them, of a question that is put again and again; whoever knows the answer need not look."""
+        return self.rows(text, values)
+
+    def append(self, text: str, values: Sequence[Value] = (), *, attempt: bool = False) -> int:
+        """Do as ``run``, or as ``attempt``, for one new row of a table that nobody asks about by ``ask``."""
+        return self.attempt(text, values) if attempt else self.run(text, values)
+
+    def forget(self) -> None:
+        """Forget whatever is known of rows: they may have changed."""
+        return
+
 
 class SqlTables:
     """Tables seen through one connection."""

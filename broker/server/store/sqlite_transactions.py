@@ -9,6 +9,7 @@ from sqlite_utils import Database
 from typing_extensions import override
 
 from broker.errors import Unavailable
+from broker.server.store.asking import RememberingSql
 from broker.server.store.group import Bench
 from broker.server.store.ports import Reader
 from broker.server.store.reading import Snapshots
@@ -27,7 +28,7 @@ class SqliteWriting(Bench):
         self._db = db
         self._execute = db.conn.execute
         self._check = check
-        self._tables = SqlWriter(SqliteSql(db))
+        self._tables = SqlWriter(RememberingSql(SqliteSql(db)))
         self._kept = 0
         self._version = self._data_version()
 
@@ -47,7 +48,7 @@ class SqliteWriting(Bench):
         self._execute("BEGIN IMMEDIATE")
         version = self._data_version()
         if version != self._version:
-            # Rows written by another process (a repair by hand): cached heads are read again.
+            # Rows written by another process (a repair by hand): what is known of rows is read again.
             self._version = version
             self._tables.undo(0)
 

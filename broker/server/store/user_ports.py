@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Protocol
 
-from broker.server.store.user_rows import DelegationPage, LivingPage, LivingTasks, UserSession
+from broker.server.store.user_rows import DelegationPage, LivingPage, LivingTasks, UserLease, UserSession
 from broker.tasks.causes import Cause
 from broker.tasks.standing import StandingDelegation
 from broker.tasks.stop import Stop, StopKind
@@ -27,6 +27,14 @@ class UserReads(Protocol):
 
     def user_session(self, issuer: str, sid: str, user: str) -> UserSession | None:
         """Give one session, or None."""
+        ...
+
+    def silent_user_sessions(self, issuer: str, until: datetime, limit: int) -> tuple[UserSession, ...]:
+        """Give sessions that were last confirmed at ``until`` or before and are not written as lapsed, the longest silent first."""
+        ...
+
+    def returning_user_sessions(self, issuer: str, since: datetime, limit: int) -> tuple[UserSession, ...]:
+        """Give sessions that are written as returning and were confirmed after ``since``."""
         ...
 
     def living_tasks(self, wanted: LivingTasks, *, after: str | None = None, limit: int) -> LivingPage:
@@ -66,7 +74,11 @@ class UserWrites(UserReads, Protocol):
         ...
 
     def see_user_session(self, session: UserSession) -> None:
-        """Note a session; its times only grow."""
+        """Note a session; its times only grow, and what is written of its lease stays."""
+        ...
+
+    def put_user_lease(self, session: UserSession, lease: UserLease) -> None:
+        """Write what became of a session's tasks."""
         ...
 
     def end_tasks_of(self, user: str, cause: Cause, at: datetime, limit: int) -> int:

@@ -2,10 +2,22 @@
 
 from dataclasses import dataclass
 from datetime import datetime
+from enum import StrEnum
 
 from broker.spiffe import SpiffeId
+from broker.tasks.causes import Cause
 from broker.tasks.standing import StandingDelegation
-from broker.tasks.task import Task
+from broker.tasks.task import State, Task
+
+
+class UserLease(StrEnum):
+    """What became of the tasks of a session whose issuer's silence counts."""
+
+    HELD = "held"
+    LAPSED = "lapsed"
+    """They are suspended: nothing was heard of the session for too long."""
+    RETURNING = "returning"
+    """It was heard of again: they are being let go on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,19 +29,24 @@ class UserSession:
     user: str
     confirmed_at: datetime
     seen_at: datetime
+    lease: UserLease = UserLease.HELD
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LivingTasks:
     """Which living tasks are looked for; what is empty does not narrow, but something must.
 
-    ``given`` are members of the delegation, as name and text; ``location`` begins a location of the authority.
+    ``given`` are members of the delegation, as name and text; ``location`` begins a location of the authority; ``roots`` leaves
+    out what was started below another task. State and cause are as written.
     """
 
     user: str = ""
     agent: SpiffeId | None = None
     given: tuple[tuple[str, str], ...] = ()
     location: str = ""
+    state: State | None = None
+    cause: Cause | None = None
+    roots: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,10 @@ reason is the interpreter's lock: the driver gives it away at every statement, a
 interval, at best. Measured with a loop that never idles, 32 callers: p99 108 ms without the pause, 28 ms with it. The statements
 need the same processor time either way, for they are memory work; the fsync is what the loop must not wait for. Statements that
 wait for a network are waited for without a pause.
+
+Many who come one after the other, through one connection say, would each have a COMMIT of their own, and each COMMIT costs as
+much as several acts. So where several are at it, groups begin at least ``PACE_SECONDS`` apart; one who writes alone never waits.
+Measured at the agents' door with 32 callers: groups of 5 in place of 1.6, and about a third more exchanges a second.
 """
 
 import asyncio
@@ -27,6 +31,12 @@ GROUP_LIMIT: Final = 64
 """Acts per COMMIT: enough to share its price, and some milliseconds of statements at most."""
 HOLD_SECONDS: Final = 0.02
 """How long the loop stands still for one group: beyond it something is slow (a disk, a huge act), and others come first."""
+PACE_SECONDS: Final = 0.004
+"""From one group's beginning to the next one's, at least, while several write: a tenth of what an exchange may take."""
+SEVERAL: Final = 4
+"""Acts that wait or run at once, from which on others are to be expected."""
+SEVERAL_SECONDS: Final = 0.1
+"""How long others are expected after that."""
 
 SWITCH_SECONDS: Final = 0.0005
 """How soon a busy event loop must hand the interpreter to a thread that waits, such as the writer after its COMMIT.
@@ -42,12 +52,20 @@ class WriteQueue:
     """Acts that wait for the writer, gathered into groups, one group at a time."""
 
     def __init__(
-        self, submit: Callable[[Group], None], loop: asyncio.AbstractEventLoop, *, hold: float = HOLD_SECONDS
+        self,
+        submit: Callable[[Group], None],
+        loop: asyncio.AbstractEventLoop,
+        *,
+        hold: float = HOLD_SECONDS,
+        pace: float = PACE_SECONDS,
     ) -> None:
-        """Hand groups to ``submit``; be told of their end through :meth:`settle_soon`. ``hold``: see the module's text."""
+        """Hand groups to ``submit``; be told of their end through :meth:`settle_soon`. ``hold``, ``pace``: see the module's text."""
         self._submit = submit
         self._loop = loop
         self._hold = hold
+        self._pace = pace
+        self._began = 0.0
+        self._several_until = 0.0
         self._waiting: deque[Act] = deque()
         self._group: Group | None = None
         self._is_busy = False
@@ -68,6 +86,8 @@ class WriteQueue:
             )
         future: asyncio.Future[T] = self._loop.create_future()
         self._waiting.append(Act(run, future))
+        if len(self._waiting) + running >= SEVERAL:
+            self._several_until = self._loop.time() + SEVERAL_SECONDS
         if not makes_nothing_due(run):
             self.written += 1
         self._start_soon()
@@ -114,6 +134,11 @@ class WriteQueue:
         if not self._is_busy:
             self._is_busy = True
             self._idle.clear()
+            now = self._loop.time()
+            due = self._began + self._pace
+            if now < due and now < self._several_until and len(self._waiting) < GROUP_LIMIT:
+                self._loop.call_at(due, self._start)
+                return
             # Soon, not now: whoever else is ready to write in this turn of the loop joins the group.
             self._loop.call_soon(self._start)
 
@@ -129,6 +154,7 @@ class WriteQueue:
             self._idle.set()
             return
         group = self._group = Group(acts)
+        self._began = self._loop.time()
         self._submit(group)
         if self._hold:
             # Not a mistake: see the module's text.

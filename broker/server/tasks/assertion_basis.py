@@ -19,6 +19,7 @@ from broker.server.tasks.policy.asked import Action
 from broker.server.tasks.requests import Actor, Door
 from broker.server.tasks.subjects import Subject
 from broker.server.tasks.tokens import TaskTokens
+from broker.server.tasks.user_leases import go_on_above
 from broker.tasks import Authority, Confirmation, Resource, Task, TaskClaims, lineage_epoch
 from broker.tasks.transactions import TransactionClaims
 
@@ -86,7 +87,8 @@ class Bases:
         task = own_task(lineage, admitted)
         if asked.user is not None:
             require_same_user(task, asked.user)
-            self._tokens.standing.hear(writer, asked.user, now)
+            if self._tokens.standing.hear(writer, asked.user, now):
+                lineage = go_on_above(writer, lineage, self._tokens.standing, self._tokens.rules, now)
         resource = self._resource(asked.request)
         epoch = lineage_epoch(lineage)
         return Basis(admitted, admitted, lineage, resource, None, (), self._ids.new("txn", now), epoch)

@@ -35,8 +35,11 @@ from broker.tasks import Cause, State, Task, start_successor
 
 MINUTE: Final = timedelta(minutes=1)
 
-_OWN_RESUMES: Final = frozenset({Cause.PAUSED, Cause.PROCESS_EXITED, Cause.LEASE_LAPSED, Cause.SESSION_ENDED})
-"""Why a task may stand still for its own agent to let it go on: it stopped itself, or its supervision did."""
+_OWN_RESUMES: Final = frozenset(
+    {Cause.PAUSED, Cause.PROCESS_EXITED, Cause.LEASE_LAPSED, Cause.SESSION_ENDED, Cause.USER_UNCONFIRMED}
+)
+"""Why a task may stand still for its own agent to let it go on: it stopped itself, its supervision did, or its user's session was
+not confirmed, which is asked again."""
 _BY_OPERATOR: Final = frozenset({Operation.SUSPEND, Operation.RESUME, Operation.REVOKE, Operation.HAND_OFF})
 
 
@@ -266,6 +269,7 @@ class Changes:
     # ---- after the commit
 
     def _told(self, changed: Changed) -> Changed:
+        failpoints.reach("lifecycle.after_commit")
         if changed.refusal is not None:
             raise changed.refusal
         task = changed.task

@@ -9,7 +9,7 @@ named it. Whoever merely holds the token gets nothing. Nothing is ever wider tha
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 from broker.errors import BrokerError, InvalidToken, PolicyDenied, Refused
 from broker.server.store.ports import Reader, Writer
@@ -18,8 +18,8 @@ from broker.server.tasks.admission import Admitted
 from broker.server.tasks.decision import Grant, Policy, decide_issue
 from broker.server.tasks.lifecycle import TASK_CHANGE
 from broker.server.tasks.requests import IssueRequest
+from broker.server.tasks.subjects import SUBJECT_HEADERS, TOKENS_KEPT, digest_of_token
 from broker.spiffe import jose
-from broker.spiffe.jose import UnverifiedJws
 from broker.tasks import Authority, Supervision, Task, TaskClaims, require_lineage_active
 
 IsAlive: TypeAlias = Callable[[Reader, TaskClaims, datetime], bool]
@@ -33,13 +33,48 @@ class Presented:
     claims: TaskClaims
 
 
-def is_own(token: str, issuer: str) -> bool:
-    """Tell whether a token says that it is one of ours: then it is judged as such, whatever type it was called."""
-    try:
-        jws: UnverifiedJws = jose.parse_compact(token)
-    except BrokerError:
-        return False
-    return jws.payload.get("iss") == issuer
+@dataclass(frozen=True, slots=True)
+class Glance:
+    """What a token says of itself, and nothing of it is checked: enough to send it to whoever judges it.
+
+    ``is_own``: it says that it is one of ours; then it is judged as such, whatever type it was called. ``names_actor``: it
+    has ``may_act``.
+    """
+
+    is_own: bool
+    names_actor: bool
+
+
+_UNREADABLE: Final = Glance(is_own=False, names_actor=False)
+"""Whatever cannot be read is refused by whoever judges it."""
+
+
+class Glances:
+    """Looks at tokens, at each once: an agent shows its user's with every exchange."""
+
+    def __init__(self, issuer: str) -> None:
+        """``issuer`` is the ``iss`` of our own tokens."""
+        self._issuer = issuer
+        self._seen: dict[bytes, Glance] = {}
+
+    def at(self, token: str) -> Glance:
+        """Look at a token."""
+        digest = digest_of_token(token)
+        glance = self._seen.get(digest)
+        if glance is None:
+            glance = self._look(token)
+            if len(self._seen) >= TOKENS_KEPT:
+                self._seen.clear()
+            self._seen[digest] = glance
+        return glance
+
+    def _look(self, token: str) -> Glance:
+        try:
+            jws = jose.parse_compact(token, allowed_headers=SUBJECT_HEADERS)
+        except BrokerError:
+            return _UNREADABLE
+        is_own = jws.payload.get("iss") == self._issuer and jws.header.keys() <= jose.DEFAULT_HEADERS
+        return Glance(is_own, "may_act" in jws.payload)
 
 
 def resolve(

@@ -7,8 +7,8 @@ again. What is decided is in ``decision``; what the wire looks like is the doors
 """
 
 import json
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final, Protocol
@@ -34,7 +34,7 @@ from broker.server.tasks.decision import (
     require_same_delegation,
     require_same_user,
 )
-from broker.server.tasks.delegated import IsAlive, Presented, attach, is_own, narrowed, resolve
+from broker.server.tasks.delegated import Glances, IsAlive, Presented, attach, narrowed, resolve
 from broker.server.tasks.ids import Ids
 from broker.server.tasks.policy.decision import Decision
 from broker.server.tasks.refusals import Refusals
@@ -42,6 +42,7 @@ from broker.server.tasks.requests import Actor, IssuedToken, IssueRequest, Start
 from broker.server.tasks.standing import Standing, StandingWord
 from broker.server.tasks.subjects import Subject, SubjectKind, Subjects
 from broker.server.tasks.supervisor import begin_lease
+from broker.server.tasks.user_leases import go_on_above
 from broker.spiffe import jose
 from broker.spiffe.jose import PublicKey
 from broker.spiffe.strictjson import JsonValue
@@ -58,10 +59,10 @@ _WRITER: Final = json.JSONEncoder(separators=(",", ":"))
 
 @dataclass(frozen=True, slots=True)
 class _Committed:
-    """A token that is in the store: its payload is all that is needed to sign it, now or again."""
+    """A token that is in the store: the text of its payload is all that is needed to sign it, now or again."""
 
     claims: TaskClaims
-    payload: Mapping[str, JsonValue]
+    text: str
 
 
 class TaskKeys(Protocol):
@@ -113,6 +114,7 @@ class Exchange:
         self._issuer = issuer
         self._standing = standing or Standing()
         self._count = count
+        self._glances = Glances(issuer)
 
     async def start(self, actor: Actor, request: StartRequest) -> Task:
         """Start a task on a user's word; the same request under the same idempotency key gives the same task.
@@ -141,7 +143,11 @@ class Exchange:
 
     def is_own(self, token: str) -> bool:
         """Tell whether a token says that it is one of ours: as a subject it leads to the task behind it, not to a new one."""
-        return bool(token) and is_own(token, self._issuer)
+        return bool(token) and self._glances.at(token).is_own
+
+    def names_actor(self, token: str) -> bool:
+        """Tell whether a token says in ``may_act`` who may act on it."""
+        return self._glances.at(token).names_actor
 
     async def start_and_issue(self, actor: Actor, start: StartRequest, issue: IssueRequest) -> IssuedToken:
         """Start a task and issue its first token in one transaction: the one-step exchange of RFC 8693."""
@@ -197,12 +203,14 @@ class Exchange:
         subject = shown if isinstance(shown, Subject) else None
         if presented is not None:
             request = resolve(writer, self._is_alive, admitted, presented, request, now=now)
-        lineage = attach(writer, admitted, writer.lineage(request.task_id), now)
+        lineage = writer.lineage(request.task_id)
         if subject is not None:
             require_may_act(subject, admitted)
             require_same_user(own_task(lineage, admitted), subject)
-            self._standing.hear(writer, subject, now)
-        elif request.delegation_id:
+            if self._standing.hear(writer, subject, now):
+                lineage = go_on_above(writer, lineage, self._standing, self._policy.rules, now)
+        lineage = attach(writer, admitted, lineage, now)
+        if subject is None and request.delegation_id:
             require_same_delegation(own_task(lineage, admitted), request.delegation_id)
         # The state is judged before the key: a repeated request gets nothing from a task that has ended since.
         if presented is None:
@@ -212,7 +220,7 @@ class Exchange:
         self._require_standing(writer, lineage[-1], admitted, request, now)
         decision = self._permitted(lineage[-1], grant, now)
         by = () if presented is None else (presented.claims.jti,)
-        digest = digest_of("issue", subject, request.task_id, *_token_parts(request), *by)
+        digest = request.idempotency_key and digest_of("issue", subject, request.task_id, *_token_parts(request), *by)
         answers = Answers(writer, owner=admitted.owner, key=request.idempotency_key, digest=digest, now=now)
         if (kept := answers.recall_claims()) is not None:
             return _again(kept, lineage)
@@ -299,8 +307,7 @@ class Exchange:
             not_after=grant.not_after,
             ancestors=tuple(reversed(lineage[:-1])),
         )
-        payload = claims.to_payload()
-        text = payload_text(payload)
+        text = payload_text(claims.to_payload())
         row = TokenRow(
             jti=claims.jti,
             task_id=task.id,
@@ -317,7 +324,7 @@ class Exchange:
         writer.add_token(row)
         writer.record(records.token_issued(row, claims, admitted.actor, now, decision=decision))
         answers.keep(text)
-        return _Committed(claims, payload)
+        return _Committed(claims, text)
 
     # ---- after the commit
 
@@ -326,7 +333,7 @@ class Exchange:
         signer, claims = self._keys.task_signer(), committed.claims
         header = {"alg": signer.algorithm, "kid": signer.id, "typ": TOKEN_TYPE}
         return IssuedToken(
-            access_token=jose.sign_compact(header, committed.payload, signer.sign),
+            access_token=jose.sign_text(header, committed.text, signer.sign),
             issued_at=datetime.fromtimestamp(claims.iat, UTC),
             expires_at=datetime.fromtimestamp(claims.exp, UTC),
             scope=claims.scope,
@@ -336,17 +343,16 @@ class Exchange:
             token_type=token_type(claims.cnf),
         )
 
-    @asynccontextmanager
-    async def _counted(self, actor: Actor, subject: str) -> AsyncIterator[None]:
-        try:
-            async with self._refusals.recorded(Event.TOKEN_REFUSED, actor, subject):
-                yield
-        except BrokerError as error:
-            if self._count is not None:
-                self._count("unavailable" if isinstance(error, Unavailable) else "refused", error.reason)
-            raise
-        if self._count is not None:
+    def _counted(self, actor: Actor, subject: str) -> AbstractAsyncContextManager[None]:
+        return self._refusals.recorded(Event.TOKEN_REFUSED, actor, subject, self._tell)
+
+    def _tell(self, error: BrokerError | None) -> None:
+        if self._count is None:
+            return
+        if error is None:
             self._count("issued", "")
+        else:
+            self._count("unavailable" if isinstance(error, Unavailable) else "refused", error.reason)
 
 
 def _again(kept: Mapping[str, JsonValue], lineage: tuple[Task, ...]) -> _Committed:
@@ -354,7 +360,7 @@ def _again(kept: Mapping[str, JsonValue], lineage: tuple[Task, ...]) -> _Committ
     if claims.task.epoch < lineage_epoch(lineage):
         # Suspended since: at verifiers it is dead.
         raise spent()
-    return _Committed(claims, kept)
+    return _Committed(claims, payload_text(kept))
 
 
 def _parts(request: StartRequest) -> tuple[str | int | None, ...]:

@@ -1,16 +1,17 @@
 """The keys of one OpenID issuer: fetched by a guarded client, kept, and never lost to a bad answer.
 
 Invariants: only https, no redirect, no proxy from the environment, 64 KiB and 3 s for each document; the discovery document
-must name the issuer itself; a key is bound to one algorithm when it is read; the last good keys stay when a fetch fails,
-but not for ever. What a token says is not known here.
+must name the issuer itself; where it names keys at another host, that host is one of the world's, whatever its name resolves
+to; a key is bound to one algorithm when it is read; the last good keys stay when a fetch fails, but not for ever. What a token
+says is not known here.
 """
 
 import asyncio
-import contextlib
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
+from urllib.parse import urlsplit
 
 import httpx2
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -19,8 +20,10 @@ from broker.clock import Clock
 from broker.errors import InvalidJson, InvalidToken, Misconfigured, Unavailable
 from broker.server.tasks.config import SubjectIssuer, Transmitter, check_https
 from broker.spiffe import jose, strictjson
+from broker.spiffe.federation import is_public
 from broker.spiffe.jose import PublicKey
 from broker.spiffe.strictjson import JsonValue
+from broker.transport.dialling import dialling
 
 MAX_DOCUMENT: Final = 64 * 1024
 """Bytes of a discovery document or key set: real ones have 2 to 10 KiB."""
@@ -79,15 +82,15 @@ class IssuerKeys:
         )
         self._kept: _Kept | None = None
         self._tried_at: float | None = None
-        self._fetching = asyncio.Lock()
-        self._beside: asyncio.Task[None] | None = None
+        self._fetching: asyncio.Task[None] | None = None
+        self._closed = False
 
     async def aclose(self) -> None:
-        """End a fetch under way and close the connections."""
-        if self._beside is not None:
-            self._beside.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._beside
+        """End a fetch under way, whoever waits for it, and close the connections. None is begun afterwards."""
+        self._closed = True
+        if self._fetching is not None and not self._fetching.done():
+            self._fetching.cancel()
+            await asyncio.wait((self._fetching,))
         await self._client.aclose()
 
     async def find(self, kid: str | None) -> IssuerKey:
@@ -99,16 +102,13 @@ class IssuerKeys:
         """
         kept = self._current()
         found = _pick(kept, kid)
-        if found is None and self._may_fetch():
-            async with self._fetching:
-                # Another caller may have fetched while this one waited.
+        if found is None:
+            if (fetching := self._fetch()) is not None:
+                # Whoever stops waiting leaves it to the others.
+                await asyncio.wait((fetching,))
                 found = _pick(self._current(), kid)
-                if found is None and self._may_fetch():
-                    await self._refresh()
-            kept = self._current()
-            found = found or _pick(kept, kid)
         elif kept is not None and self._clock.monotonic() - kept.fetched_at > FRESH:
-            self._refresh_beside()
+            self._fetch()
         if found is not None:
             return found
         if self._current() is None:
@@ -121,19 +121,20 @@ class IssuerKeys:
             return None
         return kept
 
+    def _fetch(self) -> asyncio.Task[None] | None:
+        """Give the fetch under way, or begin one; None where it is not time for one."""
+        if self._fetching is not None and not self._fetching.done():
+            return self._fetching
+        if not self._may_fetch():
+            return None
+        self._fetching = asyncio.create_task(self._refresh(), name="broker-issuer-keys")
+        return self._fetching
+
     def _may_fetch(self) -> bool:
-        if self._tried_at is None:
-            return True
+        if self._closed or self._tried_at is None:
+            return not self._closed
         pause = RETRY_EVERY if self._current() is None else REFRESH_EVERY
         return self._clock.monotonic() - self._tried_at >= pause
-
-    def _refresh_beside(self) -> None:
-        if self._may_fetch() and (self._beside is None or self._beside.done()):
-            self._beside = asyncio.create_task(self._refresh_alone(), name="broker-issuer-keys")
-
-    async def _refresh_alone(self) -> None:
-        async with self._fetching:
-            await self._refresh()
 
     async def _refresh(self) -> None:
         """Fetch; what cannot be fetched or read leaves the last good keys in place."""
@@ -159,7 +160,14 @@ class IssuerKeys:
 
     async def _document(self, url: str) -> dict[str, JsonValue]:
         body = bytearray()
-        async with asyncio.timeout(FETCH_SECONDS), self._client.stream("GET", url) as response:
+        # NOTE(security): a name that the issuer's document gives must not lead into our network. The address that was dialled
+        # counts, since a name may lead elsewhere the next time. Whoever configured a host knows where it is.
+        is_told = bool(self._address) or _host(url) == _host(self._discovery)
+        async with (
+            asyncio.timeout(FETCH_SECONDS),
+            dialling(None if is_told else _outside) as trace,
+            self._client.stream("GET", url, extensions={"trace": trace}) as response,
+        ):
             if response.status_code != httpx2.codes.OK:
                 raise Unavailable("the issuer did not give the document", code="issuer_status")
             async for chunk in response.aiter_raw():
@@ -170,6 +178,24 @@ class IssuerKeys:
         if not isinstance(document, dict):
             raise Unavailable("the issuer's document is not a JSON object", code="issuer_document")
         return document
+
+
+def _host(url: str) -> str | None:
+    return urlsplit(url).hostname
+
+
+async def _outside(event: str, facts: Mapping[str, Any]) -> None:
+    """Refuse a connection, once it is made, that leads to this machine or into a private network."""
+    if event != "connection.connect_tcp.complete":
+        return
+    stream = facts["return_value"]
+    if not is_public(str(stream.get_extra_info("server_addr")[0])):
+        await stream.aclose()
+        raise Unavailable(
+            "the issuer's keys are said to be in a private network",
+            code="issuer_keys",
+            hint="if they are, an operator says so: jwks_url under [[server.subjects]]",
+        )
 
 
 def _pick(kept: _Kept | None, kid: str | None) -> IssuerKey | None:

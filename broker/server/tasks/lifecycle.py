@@ -227,11 +227,11 @@ class Lifecycle:
     ) -> End:
         """End a task because its own process says that the work is done; raises NotFound, Refused, Conflict."""
         check_key(idempotency_key)
-        return self._counted(
-            await self._store.write(
-                lambda writer: self._complete(writer, actor, task_id, expected_version, idempotency_key)
-            )
+        over = await self._store.write(
+            lambda writer: self._complete(writer, actor, task_id, expected_version, idempotency_key)
         )
+        failpoints.reach("lifecycle.after_commit")
+        return self._counted(over)
 
     async def revoke(self, task_id: str, *, by: str, expected_version: int | None = None, reason: str = "") -> End:
         """End a task because an operator says so; raises NotFound, Conflict, Invalid."""

@@ -7,8 +7,11 @@ were left out before it. A refusal whose record cannot be written is refused all
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from types import TracebackType
 from typing import Final
+
+from typing_extensions import override
 
 from broker.audit.events import Event, FieldValue, Record
 from broker.clock import Clock
@@ -30,6 +33,42 @@ UNKNOWN: Final = "-"
 """The subject of a refusal that came before the subject was known."""
 
 
+class _Recorded(AbstractAsyncContextManager[None]):
+    """The block around what may be refused; ``actor`` is None for a stranger. A class: a generator for each exchange would cost more than what it does."""
+
+    __slots__ = ("_actor", "_event", "_refusals", "_subject", "_tell")
+
+    def __init__(
+        self,
+        refusals: "Refusals",
+        event: Event,
+        actor: Actor | None,
+        subject: str,
+        tell: Callable[[BrokerError | None], None] | None = None,
+    ) -> None:
+        self._refusals = refusals
+        self._event = event
+        self._actor = actor
+        self._subject = subject
+        self._tell = tell
+
+    @override
+    async def __aenter__(self) -> None:
+        return None
+
+    @override
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None and not isinstance(error, BrokerError):
+            return
+        # Unavailable, NonceWanted: nobody was refused, nothing was decided.
+        if error is not None and not isinstance(error, Unavailable | NonceWanted):
+            await self._refusals.refused(self._event, self._actor, self._subject, error)
+        if self._tell is not None:
+            self._tell(error)
+
+
 class Refusals:
     """Writes refusals of the task half."""
 
@@ -41,22 +80,14 @@ class Refusals:
         self._strangers = _Allowance(clock)
         self._writing: set[asyncio.Task[None]] = set()
 
-    @asynccontextmanager
-    async def recorded(self, event: Event, actor: Actor, subject: str) -> AsyncIterator[None]:
-        """Let what happens inside be refused, and record it: ``subject`` is the task or the resource, where it is known."""
-        try:
-            yield
-        except (Unavailable, NonceWanted):
-            # Nobody was refused: nothing was decided.
-            raise
-        except BrokerError as error:
-            fields: dict[str, FieldValue] = {
-                "door": actor.door.value,
-                "session": actor.session,
-                "node": None if actor.agent is None else str(actor.agent),
-            }
-            await self._refused(event, str(actor.spiffe_id), subject, error, fields)
-            raise
+    def recorded(
+        self, event: Event, actor: Actor, subject: str, tell: Callable[[BrokerError | None], None] | None = None
+    ) -> AbstractAsyncContextManager[None]:
+        """Let what happens inside be refused, and record it: ``subject`` is the task or the resource, where it is known.
+
+        ``tell`` hears afterwards how it came out: the error, or None.
+        """
+        return _Recorded(self, event, actor, subject, tell)
 
     @asynccontextmanager
     async def recorded_of(self, event: Event, by: str, subject: str) -> AsyncIterator[None]:
@@ -69,16 +100,9 @@ class Refusals:
             await self._refused(event, by, subject, error, {"door": "admin"})
             raise
 
-    @asynccontextmanager
-    async def recorded_stranger(self, event: Event) -> AsyncIterator[None]:
+    def recorded_stranger(self, event: Event) -> AbstractAsyncContextManager[None]:
         """Do the same at the HTTPS door before it is known who asks: what a stranger says of himself is not recorded."""
-        try:
-            yield
-        except (Unavailable, NonceWanted):
-            raise
-        except BrokerError as error:
-            await self._refused(event, STRANGER, "", error, {"door": Door.HTTPS.value})
-            raise
+        return _Recorded(self, event, None, "")
 
     async def note(self, make: Callable[[int], Record]) -> None:
         """Record a refusal of another form; ``make`` is told how many were left out before it."""
@@ -91,6 +115,18 @@ class Refusals:
         writing = asyncio.get_running_loop().create_task(self._record(Event.CONNECTION_REFUSED, STRANGER, "", fields))
         self._writing.add(writing)
         writing.add_done_callback(self._writing.discard)
+
+    async def refused(self, event: Event, actor: Actor | None, subject: str, error: BrokerError) -> None:
+        """Record the refusal of a workload, or of a stranger (None), within the rate."""
+        if actor is None:
+            await self._refused(event, STRANGER, subject, error, {"door": Door.HTTPS.value})
+            return
+        fields: dict[str, FieldValue] = {
+            "door": actor.door.value,
+            "session": actor.session,
+            "node": None if actor.agent is None else str(actor.agent),
+        }
+        await self._refused(event, str(actor.spiffe_id), subject, error, fields)
 
     async def _refused(
         self, event: Event, by: str, subject: str, error: BrokerError, told: Mapping[str, FieldValue]

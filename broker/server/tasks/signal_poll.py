@@ -18,6 +18,7 @@ from broker.server.tasks.signals import SecurityEvents, Signals
 from broker.spiffe import strictjson
 from broker.spiffe.strictjson import JsonValue
 from broker.telemetry.log import get_logger
+from broker.transport.dialling import dialling
 
 MAX_EVENTS: Final = 100
 """Events of one answer: some hundred milliseconds of work."""
@@ -124,7 +125,8 @@ class Poller:
         url, headers = self._transmitter.poll_url, {"content-type": "application/json"}
         async with (
             asyncio.timeout(FETCH_SECONDS),
-            self._client.stream("POST", url, content=body, headers=headers) as response,
+            dialling() as trace,
+            self._client.stream("POST", url, content=body, headers=headers, extensions={"trace": trace}) as response,
         ):
             if response.status_code != httpx2.codes.OK:
                 raise Unavailable(f"the transmitter answered {response.status_code}", code="ssf_status")

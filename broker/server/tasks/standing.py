@@ -2,7 +2,7 @@
 
 One question for every door: the start of a task, each of its tokens, the start of a child, an introspection. A task's own
 state may lag behind a stop of many; this never does. Where an issuer says nothing of ends, its sessions count only for so
-long after its last word of them (``session_lease``).
+long after its last word of them (``session_lease``); what becomes of their tasks is in :mod:`broker.server.tasks.user_leases`.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from typing import Final
 from broker.errors import Refused
 from broker.server.store.ports import Reader, Writer
 from broker.server.store.rows import TokenRow
-from broker.server.store.user_rows import UserSession
+from broker.server.store.user_rows import UserLease, UserSession
 from broker.server.tasks.records import sha256
 from broker.server.tasks.subjects import Subject
 from broker.spiffe import SpiffeId
@@ -109,13 +109,22 @@ class Standing:
             require_going((each for each in stops if each.tokens_from <= now.timestamp()), delegation, now)
         self._require_confirmed(reader, delegation, now)
 
-    def hear(self, writer: Writer, subject: Subject, now: datetime) -> None:
-        """Take a user's token at its word: its session is confirmed by it. Raises Refused where the word was stopped."""
-        stops = writer.stops(names_of(subject.delegation()))
+    def hear(self, writer: Writer, subject: Subject, now: datetime) -> bool:
+        """Take a user's token at its word: its session is confirmed by it. Raises Refused where the word was stopped.
+
+        Gives whether tasks of the session wait to be let go on: what was suspended while nothing was heard of it.
+        """
+        delegation = subject.delegation()
+        stops = writer.stops(names_of(delegation))
         if stops:
-            require_going(stops, subject.delegation(), now)
+            require_going(stops, delegation, now)
         self._see(writer, subject, now)
-        self._require_confirmed(writer, subject.delegation(), now)
+        known = self._require_confirmed(writer, delegation, now)
+        if known is None or known.lease is UserLease.HELD:
+            return False
+        if known.lease is UserLease.LAPSED:
+            writer.put_user_lease(known, UserLease.RETURNING)
+        return True
 
     def recall(self, reader: Reader, delegation_id: str, agent: SpiffeId, now: datetime) -> StandingWord:
         """Give a standing delegation's word to an agent that it names; raises Refused, PolicyDenied.
@@ -139,17 +148,27 @@ class Standing:
 
     def unconfirmed(self, reader: Reader, delegation: Delegation, now: datetime) -> bool:
         """Tell whether nothing was heard of the delegation's session for longer than its lease."""
+        return self._is_silent(self._session(reader, delegation), delegation, now)
+
+    def _session(self, reader: Reader, delegation: Delegation) -> UserSession | None:
+        """Give what is known of the session, where its issuer's silence counts."""
+        if delegation.issuer not in self.leases or delegation.standing is not None:
+            return None
+        return reader.user_session(delegation.issuer, delegation.session or "", delegation.user)
+
+    def _is_silent(self, known: UserSession | None, delegation: Delegation, now: datetime) -> bool:
         lease = self.leases.get(delegation.issuer)
         if lease is None or delegation.standing is not None:
             return False
-        known = reader.user_session(delegation.issuer, delegation.session or "", delegation.user)
         confirmed_at = delegation.issued_at if known is None else known.confirmed_at
         return confirmed_at is None or now >= confirmed_at + lease
 
-    def _require_confirmed(self, reader: Reader, delegation: Delegation, now: datetime) -> None:
-        if self.unconfirmed(reader, delegation, now):
+    def _require_confirmed(self, reader: Reader, delegation: Delegation, now: datetime) -> UserSession | None:
+        known = self._session(reader, delegation)
+        if self._is_silent(known, delegation, now):
             raise Refused(
                 "nothing was heard of the user's session for too long",
                 code="user_session_unconfirmed",
                 hint="show a user token of the same session that its issuer gave lately",
             )
+        return known

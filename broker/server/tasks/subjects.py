@@ -19,7 +19,6 @@ from broker.errors import Invalid, InvalidSpiffeId, InvalidToken
 from broker.server.tasks.config import SubjectIssuer, check_issuers
 from broker.server.tasks.issuer_keys import IssuerKey, IssuerKeys
 from broker.spiffe import SpiffeId, jose
-from broker.spiffe.jose import UnverifiedJws
 from broker.spiffe.strictjson import JsonValue
 from broker.tasks import Authority, Delegation
 from broker.tasks.texts import NAME
@@ -37,8 +36,8 @@ _SUBJECT: Final = re.compile(r"[\x21-\x7e]{1,255}")
 _SHORT: Final = NAME
 
 _VERIFIED: Final = object()
-_SIGNATURES_KEPT: Final = 4_096
-"""Signatures not checked twice under the same key: an agent shows its user's token with every exchange."""
+TOKENS_KEPT: Final = 4_096
+"""Tokens not read and not checked twice under the same key, 1 KiB each or so: an agent shows its user's with every exchange."""
 
 
 class SubjectKind(StrEnum):
@@ -71,20 +70,13 @@ class Subject:
     party: str
     may_act: SpiffeId | None
     _made_by: object = field(repr=False, compare=False)
+    _delegation: Delegation = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Refuse any other maker."""
+        """Refuse any other maker, and what makes no delegation (Invalid)."""
         if self._made_by is not _VERIFIED:
             raise TypeError("a Subject comes from Subjects.verify only")
-
-    @property
-    def max_task_ttl(self) -> None:
-        """No limit of a task's life but its own end."""
-        return
-
-    def delegation(self) -> Delegation:
-        """Give the delegation that this token is."""
-        return Delegation(
+        delegation = Delegation(
             issuer=self.issuer,
             user=self.user,
             client=self.client,
@@ -95,6 +87,45 @@ class Subject:
             token_hash=self.token_hash,
             issued_at=self.issued_at,
         )
+        object.__setattr__(self, "_delegation", delegation)
+
+    @property
+    def max_task_ttl(self) -> None:
+        """No limit of a task's life but its own end."""
+        return
+
+    def delegation(self) -> Delegation:
+        """Give the delegation that this token is."""
+        return self._delegation
+
+
+@dataclass(frozen=True, slots=True)
+class _Dates:
+    """When a token counts, in seconds since 1970: the one thing about it that changes with the clock."""
+
+    issued_at: int
+    expires_at: int
+    not_before: int | None
+
+    def check(self, now: int) -> None:
+        """Raise InvalidToken outside of them."""
+        if now > self.expires_at + LEEWAY:
+            raise InvalidToken(
+                "the user token has expired", code="subject_expired", hint="get a new one from the issuer"
+            )
+        if self.issued_at > now + LEEWAY or (self.not_before is not None and self.not_before > now + LEEWAY):
+            raise InvalidToken("the user token is not valid yet", code="subject_not_yet", hint="compare the clocks")
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """A token that was read, checked under a key and judged before: what of it is asked again each time."""
+
+    typ: str | None
+    kid: str | None
+    key: IssuerKey
+    dates: _Dates
+    subject: Subject
 
 
 class Subjects:
@@ -103,8 +134,10 @@ class Subjects:
     def __init__(self, issuers: Iterable[SubjectIssuer], clock: Clock) -> None:
         """Prepare one guarded client for each issuer; raises Misconfigured."""
         self._clock = clock
-        self._issuers = {one.issuer: (one, IssuerKeys(one, clock)) for one in check_issuers(issuers)}
-        self._signed: dict[bytes, IssuerKey] = {}
+        self._issuers = {
+            one.issuer: (one, IssuerKeys(one, clock, address=one.jwks_url)) for one in check_issuers(issuers)
+        }
+        self._known: dict[bytes, _Known] = {}
 
     async def aclose(self) -> None:
         """Close the connections to the issuers."""
@@ -128,8 +161,20 @@ class Subjects:
             InvalidToken: it is not a trusted issuer's valid token for us.
             Unavailable: the issuer's keys cannot be had now.
         """
+        known = self._known.get(digest_of_token(token))
+        if known is not None:
+            # What these very bytes say, and what is set for their issuer, is the same for ever. Their kind is what the caller
+            # says now, the issuer's keys and the time are those of now.
+            _check_type(known.typ, kind)
+            key = await self._issuers[known.subject.issuer][1].find(known.kid)
+            if key is known.key:
+                known.dates.check(int(self._clock.now().timestamp()))
+                return known.subject
+        return await self._read(token, kind)
+
+    async def _read(self, token: str, kind: SubjectKind) -> Subject:
         jws = jose.parse_compact(token, allowed_headers=SUBJECT_HEADERS)
-        _check_type(jws, kind)
+        _check_type(jws.typ, kind)
         trusted = self._issuers.get(_text(jws.payload, "iss", _SHORT))
         if trusted is None:
             raise InvalidToken(
@@ -139,23 +184,23 @@ class Subjects:
             )
         issuer, keys = trusted
         key = await keys.find(jws.kid)
-        self._check_signature(token, jws, key)
-        return _judge(jws.payload, issuer, now=int(self._clock.now().timestamp()), token=token)
-
-    def _check_signature(self, token: str, jws: UnverifiedJws, key: IssuerKey) -> None:
-        # Only that these very bytes were signed by this very key is remembered: the key is looked up, and everything that
-        # the token says is judged, each time.
-        digest = hashlib.sha256(token.encode("ascii")).digest()
-        if self._signed.get(digest) is key:
-            return
         jose.verify_signature(jws, key.key, key.algorithm)
-        if len(self._signed) >= _SIGNATURES_KEPT:
-            self._signed.clear()
-        self._signed[digest] = key
+        _refuse_foreign_kinds(jws.payload)
+        dates = _dates(jws.payload)
+        subject = _judge(jws.payload, issuer, dates, now=int(self._clock.now().timestamp()), token=token)
+        if len(self._known) >= TOKENS_KEPT:
+            self._known.clear()
+        self._known[digest_of_token(token)] = _Known(jws.typ, jws.kid, key, dates, subject)
+        return subject
 
 
-def _check_type(jws: UnverifiedJws, kind: SubjectKind) -> None:
-    typ = jws.typ
+def digest_of_token(token: str) -> bytes:
+    """Give what a token is remembered by."""
+    # Text that is no token's is refused where it is read.
+    return hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()
+
+
+def _check_type(typ: str | None, kind: SubjectKind) -> None:
     if typ is not None:
         if not typ.isascii():
             raise InvalidToken("the user token's type is not accepted", code="token_type")
@@ -168,9 +213,8 @@ def _check_type(jws: UnverifiedJws, kind: SubjectKind) -> None:
         )
 
 
-def _judge(payload: Mapping[str, JsonValue], issuer: SubjectIssuer, *, now: int, token: str) -> Subject:
-    _refuse_foreign_kinds(payload)
-    expires_at = _check_dates(payload, now)
+def _judge(payload: Mapping[str, JsonValue], issuer: SubjectIssuer, dates: _Dates, *, now: int, token: str) -> Subject:
+    dates.check(now)
     client, party = _check_audience(payload, issuer)
     for name, wanted in issuer.required_claims:
         if payload.get(name) != wanted:
@@ -186,11 +230,11 @@ def _judge(payload: Mapping[str, JsonValue], issuer: SubjectIssuer, *, now: int,
         session=_optional(payload, "sid"),
         acr=_optional(payload, "acr"),
         auth_time=_moment(jose.numeric_date(payload, "auth_time", required=False)),
-        expires_at=_moment(expires_at),
+        expires_at=_moment(dates.expires_at),
         token_hash="sha-256:" + jose.b64url_encode(hashlib.sha256(token.encode("ascii")).digest()),
         # What we cannot read does not limit less: an unknown type refuses the token.
         ceiling=None if details is None else Authority.parse(details),
-        issued_at=_moment(jose.numeric_date(payload, "iat", required=True)),
+        issued_at=_moment(dates.issued_at),
         party=party,
         may_act=_may_act(payload["may_act"]) if "may_act" in payload else None,
         _made_by=_VERIFIED,
@@ -221,17 +265,13 @@ def _may_act(value: JsonValue) -> SpiffeId:
         raise Invalid("may_act does not name a workload", code="may_act_unknown") from None
 
 
-def _check_dates(payload: Mapping[str, JsonValue], now: int) -> int:
+def _dates(payload: Mapping[str, JsonValue]) -> _Dates:
     expires_at = jose.numeric_date(payload, "exp", required=True)
     issued_at = jose.numeric_date(payload, "iat", required=True)
     not_before = jose.numeric_date(payload, "nbf", required=False)
-    if now > expires_at + LEEWAY:
-        raise InvalidToken("the user token has expired", code="subject_expired", hint="get a new one from the issuer")
-    if issued_at > now + LEEWAY or (not_before is not None and not_before > now + LEEWAY):
-        raise InvalidToken("the user token is not valid yet", code="subject_not_yet", hint="compare the clocks")
     if expires_at <= issued_at:
         raise InvalidToken("the user token ends before it starts", code="token_claim_invalid")
-    return expires_at
+    return _Dates(issued_at, expires_at, not_before)
 
 
 def _check_audience(payload: Mapping[str, JsonValue], issuer: SubjectIssuer) -> tuple[str | None, str]:

@@ -23,6 +23,8 @@ from broker.telemetry.log import get_logger
 AT_ONCE: Final = 200
 """Sessions or tokens of one transaction, so that others do not wait."""
 SERVER: Final = "server"
+AUDIENCE_GONE: Final = "audience_gone"
+"""The word of the record for tokens whose service is registered no longer."""
 
 log = get_logger("withdrawals")
 
@@ -104,12 +106,12 @@ class Distrust:
         def act(writer: Writer) -> int:
             now = self._clock.now()
             tokens = writer.tokens_for(resource, now, AT_ONCE)
-            return sum(revoke_token(writer, token, by=SERVER, now=now) > 0 for token in tokens)
+            return sum(revoke_token(writer, token, by=SERVER, now=now, reason=AUDIENCE_GONE) > 0 for token in tokens)
 
         revoked = 0
         while count := await self._store.write(act):
             revoked += count
-        log.warning("audience_gone", resource=resource, tokens=revoked)
+        log.warning("audience_gone", resource=resource, tokens_revoked=revoked)
 
 
 def _end_sessions(writer: Writer, sessions: Sequence[SessionRow], cause: SessionEnd, by: str, now: datetime) -> None:

@@ -54,8 +54,8 @@ class Held:
     def __init__(self, connection: socket.socket) -> None:
         self.wire = wire.Connection(connection)
 
-    async def call(self, seconds: float = SECONDS):
-        return await asyncio.to_thread(lambda: self.wire.hear(self.wire.call(), seconds))
+    async def call(self, seconds: float = SECONDS, method: str = "FetchX509SVID"):
+        return await asyncio.to_thread(lambda: self.wire.hear(self.wire.call(method), seconds))
 
     async def open_stream(self) -> int:
         return await asyncio.to_thread(self.wire.call)

@@ -34,6 +34,20 @@ async def test_a_zombie_is_refused(duel: Arena) -> None:
         assert await victim.do("ask", duel.socket) == served("/wl/victim")
 
 
+@pytest.mark.bears("A08", "SP08")
+@pytest.mark.parametrize("method", ["StartTask", "IssueToken", "ChangeTask"])
+async def test_the_dead_have_no_tasks(duel: Arena, method: str) -> None:
+    """The number of a process that has ended may be another's by the time of the exchange: the connection is its own alone."""
+    async with duel.puppet(duel.victim, uid=UID) as victim:
+        assert await victim.do("connect", duel.socket)
+        living = await victim.give()
+        assert (await living.call(method=f"/broker.agent.v1.Tasks/{method}")) not in REFUSED
+        await victim.do("zombie", duel.socket)
+        held = await victim.give()
+        assert await held.call(method=f"/broker.agent.v1.Tasks/{method}") in REFUSED
+        assert await held.is_closed()
+
+
 @pytest.mark.bears("A08")
 @pytest.mark.parametrize("when", ["before it connects", "after it connected", "after a call"])
 async def test_a_process_without_its_first_thread_is_refused(duel: Arena, when: str) -> None:

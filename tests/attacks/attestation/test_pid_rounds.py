@@ -65,7 +65,7 @@ def config(it: Arena) -> Path:
 
 
 @pytest.mark.root("a pid namespace, processes of other users, chosen process ids")
-@pytest.mark.bears("A02", "A03", "A04")
+@pytest.mark.bears("A02", "A03", "A04", "SP08")
 @pytest.mark.timeout(400 + STORM)
 async def test_no_number_that_is_used_again_gives_an_identity() -> None:
     async with prepared() as it:

@@ -52,8 +52,8 @@ def opening():
 
 
 def request(stream=1, method="FetchX509SVID", message=EMPTY):
-    """One whole unary or server-streaming call."""
-    path = f"/SpiffeWorkloadAPI/{method}".encode()
+    """One whole unary or server-streaming call; ``method`` is of the Workload API, or a whole path."""
+    path = (method if method.startswith("/") else f"/SpiffeWorkloadAPI/{method}").encode()
     return frame(_HEADERS, 4, stream, _headers(path)) + frame(_DATA, _END_STREAM, stream, message)
 
 
@@ -163,6 +163,7 @@ class Connection:
         self._next = 1
         self._opened = False
         self._messages = {}
+        self._others = set()  # streams of calls that are not the Workload API's
 
     def send(self, data):
         """Send; a connection that is closed already says so when it is heard."""
@@ -179,6 +180,8 @@ class Connection:
         """Begin a call; give its stream."""
         self.open()
         stream, self._next = self._next, self._next + 2
+        if method.startswith("/"):
+            self._others.add(stream)
         self.send(request(stream, method, message))
         return stream
 
@@ -250,7 +253,7 @@ class Connection:
             if len(whole) < 5 or len(whole) - 5 < int.from_bytes(whole[1:5], "big"):
                 self._messages[stream] = whole
                 return None
-            return SERVED, identities(whole[5:])
+            return SERVED, None if stream in self._others else identities(whole[5:])
         elif kind == _RST and stream == wanted:
             return CLOSED, None
         return None

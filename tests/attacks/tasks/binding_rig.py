@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc.aio
 import httpx2
+import psycopg
 
 from broker._proto.service import Stub
 from broker._proto.spire.api.server.svid.v1 import svid_pb2
@@ -20,7 +21,7 @@ from broker.sdk.dpop import ProofKey
 from broker.server.api.grpc import svid
 from broker.server.api.http.clients import JWT_SPIFFE
 from broker.server.app import Server
-from broker.server.settings import AudienceSettings, SubjectSettings, TaskSettings
+from broker.server.task_settings import AudienceSettings, SubjectSettings, TaskSettings
 from broker.spiffe import SpiffeId
 from broker.transport.tls import client_context, roots_of
 from tests.fakes.oidc import OidcIssuer
@@ -47,8 +48,9 @@ class Desk:
 
     def __init__(
         self, one: Server, oidc: OidcIssuer, directory: Path, stack: AsyncExitStack,
-        node: Node, agent_id: SpiffeId, channel: grpc.aio.Channel, entry: str,
+        node: Node, agent_id: SpiffeId, channel: grpc.aio.Channel, entry: str, store: str = "",
     ) -> None:  # fmt: skip
+        self.store = store
         self.one, self.oidc, self.directory, self.stack = one, oidc, directory, stack
         self.node, self.agent_id, self.channel, self.entry = node, agent_id, channel, entry
 
@@ -81,7 +83,9 @@ class Desk:
         return self.form(resource, client_assertion_type=JWT_SPIFFE, client_assertion=token, **changes)
 
     def records(self, *events: str) -> list[Record]:
-        with closing(sqlite3.connect(f"file:{self.directory}/data/broker.db?mode=ro", uri=True)) as database:
+        file = f"file:{self.directory}/data/broker.db?mode=ro"
+        opened: Any = psycopg.connect(self.store) if self.store else sqlite3.connect(file, uri=True)
+        with closing(opened) as database:
             bodies = [row[0] for row in database.execute("SELECT body FROM audit_records ORDER BY seq")]
         return [one for one in (Record.from_body(bytes(body)) for body in bodies) if one.event in events]
 
@@ -101,20 +105,25 @@ def short_directory() -> Iterator[Path]:
     shutil.rmtree(directory)
 
 
-@asynccontextmanager
-async def desk(directory: Path, oidc: OidcIssuer, *, store: str = "", **tasks: Any) -> AsyncIterator[Desk]:
-    settings = {
+def desk_settings(oidc: OidcIssuer, **tasks: Any) -> dict[str, Any]:
+    """What the server of a desk is started with."""
+    return {
         "issuer": ISSUER,
         "subjects": (SubjectSettings(issuer=oidc.issuer, audiences=("broker",), ca_path=oidc.ca_path),),
         "audiences": audiences(),
         "tasks": TaskSettings(**tasks),
     }
+
+
+@asynccontextmanager
+async def desk(directory: Path, oidc: OidcIssuer, *, store: str = "", **tasks: Any) -> AsyncIterator[Desk]:
     async with (
-        running(Estate(directory, store), **settings) as one,
+        running(Estate(directory, store), **desk_settings(oidc, **tasks)) as one,
         attested(one) as (node, agent_id, channel),
         AsyncExitStack() as stack,
     ):
-        yield Desk(one, oidc, directory, stack, node, agent_id, channel, await register(one, agent_id, TRIAGE))
+        entry = await register(one, agent_id, TRIAGE)
+        yield Desk(one, oidc, directory, stack, node, agent_id, channel, entry, store)
 
 
 class Prover:

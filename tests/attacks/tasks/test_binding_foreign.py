@@ -15,10 +15,11 @@ from broker._proto.spire.api.types import bundle_pb2
 from broker.client import Bundles, dial_socket
 from broker.clock import SystemClock
 from broker.keys import MemoryKeys
-from broker.server.settings import WitIssuerSettings
+from broker.server.task_settings import WitIssuerSettings
 from broker.spiffe import TrustDomain, jose
 from broker.transport.tls import TlsIdentity, client_context, roots_of
 from tests.attacks.tasks.binding_rig import LOOSE, TOKEN_URL, Desk, Prover, desk, eventually, short_directory
+from tests.attacks.tasks.listening import listening
 from tests.attacks.tasks.test_binding_clients import claims
 from tests.fakes.oidc import OidcIssuer
 from tests.integration.test_token_endpoint import ISSUER, TICKETS
@@ -183,23 +184,47 @@ async def test_what_is_no_spiffe_id_is_nobody(partner: Partner) -> None:
 
 @pytest.mark.bears("X05")
 async def test_a_trust_domain_that_is_let_go_has_no_workloads_here(partner: Partner) -> None:
+    """Exchange, re-exchange, renewal, introspection, and a verifier on the feed: of its tokens none is left."""
     at, client = partner.at, await partner.client(partner.authority.issue(BOT))
-    assert (await client.post("/token", data=at.form())).status_code == 200
-    channel = dial_socket(at.one.socket_path)
-    try:
-        await Bundles(channel).delete_federated("partner.example")
-    finally:
-        await channel.close()
-
-    async def is_over() -> bool:
+    issued = (await client.post("/token", data=at.form())).json()
+    token, task = issued["access_token"], issued["task"]
+    own = await at.process("ws_1")
+    mine = (await own.http.post("/token", data=at.form())).json()["access_token"]
+    renewal = at.form(task=task)
+    del renewal["purpose"]
+    again = at.form(subject_token=token)
+    del again["purpose"]
+    for asked in (renewal, again):
+        assert (await client.post("/token", data=asked)).status_code == 200
+    async with listening(at.channel) as ear:
+        assert (ear.says(token), ear.says(mine)) == ("alive", "alive")
+        channel = dial_socket(at.one.socket_path)
         try:
-            return (await client.post("/token", data=at.form())).status_code != 200
-        except httpx2.HTTPError:
-            return True
+            await Bundles(channel).delete_federated("partner.example")
+        finally:
+            await channel.close()
+        assert await ear.refuses(token) == "task_ended"
+        assert ear.says(mine) == "alive"
+    # A bystander that may introspect for the service is told nothing of it any more.
+    assert (await own.http.post("/introspect", data={"token": token})).json() == {"active": False}
+    assert (await own.http.post("/introspect", data={"token": mine})).json()["active"] is True
 
-    await eventually(is_over)
+    for asked in (at.form(), renewal, again, {"token": token}):
+
+        async def is_over(body: dict[str, str] = asked) -> bool:
+            try:
+                answer = await client.post("/introspect" if "token" in body else "/token", data=body)
+            except httpx2.HTTPError:
+                return True  # its certificate is nobody's: the connection is closed
+            return answer.status_code != 200 or answer.json() == {"active": False}
+
+        await eventually(is_over)
     answer = await Prover().post(await at.nobody(), at.asserted(partner.jwt_svid(BOT)))
     assert (answer.status_code, answer.json()["error"]) == (401, "invalid_client")
+    (deleted,) = at.records("bundle_deleted")
+    ended = at.records("task_ended")
+    assert {(one.subject, one.fields["cause"]) for one in ended} == {(task, "authority_tainted")}
+    assert {one.actor for one in ended} == {deleted.actor}
 
 
 async def test_a_window_is_for_those_of_whom_no_session_is_told(partner: Partner) -> None:

@@ -24,7 +24,7 @@ from broker.sdk.asgi import RequireToken
 from broker.sdk.dpop import ProofKey
 from broker.sdk.verify import TokenVerifier
 from broker.server.api.grpc import sessions
-from broker.server.settings import AudienceSettings
+from broker.server.task_settings import AudienceSettings
 from broker.transport import tls
 from broker.transport.callers import CallerIndex
 from broker.transport.tls import TlsPeer

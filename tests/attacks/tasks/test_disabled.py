@@ -4,13 +4,22 @@ A row is what was disabled, a column where it is asked. A new row is one line of
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
+import grpc.aio
 import pytest
 
+from broker._proto.broker.server.v1 import tasks_pb2
+from broker._proto.service import Stub
+from broker.server.api.grpc import tasks
+from tests.attacks.tasks.binding_rig import LOOSE, Desk, desk, desk_settings, short_directory
+from tests.attacks.tasks.listening import listening
 from tests.attacks.tasks.userends_rig import RISC, Scene, Work, outcome, playing
 from tests.fakes.oidc import OidcIssuer
+from tests.integration.test_server_identity import DEADLINE, Estate, own_bundle, running
+from tests.integration.test_token_endpoint import TICKETS
 
 Row = Callable[[Scene], Awaitable[Any]]
 Column = Callable[[Scene, Work, str], Awaitable[bool]]
@@ -48,7 +57,9 @@ ROWS: dict[str, Row] = {
     "user_signed_out": lambda scene: scene.logout(scene.logout_token(sub="alice", sid="s-1")),
     "entry_deleted": _entry_deleted,
 }
-"""An entry's end reaches verifiers with its session, which the node agent ends; the policy's row is the policy's test."""
+"""An entry's end reaches verifiers with its session, which the node agent ends. The rows of a policy, a trust domain and an audience
+are at the real port: ``test_policy``, ``test_binding_foreign``, and below.
+"""
 COLUMNS: dict[str, Column] = {
     "exchange": _exchange,
     "re_exchange": _again,
@@ -79,3 +90,47 @@ async def test_what_is_disabled_is_refused_everywhere(scene: Scene, row: str, co
     assert await COLUMNS[column](scene, work, token), "before it is disabled the cell answers yes"
     await ROWS[row](scene)
     assert not await COLUMNS[column](scene, work, token)
+
+
+@pytest.mark.bears("X05")
+async def test_an_audience_that_is_registered_no_longer_has_no_tokens(oidc: OidcIssuer) -> None:
+    """Settings change at a restart: exchange, re-exchange, renewal, introspection, and a verifier that comes back."""
+    with short_directory() as directory:
+        async with desk(directory, oidc) as at:
+            holder = await at.process("ws_1")
+            answers = [await holder.http.post("/token", data=at.form(one)) for one in (TICKETS, LOOSE)]
+            tokens = [answer.json()["access_token"] for answer in answers]
+            task = answers[0].json()["task"]
+            async with listening(at.channel) as ear:
+                assert [ear.says(token) for token in tokens] == ["alive", "alive"]
+        settings = desk_settings(oidc)
+        settings["audiences"] = tuple(one for one in settings["audiences"] if one.resource != TICKETS)
+        async with running(Estate(directory), **settings) as one:
+            at.node.trusted = await own_bundle(one)
+            async with at.node.dial(one.port) as channel, AsyncExitStack() as stack:
+                again = Desk(one, oidc, directory, stack, at.node, at.agent_id, channel, at.entry)
+                async with listening(channel) as ear:
+                    # Its task, which nothing permits any more, ends a moment later.
+                    assert ear.says(tokens[0]) in {"token_revoked", "task_ended"}
+                    assert ear.says(tokens[1]) == "alive"
+                holder = await again.process("ws_1")
+                seen = [(await holder.http.post("/introspect", data={"token": token})).json() for token in tokens]
+                assert [answer["active"] for answer in seen] == [False, True]
+                renewal, re_exchange = again.form(task=task), again.form(subject_token=tokens[0])
+                del renewal["purpose"], re_exchange["purpose"]
+                for asked in (again.form(), renewal, re_exchange):
+                    answer = await holder.http.post("/token", data=asked)
+                    assert answer.status_code == 400, answer.text
+                    assert answer.json()["error"] in {"invalid_target", "invalid_grant"}
+                with pytest.raises(grpc.aio.AioRpcError):
+                    await Stub(channel, tasks.BINDING).IssueToken(
+                        tasks_pb2.IssueTokenRequest(workload=holder.session, task_id=task, resource=TICKETS),
+                        timeout=DEADLINE,
+                    )
+                (revoked,) = again.records("token_revoked")
+                assert (revoked.actor, revoked.subject, revoked.fields["reasons"]) == (
+                    "server",
+                    task,
+                    ("audience_gone",),
+                )
+                assert len(again.records("token_refused")) == 4

@@ -166,6 +166,9 @@ async def test_a_policy_about_the_agents_behind_never_comes_into_force(ground: R
         changes = ground.records("policy_changed")
         assert changes[-1].fields["policy"] == before
         assert bundles.hash_of(text) not in {one.fields["policy"] for one in changes}
+        (refused,) = ground.records("admin_refused")
+        assert (refused.subject, refused.fields["reason"]) == ("policy", "policy_reads_act")
+        assert refused.actor == changes[-1].actor
 
 
 @pytest.mark.bears("BG11")

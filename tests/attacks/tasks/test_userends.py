@@ -297,7 +297,7 @@ class TestForeignWords:
     @pytest.mark.bears("RV20")
     async def test_a_forged_and_a_repeated_logout_token_change_nothing(self, scene: Scene, tmp_path: Path) -> None:
         work = await scene.work()
-        stranger = SigningKey("key-1", "RS256")
+        stranger = SigningKey("key-1", is_strangers=True)
         forged = scene.logout_token(sid="s-1", key=stranger)
         assert_error(await scene.logout(forged), 400, "invalid_request")
         good = scene.logout_token(sid="another")
@@ -320,7 +320,7 @@ class TestForeignWords:
             ({"header": {"kid": "other"}}, "invalid_key"),
             ({"header": {"typ": "JWT"}}, "invalid_request"),
             ({"header": {"typ": "logout+jwt"}}, "invalid_request"),
-            ({"key": SigningKey("key-1")}, "invalid_key"),
+            ({"key": SigningKey("key-1", is_strangers=True)}, "invalid_key"),
             ({"iat": 4_000_000_000}, "invalid_request"),
             ({"iat": 1_000_000_000}, "invalid_request"),
             ({"jti": None}, "invalid_request"),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from broker.agent import app as module
+from broker.agent import clock_watch, program
 from broker.agent.app import Agent
 from broker.agent.settings import AgentSettings
 from broker.errors import Misconfigured, Refused
@@ -45,7 +45,7 @@ async def test_what_cannot_start_holds_nothing(tmp_path) -> None:
 
 @pytest.mark.bears("C05")
 async def test_a_stepped_clock_makes_every_stream_look_again(monkeypatch) -> None:
-    monkeypatch.setattr(module, "CLOCK_LOOK", 0.05)
+    monkeypatch.setattr(clock_watch, "CLOCK_LOOK", 0.05)
     async with estate() as agent:
         with agent.agent.cache.listening() as bell:
             while await bell.wait(0.3):
@@ -60,7 +60,7 @@ async def test_a_stepped_clock_makes_every_stream_look_again(monkeypatch) -> Non
 @pytest.fixture
 def signals():
     """The process's own handlers, put back afterwards."""
-    before = {number: signal.getsignal(number) for number in module.ENDING}
+    before = {number: signal.getsignal(number) for number in program.ENDING}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -77,6 +77,6 @@ async def test_run_gives_the_one_error_that_says_what_to_do(signals) -> None:
             join_token="wrong",
         )
         with pytest.raises(Refused, match="unknown, expired or used"):
-            await module._run(settings)
+            await program._run(settings)
     shutil.rmtree(directory)
-    assert all(callable(signal.getsignal(number)) for number in module.ENDING)
+    assert all(callable(signal.getsignal(number)) for number in program.ENDING)

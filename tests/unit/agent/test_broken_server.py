@@ -50,7 +50,7 @@ async def then(kind: type[FakeServer]):
             good.entries["e1"] = entry_message("e1", "/wl/me", [ME])
             async with serving(good, directory) as agent:
                 assert (await agent.x509()).svids
-                await until(agent.agent.svids.kept)
+                await until(agent.agent.svids.spares.kept)
         bad = kind(directory, good.ca)
         bad.port = good.port
         async with bad:
@@ -123,7 +123,7 @@ async def test_garbage_in_place_of_http2_is_an_outage_and_no_more() -> None:
 
     async with estate() as agent:
         assert (await agent.x509()).svids
-        await until(agent.agent.svids.kept)
+        await until(agent.agent.svids.spares.kept)
         port = agent.server.port
         await agent.server.listener.stop()
         other = await asyncio.start_server(noise, "127.0.0.1", port)

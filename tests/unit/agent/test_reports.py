@@ -50,6 +50,9 @@ class Server:
         self.heard.append(request)
         return sessions_pb2.ReportSessionsResponse()
 
+    async def pause(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
 
 @pytest.fixture
 async def entry():

@@ -7,7 +7,7 @@ import pytest
 from broker.agent import signing as module
 from broker.errors import NotFound, Refused, Unavailable
 from tests.fakes.fake_server import entry_message
-from tests.fakes.running_agent import ME, estate
+from tests.fakes.running_agent import ME, estate, until
 
 
 async def test_while_one_batch_is_under_way_the_next_gathers() -> None:
@@ -72,6 +72,22 @@ async def test_closing_answers_whoever_waits() -> None:
         await agent.agent._signing.close()
         with pytest.raises(Unavailable):
             await asked
+        agent.server.sign_gate.set()
+
+
+async def test_closing_sends_nothing_that_waited_for_its_turn() -> None:
+    async with estate() as agent:
+        agent.server.sign_gate.clear()
+        entry, asked = agent.agent.cache.entry("e1"), []
+        for _ in range(module.MAX_BATCHES_UNDER_WAY + 1):
+            asked.append(asyncio.create_task(agent.agent._signing.x509(entry)))
+            await until(lambda: len(agent.server.batches) == min(len(asked), module.MAX_BATCHES_UNDER_WAY))
+        await agent.agent._signing.close()
+        assert {type(one) for one in await asyncio.gather(*asked, return_exceptions=True)} == {Unavailable}
+        with pytest.raises(Unavailable):
+            await agent.agent._signing.x509(entry)
+        await asyncio.sleep(0.05)
+        assert len(agent.server.batches) == module.MAX_BATCHES_UNDER_WAY
         agent.server.sign_gate.set()
 
 

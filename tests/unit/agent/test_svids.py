@@ -17,8 +17,16 @@ from tests.fakes.processes import held_connection
 from tests.fakes.running_agent import HEADER, ME, RunningAgent, estate, until
 
 
+def leaf(svid) -> x509.Certificate:
+    return x509.load_der_x509_certificate(split_der(svid.x509_svid)[0])
+
+
 def serial(svid) -> int:
-    return x509.load_der_x509_certificate(split_der(svid.x509_svid)[0]).serial_number
+    return leaf(svid).serial_number
+
+
+def by_name(message) -> dict[str, workload_pb2.X509SVID]:
+    return {one.spiffe_id.removeprefix("spiffe://example.org"): one for one in message.svids}
 
 
 async def stream(stub):
@@ -54,13 +62,13 @@ async def test_connections_of_one_process_share_and_processes_do_not() -> None:
 async def test_the_spare_answers_the_next_process_without_the_server() -> None:
     async with estate() as agent:
         await agent.x509()
-        await until(lambda: "e1" in agent.agent.svids._spares)
-        spare = agent.agent.svids._spares["e1"]
+        await until(lambda: "e1" in agent.agent.svids.spares._held)
+        spare = agent.agent.svids.spares._held["e1"]
         agent.server.sign_gate.clear()  # whoever needs the server now waits
         other = await of_another_process(agent)
         assert other.svids[0].x509_svid == spare.chain_der
         agent.server.sign_gate.set()
-        await until(lambda: agent.agent.svids._spares.get("e1") not in {None, spare})
+        await until(lambda: agent.agent.svids.spares._held.get("e1") not in {None, spare})
 
 
 async def test_requests_of_one_moment_go_in_one_batch() -> None:
@@ -154,7 +162,7 @@ async def test_in_an_outage_what_is_valid_is_served_and_nothing_after_its_end() 
 async def test_a_process_that_restarts_in_an_outage_shares_the_spare_until_the_server_is_back() -> None:
     async with estate() as agent:
         mine = await agent.x509()
-        await until(lambda: "e1" in agent.agent.svids._spares and agent.agent.reports.is_settled)
+        await until(lambda: "e1" in agent.agent.svids.spares._held and agent.agent.reports.is_settled)
         await agent.server.__aexit__()
         await until(lambda: not agent.agent.sync.is_online)
         async with (
@@ -179,7 +187,7 @@ async def test_a_process_that_restarts_in_an_outage_shares_the_spare_until_the_s
 async def test_without_leave_to_share_a_new_process_is_told_to_wait() -> None:
     async with estate(share_when_offline=False) as agent:
         await agent.x509()
-        await until(lambda: "e1" in agent.agent.svids._spares)
+        await until(lambda: "e1" in agent.agent.svids.spares._held)
         await agent.server.listener.stop()
         await until(lambda: not agent.agent.sync.is_online)
         with pytest.raises(grpc.aio.AioRpcError) as refused:
@@ -273,6 +281,24 @@ async def test_jwt_svids_are_cached_per_session_and_audience_set_until_half_life
         agent.server.sign_gate.set()
 
 
+@pytest.mark.bears("K01", "O06")
+async def test_a_jwt_svid_that_ends_while_another_is_waited_for_is_waited_for(monkeypatch) -> None:
+    async with estate() as agent:
+        agent.server.jwt_ttl = timedelta(seconds=4)
+        first = (await agent.jwt("a")).svids[0].svid
+        (session,) = agent.agent.sessions
+        (held,) = session.jwts.values()
+        agent.server.sign_gate.clear()
+        # Just before its end: it is valid when the caller begins to wait, and no longer when it stops.
+        monkeypatch.setattr(module, "JWT_REFRESH", 1.5)
+        await until(lambda: agent.server.ca.clock.now() > held.expires_at - timedelta(seconds=1))
+        asked = asyncio.create_task(agent.jwt("a"))
+        await until(lambda: agent.server.ca.clock.now() > held.expires_at + timedelta(seconds=1))
+        assert not asked.done()
+        agent.server.sign_gate.set()
+        assert (await asked).svids[0].svid != first
+
+
 def with_attributes(**attributes: bool):
     entry = entry_message("e1", "/wl/me", [ME])
     for name, value in attributes.items():
@@ -296,20 +322,20 @@ async def test_an_entry_without_prefetch_has_no_spare() -> None:
     entry = with_attributes(disable_x509_svid_prefetch=True)
     async with estate(entries=[entry, entry_message("e2", "/wl/two", [ME])]) as agent:
         assert len((await agent.x509()).svids) == 2
-        await until(lambda: "e2" in agent.agent.svids._spares)
-        assert set(agent.agent.svids._spares) == {"e2"}
+        await until(lambda: "e2" in agent.agent.svids.spares._held)
+        assert set(agent.agent.svids.spares._held) == {"e2"}
         assert (await of_another_process(agent)).svids[0].spiffe_id == "spiffe://example.org/wl/me"
 
 
 async def test_a_spare_goes_when_its_entry_wants_none_any_more() -> None:
     async with estate() as agent:
         await agent.x509()
-        await until(lambda: "e1" in agent.agent.svids._spares)
+        await until(lambda: "e1" in agent.agent.svids.spares._held)
         agent.server.put(with_attributes(disable_x509_svid_prefetch=True))
         await until(lambda: agent.agent.cache.entry("e1").disable_x509_svid_prefetch)
-        agent.agent.svids.tidy()
-        assert agent.agent.svids._spares == {}
-        assert agent.agent.svids.kept() == ()
+        agent.agent.svids.spares.tidy()
+        assert agent.agent.svids.spares._held == {}
+        assert agent.agent.svids.spares.kept() == ()
 
 
 @pytest.mark.bears("O06")
@@ -326,33 +352,64 @@ async def test_a_server_that_hangs_does_not_hold_an_open_stream_from_ending(monk
         assert sum(agent.server.batches) <= 2  # the SVID and the spare
 
 
+@pytest.mark.bears("O01", "O06")
+async def test_an_answer_that_hangs_keeps_no_other_svid_from_its_rotation_or_its_end() -> None:
+    entries = [entry_message(f"e{n}", f"/wl/{n}", [ME]) for n in range(2)]
+    for one in entries:  # a spare's signing would be under way, too
+        one.entry.additional_attributes.disable_x509_svid_prefetch = True
+    async with estate(entries=entries, share_when_offline=False) as agent, agent.workload() as stub:
+        agent.server.svid_ttl = timedelta(seconds=6)
+        call, first = await stream(stub)
+        ends = leaf(by_name(first)["/wl/0"]).not_valid_after_utc
+        agent.server.hanging.add("e0")
+        changed = entry_message("e0", "/wl/0", [ME], revision=1)
+        changed.entry.dns_names.append("me.example.org")
+        changed.entry.additional_attributes.disable_x509_svid_prefetch = True
+        agent.server.put(changed)
+        # The other is replaced while this one is waited for, and this one is handed out as long as it is valid.
+        second = by_name(await asyncio.wait_for(call.read(), 6))
+        assert agent.server.ca.clock.now() < ends
+        assert serial(second["/wl/0"]) == serial(by_name(first)["/wl/0"])
+        assert serial(second["/wl/1"]) != serial(by_name(first)["/wl/1"])
+        while "/wl/0" in by_name(await asyncio.wait_for(call.read(), 6)):
+            pass
+        assert agent.server.ca.clock.now() >= ends
+        # Who comes now does not wait, either, for what has been waited for in vain.
+        began = asyncio.get_running_loop().time()
+        assert set(by_name(await agent.x509())) == {"/wl/1"}
+        assert asyncio.get_running_loop().time() - began < module.X509_REFRESH + 2
+        agent.server.hanging.clear()
+        while "/wl/0" not in by_name(await asyncio.wait_for(call.read(), 8)):
+            pass
+
+
 async def test_spares_of_forgotten_entries_are_dropped(monkeypatch) -> None:
     async with estate() as agent:
         await agent.x509()
-        await until(lambda: "e1" in agent.agent.svids._spares)
+        await until(lambda: "e1" in agent.agent.svids.spares._held)
         agent.server.remove("e1")
         await until(lambda: len(agent.agent.cache) == 0)
-        agent.agent.svids.tidy()
-        assert agent.agent.svids._spares == {}
+        agent.agent.svids.spares.tidy()
+        assert agent.agent.svids.spares._held == {}
 
 
 async def test_an_old_spare_is_replaced_by_tidying() -> None:
     async with estate() as agent:
         agent.server.svid_ttl = timedelta(seconds=3)
         await agent.x509()
-        await until(lambda: "e1" in agent.agent.svids._spares)
-        spare = agent.agent.svids._spares["e1"]
+        await until(lambda: "e1" in agent.agent.svids.spares._held)
+        spare = agent.agent.svids.spares._held["e1"]
         await until(lambda: agent.server.ca.clock.now() > spare.rotate_at)
-        agent.agent.svids.tidy()
-        await until(lambda: agent.agent.svids._spares["e1"] is not spare)
+        agent.agent.svids.spares.tidy()
+        await until(lambda: agent.agent.svids.spares._held["e1"] is not spare)
 
 
 @pytest.mark.bears("2.5", "2.6")
 async def test_a_revoked_svid_is_replaced_at_once_by_another_session() -> None:
     async with estate() as agent, agent.workload() as stub:
         call, first = await stream(stub)
-        await until(lambda: "e1" in agent.agent.svids._spares and agent.agent.reports.is_settled)
-        spare = agent.agent.svids._spares["e1"]
+        await until(lambda: "e1" in agent.agent.svids.spares._held and agent.agent.reports.is_settled)
+        spare = agent.agent.svids.spares._held["e1"]
         (session,) = agent.agent.sessions
         known_as = session.identities["e1"].id
         # The spare is on the list, too: it must not be the replacement.
@@ -381,9 +438,9 @@ async def test_a_list_that_is_none_is_not_believed_and_nothing_is_lost() -> None
 async def test_a_spare_that_was_shared_is_nobodys_own_afterwards() -> None:
     async with estate() as agent:
         await agent.x509()
-        await until(lambda: "e1" in agent.agent.svids._spares)
+        await until(lambda: "e1" in agent.agent.svids.spares._held)
         await agent.server.listener.stop()
         shared = await of_another_process(agent)
         agent.agent.sync.is_online = True  # heard, and no spare has been signed yet
-        assert agent.agent.svids._take_spare(agent.agent.cache.entry("e1")) is None
-        assert agent.agent.svids._spares["e1"].chain_der == shared.svids[0].x509_svid
+        assert agent.agent.svids.spares.take(agent.agent.cache.entry("e1")) is None
+        assert agent.agent.svids.spares._held["e1"].chain_der == shared.svids[0].x509_svid

@@ -4,7 +4,6 @@ import asyncio
 import os
 import shutil
 import signal
-import sys
 from pathlib import Path
 
 import grpc
@@ -15,13 +14,11 @@ from broker.agent import workloads as module
 from broker.attestation.contract import AttestorFailed
 from broker.errors import NotAttested
 from broker.spiffe import Selector
-from broker.transport.flood import PREFACE
 from tests.fakes.fake_server import entry_message
 from tests.fakes.processes import held_connection, reap, spawn_as
 from tests.fakes.running_agent import HEADER, ME, estate, until
 
 needs_root = pytest.mark.root("processes of other users, chosen process ids")
-EMPTY_SETTINGS = b"\0\0\0\4\0\0\0\0\0"
 PATH = "/SpiffeWorkloadAPI/FetchX509SVID"
 SLEEP = str(Path(shutil.which("sleep")).resolve())
 
@@ -246,6 +243,13 @@ async def test_an_attestor_that_cannot_tell_refuses_its_caller(monkeypatch) -> N
 async def test_attestors_that_hang_are_given_up(monkeypatch) -> None:
     monkeypatch.setattr(module, "ATTEST_TIMEOUT", 0.1)
     async with estate() as agent:
+
+        class Hanging:
+            name = "hanging"
+
+            async def attest(self, process):
+                await asyncio.Event().wait()
+
         agent.agent.workloads._attestors = (Hanging(),)
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await agent.x509()
@@ -269,156 +273,6 @@ async def test_many_calls_of_one_connection_attest_once() -> None:
         await asyncio.gather(*(stub.FetchJWTSVID(request, metadata=HEADER) for _ in range(20)))
         await agent.x509()  # another connection of the same process
         assert asked == [os.getpid()]
-
-
-class Asked:
-    """An attestor that counts, and fails while ``error`` is set."""
-
-    name = "asked"
-
-    def __init__(self) -> None:
-        self.times = 0
-        self.error: Exception | None = None
-
-    async def attest(self, process):
-        self.times += 1
-        if self.error is not None:
-            raise self.error
-        return frozenset({Selector(ME)})
-
-
-async def test_a_caller_is_attested_when_it_begins_to_speak_and_not_before() -> None:
-    async with estate() as agent:
-        agent.agent.workloads._attestors = (asked := Asked(),)
-        _, writer = await asyncio.open_unix_connection(agent.socket)
-        writer.write(PREFACE[:14])
-        await until(lambda: agent.agent._socket.connections == 1)
-        (connection,) = agent.agent._socket._listener._open
-        await until(lambda: connection.meter._partial)
-        assert (asked.times, agent.agent.workloads._early) == (0, {})
-        writer.write(PREFACE[14:])
-        await until(lambda: asked.times == 1)
-        writer.close()
-        await writer.wait_closed()
-        await until(lambda: len(agent.agent.sessions) == 0)  # nothing was given to it
-    async with estate() as agent, agent.channel() as channel:
-        agent.agent.workloads._attestors = (asked := Asked(),)
-        await channel.channel_ready()  # without any call
-        await until(lambda: len(agent.agent.sessions) == 1)
-        assert (await agent.jwt_by(channel, "a")).svids
-        assert asked.times == 1
-
-
-@pytest.mark.bears("A05")
-async def test_who_changes_between_early_attestation_and_first_call_is_refused() -> None:
-    async with (
-        estate() as agent,
-        held_connection(agent.socket, agent.directory / "r", "exec", SLEEP, "60") as held,
-        relayed(held) as channel,
-    ):
-        await channel.channel_ready()
-        await until(lambda: len(agent.agent.sessions) == 1)
-        await held.act()
-        await until(lambda: os.readlink(f"/proc/{held.pid}/exe") == SLEEP)
-        with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await agent.jwt_by(channel, "a")
-        assert refused.value.code() in REFUSED
-        assert len(agent.agent.sessions) == 0
-
-
-async def test_a_refusal_found_early_is_told_to_one_call_if_it_is_new(monkeypatch) -> None:
-    async with estate() as agent:
-        agent.agent.workloads._attestors = (asked := Asked(),)
-        asked.error = AttestorFailed("the runtime does not answer")
-        async with agent.channel() as channel:
-            await channel.channel_ready()
-            await until(lambda: asked.times == 1)
-            with pytest.raises(grpc.aio.AioRpcError) as refused:
-                await agent.jwt_by(channel, "a")
-            assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
-            assert asked.times == 1
-            asked.error = None
-            assert (await agent.jwt_by(channel, "a")).svids  # the next one finds out for itself
-            assert asked.times == 2
-    monkeypatch.setattr(module, "EARLY_HOLDS", 0.0)
-    async with estate() as agent:
-        agent.agent.workloads._attestors = (asked := Asked(),)
-        asked.error = AttestorFailed("the runtime does not answer")
-        async with agent.channel() as channel:
-            await channel.channel_ready()
-            await until(lambda: asked.times == 1)
-            asked.error = None
-            assert (await agent.jwt_by(channel, "a")).svids
-
-
-async def test_a_defect_found_early_is_found_by_the_call_again(monkeypatch) -> None:
-    async with estate() as agent, agent.channel() as channel:
-        real, tried = module.Workloads.describe, []
-
-        async def broken_once(self, process):
-            tried.append(process.pid)
-            if len(tried) == 1:
-                raise ZeroDivisionError
-            return await real(self, process)
-
-        monkeypatch.setattr(module.Workloads, "describe", broken_once)
-        await channel.channel_ready()
-        await until(lambda: len(tried) == 1)
-        assert (await agent.jwt_by(channel, "a")).svids
-
-
-class Hanging:
-    name = "hanging"
-
-    async def attest(self, process):
-        await asyncio.Event().wait()
-
-
-@pytest.mark.bears("A22")
-async def test_attestations_that_nobody_asked_for_are_one_for_a_process_and_end_with_their_connection() -> None:
-    async with estate() as agent:
-        real, agent.agent.workloads._attestors = agent.agent.workloads._attestors, (Hanging(),)
-        async with agent.channel() as first, agent.channel() as second:
-            await first.channel_ready()
-            await second.channel_ready()
-            assert len(agent.agent.workloads._early) == 1
-            agent.agent.workloads._attestors = real
-            await first.close()
-            await until(lambda: not agent.agent.workloads._early)
-            assert not agent.agent.workloads._room
-            assert (await agent.jwt_by(second, "a")).svids
-        agent.agent.workloads._attestors = (Hanging(),)
-        agent.agent.sessions.end_all()
-        async with agent.channel() as third:
-            await third.channel_ready()
-            await until(lambda: len(agent.agent.workloads._early) == 1)
-            early = agent.agent.workloads._early
-            await agent.agent.workloads.close()
-            assert not early
-
-
-@pytest.mark.bears("A22")
-async def test_connections_that_speak_and_close_leave_nothing_while_their_process_lives() -> None:
-    """None of them waits for those before it: that would be slower for each, by their number."""
-    script = (
-        "import socket, sys\nfor _ in range(1500):\n    with socket.socket(socket.AF_UNIX) as one:\n"
-        "        one.connect(sys.argv[1])\n        one.sendall(bytes.fromhex(sys.argv[2]))\n"
-        "print(1, flush=True)\nsys.stdin.read()\n"
-    )
-    async with estate() as agent:
-        before = len(os.listdir("/proc/self/fd"))
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-I", "-S", "-c", script, str(agent.socket), (PREFACE + EMPTY_SETTINGS).hex(),
-            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
-        )  # fmt: skip
-        try:
-            assert await process.stdout.readline()
-            await until(lambda: agent.agent._socket.connections == 0)
-            await until(lambda: not agent.agent.workloads._early and len(agent.agent.sessions) == 0, 5)
-        finally:
-            process.stdin.close()
-            await process.wait()
-        await until(lambda: len(os.listdir("/proc/self/fd")) <= before)
 
 
 @pytest.mark.bears("A22")

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -9,10 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from broker.attestation import process as module
 from broker.attestation.kernel import FileId, file_id, filesystem_type, has_exited
-from broker.attestation.process import Process, require_procfs
+from broker.attestation.process import Process, require_procfs, status_lines
 from broker.errors import NotAttested
 
 needs_root = pytest.mark.root("other users' processes")
@@ -47,6 +50,41 @@ def test_describes_the_program_that_runs(sleeper) -> None:
     process.still_there()
     assert not process.is_gone()
     process.close()
+
+
+STATUS = (
+    b"Name:\tPid:\\nUid:\t0\t0\nUmask:\t0022\nState:\tS (sleeping)\nTgid:\t7\nNgid:\t0\nPid:\t7\nPPid:\t1\n"
+    b"Uid:\t0\t1\t2\t3\nGid:\t4\t5\t6\t7\nFDSize:\t64\nGroups:\t1 22 333 \nNStgid:\t7\n"
+)
+LINE = re.compile(rb"^(Pid|Uid|Gid|Groups):\t([0-9\t ]*)$", re.MULTILINE)
+
+
+def test_finds_the_lines_that_facts_are_read_from() -> None:
+    expected = ((b"Pid", b"7"), (b"Uid", b"0\t1\t2\t3"), (b"Gid", b"4\t5\t6\t7"), (b"Groups", b"1 22 333 "))
+    assert status_lines(STATUS) == expected
+    assert status_lines(STATUS.removesuffix(b"\nNStgid:\t7\n")) == expected
+    assert status_lines(b"") == ()
+
+
+@given(
+    st.lists(st.sampled_from([b"Pid", b"Uid", b"Groups", b":", b"\t", b" ", b"\n", b"7", b"x", b"\\n"]), max_size=40)
+)
+def test_finds_what_an_expression_over_all_lines_would(parts: list[bytes]) -> None:
+    # But for the first line, which is the name's.
+    status = b"Name:\t" + b"".join(parts)
+    assert sorted(status_lines(status)) == sorted(LINE.findall(status))
+
+
+@pytest.mark.parametrize("size", [0, 1, module._ONE_READ - 1, module._ONE_READ, module._ONE_READ + 1, 200_000])
+def test_reads_a_file_whole_however_long(tmp_path: Path, size: int) -> None:
+    (tmp_path / "status").write_bytes(bytes(number % 251 for number in range(size)))
+    directory = os.open(tmp_path, os.O_RDONLY)
+    try:
+        assert module._read_single(directory, "status", 1) == module._read_file(directory, "status", 1)
+        with pytest.raises(NotAttested):
+            module._read_single(directory, "gone", 1)
+    finally:
+        os.close(directory)
 
 
 def test_a_dead_process_is_refused(sleeper) -> None:

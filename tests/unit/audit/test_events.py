@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from broker.audit import Event, Record
 from broker.audit.events import COMMON, FIELDS
 from broker.errors import Invalid
+from broker.spiffe import strictjson
 
 NOW = datetime(2026, 11, 22, 12, 0, 0, 123456, tzinfo=UTC)
 TEXTS = st.text(max_size=12)
@@ -41,6 +42,25 @@ def test_the_body_is_one_line_of_canonical_json() -> None:
         b'{"actor":"a","at":"2026-11-22T12:00:00.123456Z","event":"task_started",'
         b'"fields":{"depth":0,"reasons":["b","a"],"user":"usr_1"},"subject":"s","v":1}'
     )
+
+
+@pytest.mark.bears("L09")
+@given(RECORDS)
+def test_a_body_is_what_whoever_looks_at_every_part_would_write(made: Record) -> None:
+    whole = {
+        "v": 1,
+        "event": str(made.event),
+        "at": made.at.strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+        "actor": made.actor,
+        "subject": made.subject,
+        "fields": made.fields,
+    }
+    assert made.body() == strictjson.canonical(whole)
+
+
+def test_every_name_of_a_field_is_ascii() -> None:
+    # By which the order of names is the same for every reader (RFC 8785 §3.2.3).
+    assert all(name.isascii() for names in FIELDS.values() for name in names)
 
 
 @pytest.mark.bears("L09")

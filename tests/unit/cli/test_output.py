@@ -223,3 +223,29 @@ def test_times() -> None:
     assert moment(0) is None
     assert moment(1) == datetime(1970, 1, 1, 0, 0, 1, tzinfo=UTC)
     assert timestamp(AT) == "2026-01-02T02:04:05Z"
+
+
+class Terminal(io.StringIO):
+    """What a person sees; a file where ``is_one`` is False."""
+
+    def __init__(self, *, is_one: bool = True) -> None:
+        super().__init__()
+        self._is_one = is_one
+
+    def isatty(self) -> bool:
+        return self._is_one
+
+
+def test_progress_is_one_line_for_a_person_and_nothing_for_anybody_else() -> None:
+    screen = Terminal()
+    shown = Output(err=screen, out=io.StringIO())
+    shown.progress("500 tasks read")
+    shown.progress("")
+    assert screen.getvalue() == "\r500 tasks read\x1b[K\r\x1b[K"
+    for other in (
+        Output(err=(file := Terminal(is_one=False))),
+        Output(err=file, format=Format.JSON),
+        Output(err=Terminal(), quiet=True),
+    ):
+        other.progress("500 tasks read")
+        assert other.err.getvalue() == ""  # type: ignore[attr-defined]

@@ -60,7 +60,33 @@ def test_wrong_details_are_2(details: str, token: str, capsys: pytest.CaptureFix
     assert json.loads(capsys.readouterr().err)["error"]["code"] == "invalid_authorization_details"
 
 
-@pytest.mark.parametrize("verb", [["complete", "t"], ["revoke", "t"]])
+@pytest.mark.parametrize(
+    "verb",
+    [
+        ["complete", "t"],
+        ["revoke", "t"],
+        ["suspend", "t"],
+        ["resume", "t"],
+        ["handoff", "t", "--to", "spiffe://example.org/b"],
+    ],
+)
 def test_dry_run_sends_nothing(verb: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["task", *verb, "--dry-run", "-o", "name"]) == 0
     assert capsys.readouterr().out == "task/t\n"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["handoff", "t"],
+        ["handoff", "t", "--to", "nobody"],
+        ["suspend", "t", "--expected-version", "0"],
+        ["revoke", "--user", "alice", "--expected-version", "1"],
+        ["revoke", "--user", "alice", "--idempotency-key", "k"],
+        ["revoke", "t", "--user", "alice"],
+        ["tree"],
+    ],
+)
+def test_a_wrong_command_line_is_2(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["task", *wrong, "--dry-run", "-o", "json"]) == 2
+    assert json.loads(capsys.readouterr().err)["error"]["code"] == "usage"

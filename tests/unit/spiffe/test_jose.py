@@ -57,6 +57,19 @@ def test_a_token_is_cut_checked_and_written_again() -> None:
     assert "sub" not in repr(jws)
 
 
+def test_text_is_signed_to_the_character_under_each_header() -> None:
+    body = '{"sub":"\\u00fc","n" : 1}'
+    for kid in ("k", "l", "k"):
+        header = {"alg": "ES256", "kid": kid, "typ": "at+jwt"}
+        text = jose.sign_text(header, body, sign)
+        jws = jose.parse_compact(text)
+        jose.verify_signature(jws, KEY.public_key(), "ES256")
+        assert (jws.kid, jws.typ, jws.payload) == (kid, "at+jwt", {"sub": "ü", "n": 1})
+        head, written, _ = text.split(".")
+        assert jose.b64url_decode(written).decode() == body
+        assert head == jose.sign_compact(header, {}, sign).split(".")[0]
+
+
 @pytest.mark.bears("JW13")
 @pytest.mark.parametrize(
     "text", ["AB", "A", "AA==", "AA=", "AA\n", " AA", "A+", "A/", "A.", "é", "AA\x00", "AAA\n=", "AAAAA"]

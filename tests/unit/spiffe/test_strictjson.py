@@ -131,6 +131,13 @@ def test_canonical_never_recurses_without_end() -> None:
         strictjson.canonical(loop)
 
 
+@pytest.mark.parametrize(
+    "value", [{"b": 1, "a": [True, None, "x"], "Z": {"d": "\u20ac\n", "c": -(2**53) + 1}}, [], (1, "")]
+)
+def test_of_what_was_judged_before_it_is_the_same(value: object) -> None:
+    assert strictjson.canonical_of_known(value) == strictjson.canonical(value)
+
+
 @given(VALUES)
 def test_canonical_text_reads_back_and_is_stable(value: object) -> None:
     try:

@@ -71,6 +71,15 @@ def test_ending_again_changes_nothing_and_otherwise_conflicts() -> None:
         suspend(ended, Cause.OPERATOR, LATER)
 
 
+@pytest.mark.bears("V04")
+def test_what_ended_with_the_one_above_has_ended_for_everybody() -> None:
+    ended = end(task(), State.CASCADED, Cause.PARENT_ENDED, LATER)
+    for state in TERMINAL:
+        assert end(ended, state, Cause.OPERATOR, OVER, expected_version=1) is ended
+    with pytest.raises(Conflict):
+        activate(ended, None, LATER)
+
+
 @pytest.mark.bears("RV13")
 def test_a_stale_version_changes_nothing() -> None:
     made = task()

@@ -100,22 +100,6 @@ async def connect(path: Path) -> tuple[asyncio.StreamReader, asyncio.StreamWrite
     return await asyncio.open_unix_connection(path)
 
 
-async def test_a_caller_that_begins_to_speak_is_told_of_once(short: Path) -> None:
-    spoke: list[int] = []
-    async with house(short, on_spoke=spoke.append) as one:
-        _, silent = await connect(one.path)
-        _, garbled = await connect(one.path)
-        garbled.write(b"GET / HTTP/1.1\r\n\r\n")
-        await one.until(lambda: one.refusals == ["not_http2"])
-        assert spoke == []
-        async with one.channel() as channel:
-            for _ in range(3):
-                await Stub(channel, WORKLOAD).FetchJWTSVID(workload_pb2.JWTSVIDRequest())
-        assert spoke == [os.getpid()]
-        for writer in (silent, garbled):
-            writer.close()
-
-
 async def test_each_process_is_known_by_its_own_pid(short: Path) -> None:
     async with house(short) as one:
         script = f"import os; print(os.getpid(), flush=True)\n{CLIENT}"

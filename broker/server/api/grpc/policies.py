@@ -5,6 +5,7 @@ from typing import Final
 
 from broker._proto.broker.server.v1 import policies_pb2
 from broker._proto.service import Context, ServiceBinding
+from broker.audit.events import Event
 from broker.errors import Invalid
 from broker.server.api.access import Caller, name_of
 from broker.server.api.grpc.convert import seconds
@@ -17,6 +18,7 @@ from broker.server.tasks.policy.bundle import PolicyRefused, Rule
 from broker.server.tasks.policy.bundles import Bundles
 from broker.server.tasks.policy.explain import Explain, Explanation, Part
 from broker.server.tasks.policy.rules import Rules
+from broker.server.tasks.refusals import Refusals
 from broker.spiffe import SpiffeId
 from broker.tasks import Resource
 from broker.tasks.texts import ID
@@ -28,9 +30,17 @@ class Policies:
     """The service, over its use cases."""
 
     def __init__(
-        self, stored: Bundles, explain: Explain, rules: Rules, audiences: Audiences, issuers: Sequence[str]
+        self,
+        stored: Bundles,
+        explain: Explain,
+        rules: Rules,
+        audiences: Audiences,
+        *,
+        issuers: Sequence[str],
+        refusals: Refusals,
     ) -> None:
         """``issuers`` are those of user tokens: where there is one, a question need not name it."""
+        self._refusals = refusals
         self._issuers = issuers
         self._stored = stored
         self._explain = explain
@@ -50,7 +60,9 @@ class Policies:
         if request.check_only:
             read = bundles.read(request.text)
             return policies_pb2.Policy(hash=read.hash, text=read.text, rules=_rules(read.rules))
-        row = await self._stored.push(request.text, by=f"operator:{name_of(caller)}", expected=request.expected_hash)
+        by = f"operator:{name_of(caller)}"
+        async with self._refusals.recorded_of(Event.ADMIN_REFUSED, by, "policy"):
+            row = await self._stored.push(request.text, by=by, expected=request.expected_hash)
         return self._written(row)
 
     async def ExplainDecision(  # noqa: N802 - the RPC's name

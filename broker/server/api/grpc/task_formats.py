@@ -31,7 +31,7 @@ def read_assertion(request: tasks_pb2.IssueTokenRequest) -> AssertionRequest | N
         if request.audience or request.request_context or request.request_details:
             raise Invalid("a field is not known for this token type", code="parameter_unknown")
         return None
-    subject = OwnTask(request.task_id)
+    subject = OwnTask(request.task_id, request.user_token)
     resource = Resource(request.resource) if request.resource else None
     authority = Authority.parse(request.authorization_details) if request.authorization_details else None
     if wanted == TOKEN_TYPES + TRANSACTION:

@@ -111,6 +111,7 @@ class Tasks:
                     idempotency_key=request.idempotency_key,
                     jkt=request.jkt,
                     bearer=request.bearer,
+                    user_token=request.user_token,
                 )
                 if other is None
                 else None

@@ -6,15 +6,16 @@ that is bound to nobody. A token of another format than the task token is asked 
 ``token_formats``.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from broker.audit.events import Event
-from broker.errors import BrokerError, Invalid, InvalidSvid
+from broker.errors import Invalid, InvalidSvid
 from broker.server.api.http import shapes
 from broker.server.api.http.clients import JWT_SPIFFE, PARAMETERS, Endpoint, authenticate, dpop_proof, refuse_second
 from broker.server.api.http.description import Answer, Operation, Parameter, Schema, Vocabulary, described
@@ -37,8 +38,8 @@ from broker.server.api.http.token_formats import (
 )
 from broker.server.tasks.config import MAX_TOKEN_TTL
 from broker.server.tasks.requests import Actor, IssuedToken, IssueRequest, StartRequest, check_scope
-from broker.server.tasks.subjects import SUBJECT_HEADERS, SubjectKind
-from broker.spiffe import jose, verify_jwt_svid
+from broker.server.tasks.subjects import SubjectKind
+from broker.spiffe import verify_jwt_svid
 from broker.spiffe.strictjson import JsonValue
 from broker.tasks import Authority, Resource, ShownProof
 from broker.tasks.dpop import ALGORITHM as PROOF_ALGORITHM
@@ -65,6 +66,7 @@ _ALLOWED: Final = frozenset(
     }
     | PARAMETERS
 )
+_WRITER: Final = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 _OF_TASK_TOKENS: Final = _ALLOWED - {"request_context", "request_details"}
 _REPEATABLE: Final = frozenset({"resource", "audience"})
 
@@ -176,7 +178,7 @@ def _read(form: Form, actor: Actor, key: str, services: HttpServices, jkt: str) 
     if issued_type not in (ACCESS_TOKEN, JWT):
         raise Invalid("the requested token type is not issued here", code="requested_token_type")
     _check_actor_token(form, actor, services)
-    if form.get("actor_token") is None and _names_actor(subject_token):
+    if form.get("actor_token") is None and services.exchange.names_actor(subject_token):
         # NOTE(security): judged by content. A token that names its actor is exchanged by that actor's own word (TX03).
         raise Invalid(
             "the subject token names its actor in may_act, and no actor token was sent",
@@ -280,14 +282,6 @@ def _check_actor_token(form: Form, actor: Actor, services: HttpServices) -> None
         raise Invalid("the actor token is not the caller's own", code="actor_token")
 
 
-def _names_actor(token: str) -> bool:
-    try:
-        return "may_act" in jose.parse_compact(token, allowed_headers=SUBJECT_HEADERS).payload
-    except BrokerError:
-        # Whatever cannot be read is refused by whoever judges it.
-        return False
-
-
 def _target(form: Form) -> Resource:
     """Give the one resource that is asked for, by whatever name (RFC 8707 §2)."""
     targets = {Resource(text) for text in (*form.all("resource"), *form.all("audience"))}
@@ -324,4 +318,4 @@ def _answer(issued: IssuedToken, issued_type: str) -> Response:
         "authorization_details": issued.authority.to_json(),
         "task": issued.task_id,
     }
-    return JSONResponse(body, headers=NO_STORE)
+    return Response(_WRITER.encode(body), headers=NO_STORE, media_type="application/json")

@@ -67,6 +67,7 @@ class SqlWriter(
     def undo(self, keep: int) -> None:
         super().undo(keep)
         self.forget_parsed()
+        self._sql.forget()
 
 
 __all__ = ["SqlReader", "SqlWriter"]

@@ -60,8 +60,8 @@ class EntryReading(SqlTables):
 
     def entry(self, entry_id: str) -> Entry | None:
         """Give one entry, or None."""
-        row = self._sql.row(_ONE, (entry_id,))
-        return None if row is None else self._entries.read(row)
+        rows = self._sql.ask(_ONE, (entry_id,))
+        return self._entries.read(rows[0]) if rows else None
 
     def similar_entry(self, spiffe_id: SpiffeId, parent_id: SpiffeId, selectors: frozenset[Selector]) -> Entry | None:
         """Give the entry with exactly this identity, parent and selectors, or None."""

@@ -36,8 +36,8 @@ class NodeReading(SqlTables):
 
     def node(self, agent_id: SpiffeId) -> Node | None:
         """Give one node, or None."""
-        row = self._sql.row(_ONE, (str(agent_id),))
-        return None if row is None else self._nodes.read(row)
+        rows = self._sql.ask(_ONE, (str(agent_id),))
+        return self._nodes.read(rows[0]) if rows else None
 
     def nodes(self) -> tuple[Node, ...]:
         """Give all nodes by SPIFFE ID."""

@@ -54,7 +54,7 @@ class RevocationReading(SqlTables):
 
     def is_revoked(self, serial: str) -> bool:
         """Say whether an SVID of this serial number was revoked, whoever signed it."""
-        return self._sql.row(_IS_REVOKED, (serial,)) is not None
+        return bool(self._sql.ask(_IS_REVOKED, (serial,)))
 
     def crls(self) -> tuple[CrlRow, ...]:
         """Give the newest list of each authority."""

@@ -50,13 +50,13 @@ class SessionReading(SqlTables):
 
     def session(self, session_id: str) -> SessionRow | None:
         """Give one session, living or ended, or None."""
-        row = self._sql.row(_ONE, (session_id,))
-        return None if row is None else self._sessions.read(row)
+        rows = self._sql.ask(_ONE, (session_id,))
+        return self._sessions.read(rows[0]) if rows else None
 
     def session_by_x5t(self, x5t: str) -> SessionRow | None:
         """Give the session that holds this leaf, or held it before: living before ended, the youngest first; or None."""
-        row = self._sql.row(_BY_X5T, (x5t,)) or self._sql.row(_BY_EARLIER_X5T, (x5t,))
-        return None if row is None else self._sessions.read(row)
+        rows = self._sql.ask(_BY_X5T, (x5t,)) or self._sql.ask(_BY_EARLIER_X5T, (x5t,))
+        return self._sessions.read(rows[0]) if rows else None
 
     def sessions_of_agent(self, agent: SpiffeId) -> tuple[SessionRow, ...]:
         """Give the living sessions of a node agent, oldest first."""

@@ -115,12 +115,12 @@ class TaskReading(SqlTables):
 
     def lineage(self, task_id: str) -> tuple[Task, ...]:
         """Give the task and its ancestors, root first; empty when it is unknown."""
-        row = self._sql.row(_ONE, (task_id,))
-        if row is None:
+        rows = self._sql.ask(_ONE, (task_id,))
+        if not rows:
             return ()
-        task = self._tasks.read(row)
+        task = self._tasks.read(rows[0])
         # A root has nobody above it, which most tasks are: the walk is dearer than the look.
-        return (task,) if task.parent is None else tuple(map(self._tasks.read, self._sql.rows(_UP, (task_id,))))
+        return (task,) if task.parent is None else tuple(map(self._tasks.read, self._sql.ask(_UP, (task_id,))))
 
     def subtree(self, task_id: str) -> tuple[Task, ...]:
         """Give the task and all its descendants, by depth; empty when it is unknown."""

@@ -59,7 +59,7 @@ class TokenWriting(TokenReading):
             micros_or_none(row.revoked_at),
         )
         try:
-            self._sql.attempt(_ADD, values)
+            self._sql.append(_ADD, values, attempt=True)
         except Duplicate:
             raise Conflict("a token with this jti exists already", code="token_exists") from None
         except Dangling:

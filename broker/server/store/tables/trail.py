@@ -59,7 +59,7 @@ class TrailWriting(TrailReading):
     def record(self, record: Record) -> int:
         """Append to the audit chain and give the row's number."""
         link = append(super().chain_head() if self._chain is None else self._chain, record)
-        self._sql.run(_RECORD, (link.seq, link.prev, link.body, link.hash))
+        self._sql.append(_RECORD, (link.seq, link.prev, link.body, link.hash))
         self._chain = ChainHead(link.seq, link.hash)
         return link.seq
 

@@ -8,13 +8,13 @@ user, and judged again by whoever asked.
 
 import re
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Final
 
 from broker.errors import Invalid
 from broker.server.store.sql import Row, Value, micros, moment
 from broker.server.store.tables.tasks import SELECT_TASKS, TaskReading
-from broker.server.store.user_rows import LivingPage, LivingTasks, UserSession
+from broker.server.store.user_rows import LivingPage, LivingTasks, UserLease, UserSession
 from broker.spiffe import strictjson
 from broker.tasks.causes import Cause
 from broker.tasks.stop import Stop, StopKind
@@ -36,8 +36,12 @@ _LIFT: Final = (
 )
 _FINISH: Final = "UPDATE stops SET unfinished = 0 WHERE kind = ? AND name = ? AND source = ?"
 _SESSION: Final = "issuer, sid, user_id, confirmed_at, seen_at"
-_SESSIONS: Final = f"SELECT {_SESSION} FROM user_sessions WHERE issuer = ? AND sid = ? ORDER BY user_id"
-_ONE_SESSION: Final = f"SELECT {_SESSION} FROM user_sessions WHERE issuer = ? AND sid = ? AND user_id = ?"
+_READ_SESSIONS: Final = f"SELECT {_SESSION}, lease FROM user_sessions WHERE issuer = ?"
+_SESSIONS: Final = f"{_READ_SESSIONS} AND sid = ? ORDER BY user_id"
+_ONE_SESSION: Final = f"{_READ_SESSIONS} AND sid = ? AND user_id = ?"
+_SILENT: Final = f"{_READ_SESSIONS} AND lease <> 'lapsed' AND confirmed_at <= ? ORDER BY confirmed_at LIMIT ?"
+_RETURNING: Final = f"{_READ_SESSIONS} AND lease = 'returning' AND confirmed_at > ? ORDER BY confirmed_at LIMIT ?"
+_PUT_LEASE: Final = "UPDATE user_sessions SET lease = ? WHERE issuer = ? AND sid = ? AND user_id = ?"
 _SEE: Final = (
     f"INSERT INTO user_sessions ({_SESSION}) VALUES (?, ?, ?, ?, ?) ON CONFLICT (issuer, sid, user_id) DO UPDATE SET"
     " confirmed_at = CASE WHEN user_sessions.confirmed_at > excluded.confirmed_at THEN user_sessions.confirmed_at"
@@ -56,6 +60,8 @@ _END_OF_USER: Final = (
     " WHERE ended_at IS NULL AND id IN (SELECT id FROM tasks WHERE user_id = ? AND ended_at IS NULL LIMIT ?)"
 )
 _HAS: Final = "SELECT 1 FROM tasks WHERE user_id = ? AND ended_at IS NULL LIMIT 1 OFFSET ?"
+SEEN_AGAIN: Final = timedelta(minutes=1)
+"""How long a session counts as just seen: sessions are kept for weeks, and every exchange with a user's token sees one."""
 _PLACE: Final = re.compile(r"(?P<created>[0-9]{1,17})\.(?P<id>.{1,255})", re.DOTALL)
 
 
@@ -67,7 +73,7 @@ class UserReading(TaskReading):
         if not names:
             return ()
         values = [value for name in names for value in name]
-        return tuple(map(_read_stop, self._sql.rows(_STOPS + " OR ".join([_NAMED] * len(names)), values)))
+        return tuple(map(_read_stop, self._sql.ask(_STOPS + " OR ".join([_NAMED] * len(names)), values)))
 
     def unfinished_stops(self, limit: int) -> tuple[Stop, ...]:
         """Give stops whose tasks may not all be written down as ended, the longest waiting first."""
@@ -79,8 +85,16 @@ class UserReading(TaskReading):
 
     def user_session(self, issuer: str, sid: str, user: str) -> UserSession | None:
         """Give one session, or None."""
-        row = self._sql.row(_ONE_SESSION, (issuer, sid, user))
-        return None if row is None else _read_session(row)
+        rows = self._sql.ask(_ONE_SESSION, (issuer, sid, user))
+        return _read_session(rows[0]) if rows else None
+
+    def silent_user_sessions(self, issuer: str, until: datetime, limit: int) -> tuple[UserSession, ...]:
+        """Give sessions that were last confirmed at ``until`` or before and are not written as lapsed, the longest silent first."""
+        return tuple(map(_read_session, self._sql.rows(_SILENT, (issuer, micros(until), limit))))
+
+    def returning_user_sessions(self, issuer: str, since: datetime, limit: int) -> tuple[UserSession, ...]:
+        """Give sessions that are written as returning and were confirmed after ``since``."""
+        return tuple(map(_read_session, self._sql.rows(_RETURNING, (issuer, micros(since), limit))))
 
     def has_tasks(self, user: str, count: int) -> bool:
         """Tell whether at least so many tasks of a user live."""
@@ -92,6 +106,8 @@ class UserReading(TaskReading):
         for condition, value in _conditions(wanted):
             text += condition
             values.append(value)
+        if wanted.roots:
+            text += " AND depth = 0"
         rows = self._sql.rows(f"{text} ORDER BY created_at, id LIMIT ?", (*values, limit + 1))
         tasks = tuple(self._read(row) for row in rows[:limit])
         return LivingPage(tasks, f"{micros(tasks[-1].created_at)}.{tasks[-1].id}" if len(rows) > limit else None)
@@ -120,9 +136,20 @@ class UserWriting(UserReading):
         self._sql.run(_FINISH, (stop.kind, stop.name, stop.source))
 
     def see_user_session(self, session: UserSession) -> None:
-        """Note a session; its times only grow."""
+        """Note a session; its times only grow, that it was seen again counts from minute to minute, and what is written of its lease stays."""
+        known = self.user_session(session.issuer, session.sid, session.user)
+        if (
+            known is not None
+            and known.confirmed_at >= session.confirmed_at
+            and known.seen_at + SEEN_AGAIN > session.seen_at
+        ):
+            return
         times = (micros(session.confirmed_at), micros(session.seen_at))
         self._sql.run(_SEE, (session.issuer, session.sid, session.user, *times))
+
+    def put_user_lease(self, session: UserSession, lease: UserLease) -> None:
+        """Write what became of a session's tasks."""
+        self._sql.run(_PUT_LEASE, (lease, session.issuer, session.sid, session.user))
 
     def end_tasks_of(self, user: str, cause: Cause, at: datetime, limit: int) -> int:
         """End up to ``limit`` living tasks of a user in one statement; give their number."""
@@ -145,6 +172,10 @@ def _conditions(wanted: LivingTasks) -> list[tuple[str, Value]]:
         # Without the closing quote: what lies below it, too.
         begun = strictjson.canonical(wanted.location).decode().removesuffix('"')
         conditions.append((_HOLDS.format(column="authority"), begun))
+    if wanted.state is not None:
+        conditions.append((" AND state = ?", wanted.state))
+    if wanted.cause is not None:
+        conditions.append((" AND cause = ?", wanted.cause))
     if not conditions:
         raise Invalid("a search for tasks names nothing", code="invalid_search")
     return conditions
@@ -174,4 +205,4 @@ def _read_stop(row: Row) -> Stop:
 
 
 def _read_session(row: Row) -> UserSession:
-    return UserSession(row[0], row[1], row[2], moment(row[3]), moment(row[4]))
+    return UserSession(row[0], row[1], row[2], moment(row[3]), moment(row[4]), UserLease(row[5]))

@@ -196,7 +196,7 @@ async def test_debug_says_how_the_agent_is() -> None:
     async with delegation() as (agent, _, debug):
         await agent.x509()
         await agent.jwt("a")
-        await until(lambda: agent.agent.svids.spares == 1)
+        await until(lambda: len(agent.agent.svids.spares) == 1)
         info = await debug.GetInfo(debug_pb2.GetInfoRequest())
         (cert,) = info.svid_chain
         assert cert.id.path == agent.agent.node.id.path

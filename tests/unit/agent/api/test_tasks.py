@@ -138,7 +138,7 @@ async def test_header_identity_and_size_are_required() -> None:
 async def test_a_shared_spare_starts_no_task() -> None:
     async with estate() as agent:
         await agent.x509()
-        await until(lambda: "e1" in agent.agent.svids._spares)
+        await until(lambda: "e1" in agent.agent.svids.spares._held)
         await agent.server.listener.stop()
         await until(lambda: not agent.agent.sync.is_online)
         async with (

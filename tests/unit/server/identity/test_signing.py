@@ -5,6 +5,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from broker.errors import BrokerError, Invalid, NotFound, PolicyDenied, Unavailable
+from broker.server.identity import signing as module
 from broker.server.identity.signing import MAX_AUDIENCES, MAX_BATCH, SignedX509, X509Request
 from broker.spiffe import SpiffeId, jose, verify_jwt_svid, verify_x509_svid
 from tests.unit.server.identity.world import AGENT, OTHER, csr, world
@@ -81,6 +82,32 @@ async def test_an_ended_authority_signs_nothing(here):
     assert isinstance(outcome, Unavailable)
     with pytest.raises(Unavailable):
         await here.signing.jwt(AGENT, "app", ["a"])
+
+
+@pytest.mark.bears("I07")
+async def test_near_its_end_an_authority_signs_for_shorter_and_that_is_said_once(here, monkeypatch):
+    said = []
+
+    class Log:
+        def warning(self, event, **fields):
+            said.append((event, fields["kind"], fields["authority"]))
+
+    monkeypatch.setattr(module, "log", Log())
+    await here.add_node()
+    await here.add("/app", x509_svid_ttl=3600, jwt_svid_ttl=3600)
+    (whole,) = await here.signing.x509(AGENT, [X509Request("app", REQUEST)])
+    await here.signing.jwt(AGENT, "app", ["a"])
+    assert whole.expires_at == here.clock.now() + timedelta(hours=1)
+    assert said == []
+    x509, jwt = here.authorities.x509(), here.authorities.jwt()
+    here.clock.advance(timedelta(hours=23, minutes=50))
+    for _ in range(3):
+        (outcome,) = await here.signing.x509(AGENT, [X509Request("app", REQUEST)])
+        assert outcome.expires_at == x509.issuer.validity.not_after < here.clock.now() + timedelta(minutes=11)
+        token = await here.signing.jwt(AGENT, "app", ["a"])
+        assert token.expires_at <= jwt.not_after
+        await here.signing.mint_x509(SpiffeId("spiffe://example.org/job"), REQUEST, (), timedelta(hours=1), "test")
+    assert said == [("svid_shortened", "x509", x509.id), ("svid_shortened", "jwt", jwt.id)]
 
 
 async def test_a_jwt_svid_is_for_the_entrys_audiences(here):

@@ -7,9 +7,10 @@ from collections.abc import Callable
 import pytest
 
 from broker.errors import Unavailable
+from broker.server.store import writing
 from broker.server.store.group import Group
 from broker.server.store.rows import Change
-from broker.server.store.writing import GROUP_LIMIT, HOLD_SECONDS, QUEUE_LIMIT, WriteQueue
+from broker.server.store.writing import GROUP_LIMIT, HOLD_SECONDS, QUEUE_LIMIT, SEVERAL, WriteQueue
 
 
 class HandWriter:
@@ -35,7 +36,7 @@ async def turns(count: int = 5) -> None:
 
 
 def queue_with(writer: HandWriter) -> WriteQueue:
-    return WriteQueue(writer.submit, asyncio.get_running_loop())
+    return WriteQueue(writer.submit, asyncio.get_running_loop(), pace=0)
 
 
 def start(queue: WriteQueue, count: int) -> list["asyncio.Task[None]"]:
@@ -185,3 +186,65 @@ async def test_who_is_told_that_no_answer_will_come_is_told_no_more_and_what_had
     await finish(queue, writer.groups[1])
     await asyncio.gather(*late)
     await queue.drained()
+
+
+async def test_where_several_write_groups_begin_apart_and_take_in_who_comes_meanwhile() -> None:
+    writer = HandWriter()
+    queue = WriteQueue(writer.submit, asyncio.get_running_loop(), pace=0.5)
+    first = start(queue, SEVERAL)
+    await turns()
+    began = queue._began
+    await finish(queue, writer.groups[0])
+    late = start(queue, 1)
+    await turns()
+    later = start(queue, 2)
+    await turns()
+    assert len(writer.groups) == 1
+    async with asyncio.timeout(10):
+        while len(writer.groups) < 2:
+            await asyncio.sleep(0)
+    assert queue._began - began >= 0.49
+    assert [len(group.acts) for group in writer.groups] == [SEVERAL, 3]
+    await finish(queue, writer.groups[1])
+    await asyncio.gather(*first, *late, *later)
+    await queue.drained()
+
+
+async def test_a_full_group_does_not_wait() -> None:
+    writer = HandWriter()
+    queue = WriteQueue(writer.submit, asyncio.get_running_loop(), pace=1000)
+    acts = start(queue, 2 * GROUP_LIMIT)
+    await turns()
+    await finish(queue, writer.groups[0])
+    assert len(writer.groups) == 2
+    await finish(queue, writer.groups[1])
+    await asyncio.gather(*acts)
+
+
+async def test_few_never_wait() -> None:
+    writer = HandWriter()
+    queue = WriteQueue(writer.submit, asyncio.get_running_loop(), pace=1000)
+    for number in range(5):
+        acts = start(queue, SEVERAL - 1)
+        await turns()
+        assert len(writer.groups) == number + 1
+        await finish(queue, writer.groups[number])
+        await asyncio.gather(*acts)
+
+
+async def test_who_is_expected_no_more_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writing, "SEVERAL_SECONDS", 0.01)
+    writer = HandWriter()
+    queue = WriteQueue(writer.submit, asyncio.get_running_loop(), pace=1000)
+    acts = start(queue, SEVERAL)
+    await turns()
+    await finish(queue, writer.groups[0])
+    loop = asyncio.get_running_loop()
+    over = loop.time() + 0.02
+    while loop.time() < over:
+        await asyncio.sleep(0)
+    acts += start(queue, 1)
+    await turns()
+    assert len(writer.groups) == 2
+    await finish(queue, writer.groups[1])
+    await asyncio.gather(*acts)

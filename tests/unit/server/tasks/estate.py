@@ -46,6 +46,7 @@ from broker.server.tasks.stops import Stops
 from broker.server.tasks.subjects import Subjects
 from broker.server.tasks.supervisor import SupervisionRules, Supervisor
 from broker.server.tasks.tokens import TaskTokens
+from broker.server.tasks.user_leases import UserLeases
 from broker.server.tasks.users import Users
 from broker.server.user_ends import UserEnds
 from broker.spiffe import Selector, SpiffeId
@@ -325,6 +326,7 @@ async def running(
             events=events,
             signals=(signals := Signals(store, clock, stops, refusals)),
             pollers=tuple(Poller(one, events, signals) for one in transmitters if one.poll_url),
+            leases=UserLeases(store, clock, standing, rules),
         )
         supervisor = Supervisor(store, clock, supervision or SupervisionRules())
         await supervisor.start()

@@ -11,8 +11,10 @@ from broker.errors import BrokerError, Conflict, Invalid, InvalidToken, NotFound
 from broker.server import failpoints
 from broker.server.identity.changes import NODE_KIND, node_text
 from broker.server.tasks.config import TaskDefaults
+from broker.server.tasks.records import sha256
 from broker.server.tasks.requests import IssueRequest, StartRequest
 from broker.spiffe import SpiffeId
+from broker.spiffe.jose import b64url_decode
 from broker.tasks import Resource, State, Supervision
 from tests.fakes.oidc import OidcIssuer
 from tests.unit.server.tasks.estate import (
@@ -60,6 +62,8 @@ async def test_every_grant_is_recorded_without_the_token(estate: Estate) -> None
     stored = await estate.store.read(lambda reader: reader.token(issued.jti))
     assert stored is not None
     assert stored.hash == granted.fields["token_hash"]
+    # Of the very bytes that were signed: whoever holds the token can compare.
+    assert stored.hash == sha256(b64url_decode(issued.access_token.split(".")[1]))
     for record in await estate.records():
         assert issued.access_token.split(".")[2] not in record.body().decode()
 

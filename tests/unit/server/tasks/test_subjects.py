@@ -353,7 +353,7 @@ async def test_texts_that_are_no_compact_token(issuer: OidcIssuer, clock: Manual
 
 
 async def test_a_forged_signature(issuer: OidcIssuer, clock: ManualClock, subjects: Subjects) -> None:
-    forged = token(issuer, clock, key=SigningKey("key-1"))
+    forged = token(issuer, clock, key=SigningKey("key-1", is_strangers=True))
     assert (await refusal(subjects, forged)).reason == "token_signature"
 
 

@@ -209,5 +209,5 @@ async def test_tokens_for_an_audience_that_is_registered_no_longer_are_revoked_a
     await cases.settle([], [WIKI.text])
     assert await refusal(estate, token) == "token_revoked"
     (record,) = await estate.records("token_revoked")
-    assert (record.actor, record.subject) == ("server", task.id)
+    assert (record.actor, record.subject, record.fields["reasons"]) == ("server", task.id, ("audience_gone",))
     assert (await task_of(estate, task.id)).state is State.ACTIVE

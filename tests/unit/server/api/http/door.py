@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from broker.keys import MemoryKeys
 from broker.server.api.http.app import create_app
 from broker.server.api.http.clients import Clients
+from broker.server.api.http.direct import DirectApp
 from broker.server.api.http.openapi import document
 from broker.server.api.http.services import HttpServices
 from broker.server.api.http.token_formats import ACCESS_TOKEN, GRANT_TYPE
@@ -131,7 +132,7 @@ async def open_door(estate: Estate) -> AsyncIterator[HttpDoorway]:
         declared.judge(response)
 
     # Whatever a test asks, the answer is one that the OpenAPI document declares.
-    peers, hooks = Peers(app), {"response": [judge]}
+    peers, hooks = Peers(DirectApp(app)), {"response": [judge]}
     transport = httpx2.ASGITransport(peers)
     async with httpx2.AsyncClient(transport=transport, base_url=ISSUER, event_hooks=hooks) as client:
         door = HttpDoorway(estate, client, peers, jwt, services)
