@@ -190,8 +190,6 @@ class Workloads:
         while session is None and (asking := self._asking.get((process.pid, process.facts))) is not None:
             # Another connection of the same process was first: what it hears is heard for all.
             await asyncio.wait([asking])
-            if caller.is_closed:
-                return
             if not asking.cancelled():
                 caller.answers = asking.result()
                 combined(caller.answers)
