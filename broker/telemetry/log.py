@@ -25,11 +25,15 @@ _SEVERITIES = {
 
 ALLOWED = frozenset(
     {
-        "event", "level", "timestamp", "logger", "exception", "address", "agent", "attempt", "attestor", "audience",
-        "authority", "bundle_sequence", "cause", "code", "component", "count", "cursor", "denial", "door", "entry",
-        "entries", "error", "exit_code", "expires_at", "gid", "hint", "issuer", "kind", "method", "milliseconds",
-        "nearest", "path", "peer", "pid", "port", "reason", "reference", "resource", "root", "seconds", "seq", "serial", "session", "setting",
-        "signal", "socket", "spiffe_id", "state", "status", "store", "task", "trust_domain", "uid", "url", "version",
+        "event", "level", "timestamp", "logger", "exception", "action", "address", "agent", "attempt", "attestor",
+        "audience", "authority", "bundle_sequence", "by", "cause", "code", "component", "count", "cursor", "denial",
+        "door", "entries", "entry", "error", "exit_code", "expires_at", "gained", "gid", "hint", "issuer",
+        "jwt_authorities", "key_id", "kind", "lost", "method", "milliseconds", "nearest", "path", "peer", "pid",
+        "policy", "port", "profile", "published", "reason", "reference", "resource", "root", "seconds", "seq",
+        "sequence", "serial", "session", "sessions", "setting", "signal", "socket", "source", "spiffe_id", "state",
+        "status", "stopped", "store", "task", "tasks", "tasks_ended", "tasks_resumed", "tasks_suspended",
+        "tokens_revoked", "transmitter", "trust_domain", "uid", "until", "url", "version", "wanted",
+        "x509_authorities",
     }
 )  # fmt: skip
 """Keys that may be written. A new key is added here on purpose, after the question whether it can hold a secret."""

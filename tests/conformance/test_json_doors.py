@@ -168,6 +168,7 @@ def test_in_a_file_of_relationships(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 OWN_TEXTS = {
     "broker/cli/bundle_texts.py": "reads what it wrote a moment before, to indent it",
+    "broker/cli/helper_conf.py": "reads one quoted word of another format, whose form was looked at before",
     "broker/server/identity/changes.py": "reads what this server wrote into its own store",
     "broker/server/identity/federated.py": "the same",
     "broker/server/identity/revocation.py": "the same",

@@ -111,7 +111,7 @@ class Distrust:
         revoked = 0
         while count := await self._store.write(act):
             revoked += count
-        log.warning("audience_gone", resource=resource, tokens=revoked)
+        log.warning("audience_gone", resource=resource, tokens_revoked=revoked)
 
 
 def _end_sessions(writer: Writer, sessions: Sequence[SessionRow], cause: SessionEnd, by: str, now: datetime) -> None:
