@@ -229,6 +229,7 @@ class _Listener:
                     ready.set()
                 case "frame" if ready.is_set():
                     self.frames.append(message.frame)
+                    await call.write(feed_pb2.SubscribeRequest(acked=message.seq, store=message.store))
 
 
 @asynccontextmanager
