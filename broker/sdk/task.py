@@ -109,8 +109,8 @@ class Task:
         wanted = canonical(authorization_details) if authorization_details else ""
         name = (Resource(resource).text, scope, wanted, "" if key is None else key.jkt)
         async with self._asking:
-            if self.keeper.lost is not None:
-                # What was kept is dead: the server says whether there is another.
+            if self.keeper.lost is not None or user_token:
+                # What was kept is dead, or may be: the server says whether there is another.
                 self._kept.clear()
             kept = self._kept.get(name)
             if kept is not None and self._is_current(*kept) and not user_token:

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,13 @@ from broker.server.api.grpc import authorities
 from broker.server.api.http.token_formats import ACCESS_TOKEN, GRANT_TYPE
 from broker.server.app import Server, server
 from broker.server.settings import OperationsSettings, RateLimitSettings, ServerSettings, StoreSettings
-from broker.server.task_settings import AudienceSettings, OutwardSettings, SubjectSettings, TransactionSettings
+from broker.server.task_settings import (
+    AudienceSettings,
+    OutwardSettings,
+    SubjectSettings,
+    TaskSettings,
+    TransactionSettings,
+)
 from broker.spiffe import SpiffeId
 from broker.spiffe.x509svid import split_der
 from broker.tasks.keyset import read_keys
@@ -57,6 +64,11 @@ class Estate(Machines):
             # The issuer's address holds the port, so that it must be known before.
             self.port = probe.getsockname()[1]
 
+    lease: timedelta | None = None
+    """How long a user's session counts without another word."""
+    lease_ttl = timedelta(seconds=30)
+    """How long a supervised process may be silent."""
+
     @property
     def issuer(self) -> str:
         return f"https://localhost:{self.port}"
@@ -74,7 +86,11 @@ class Estate(Machines):
             store=StoreSettings(url=f"sqlite://{self.directory}/broker.db"),
             operations=OperationsSettings(enabled=False),
             ratelimit=RateLimitSettings(attestation=False),
-            subjects=(SubjectSettings(issuer=self.oidc.issuer, audiences=("broker",), ca_path=self.oidc.ca_path),),
+            subjects=(
+                SubjectSettings(
+                    issuer=self.oidc.issuer, audiences=("broker",), ca_path=self.oidc.ca_path, session_lease=self.lease
+                ),
+            ),
             audiences=(
                 AudienceSettings(
                     resource=TICKETS, introspectors=(SERVICE,), transactions=True, transaction_requesters=(SERVICE,)
@@ -83,6 +99,7 @@ class Estate(Machines):
                 *(AudienceSettings(resource=each) for each in self.audiences),
             ),
             transactions=TransactionSettings(replacers=(NEIGHBOUR,)),
+            tasks=TaskSettings(lease_ttl=self.lease_ttl),
             outward=(OutwardSettings(issuer=REMOTE, resources=(WIKI,), formats=("id-jag", "jwt")),),
         )
         async with server(settings) as running:
@@ -176,13 +193,14 @@ def short_directory() -> Path:
 
 
 @asynccontextmanager
-async def rig(*audiences: str) -> AsyncIterator[Rig]:
+async def rig(*audiences: str, session_lease: timedelta | None = None) -> AsyncIterator[Rig]:
     """Start everything, with further audiences; all of it is gone afterwards."""
     directory = short_directory()
     try:
         async with AsyncExitStack() as stack:
             oidc = stack.enter_context(OidcIssuer.start(directory))
             estate = Estate(directory, oidc, *audiences)
+            estate.lease, estate.lease_ttl = session_lease, session_lease or estate.lease_ttl
             await stack.enter_async_context(estate.server())
             agent = await stack.enter_async_context(estate.agent())
             entries = {

@@ -9,14 +9,17 @@ import pytest
 
 from broker._proto.broker.server.v1 import tasks_pb2
 from broker.audit.events import Event
-from broker.errors import BrokerError
+from broker.errors import BrokerError, Refused
+from broker.sdk import Workload
 from broker.server.api.grpc.tasks import Tasks
 from broker.server.tasks.requests import Operation
 from broker.server.tasks.user_leases import Looked
 from broker.spiffe import SpiffeId
 from broker.tasks import Cause, State
+from tests.attacks.tasks.outward_rig import DETAILS, TRIAGE, rig
 from tests.attacks.tasks.userends_rig import Scene, Work, playing
 from tests.fakes.oidc import OidcIssuer
+from tests.fakes.running_agent import until
 from tests.unit.server.api.http.door import assert_error
 from tests.unit.server.tasks.estate import AGENT, TICKETS, X5T
 from tests.unit.server.tasks.life import change, child, neighbour
@@ -183,3 +186,34 @@ async def test_other_sessions_and_standing_delegations_go_on(scene: Scene) -> No
     states = [(await Work(scene, task, silent.token).state()).state for task in (silent.task, named.task, standing)]
     assert states == [State.SUSPENDED, State.ACTIVE, State.ACTIVE]
     assert standing.agent == SpiffeId(str(AGENT))
+
+
+@pytest.mark.bears("TX20", "RV11", "RV21")
+async def test_a_workload_shows_a_newer_token_at_its_socket_and_is_kept_on() -> None:
+    """Everything real, with a lease of three seconds: the SDK is refused, and lets its user's newer token speak."""
+    async with rig(session_lease=timedelta(seconds=3)) as house:
+        async with Workload.connect(f"unix:{house.agent.socket}", spiffe_id=TRIAGE) as me:
+            block = me.task(
+                user_token=house.user_token(sid="s-1"),
+                purpose="triage",
+                authorization_details=DETAILS,
+                supervision="lease",
+            )
+            async with block as task:
+                before = await task.token(TICKETS.text)
+                await until(lambda: task.keeper.lost is not None)
+                assert not await house.active(before)
+                with pytest.raises(Refused) as caught:
+                    await task.token(TICKETS.text)
+                assert caught.value.reason == "task_suspended"
+                assert "newer" in caught.value.hint or "lately" in caught.value.hint
+                with pytest.raises(Refused) as another:
+                    await task.token(TICKETS.text, user_token=house.user_token("bob", sid="s-1"))
+                assert another.value.reason == "subject_mismatch"
+                after = await task.token(TICKETS.text, user_token=house.user_token(sid="s-1"))
+                assert (after != before, task.keeper.lost) == (True, None)
+                assert not await house.active(before)
+        records = house.records("task_suspended", "task_resumed", "task_ended")
+        told = [(one.event, one.actor) for one in records]
+        assert told[:2] == [("task_suspended", "server"), ("task_resumed", house.estate.oidc.issuer)]
+        assert (records[0].fields["cause"], told[-1]) == ("user_unconfirmed", ("task_ended", str(TRIAGE)))
