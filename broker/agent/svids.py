@@ -28,6 +28,7 @@ RETRY_FIRST: Final = 1.6  # seconds, at the least
 RETRY_ATTEMPT: Final = 4  # of the back-off, at which its step is that
 RETRY_SHARE: Final = 0.25  # of what is left of the SVID's life: before its end there are several attempts
 OFFLINE_TRY: Final = 1.0  # seconds that a new session waits for a server that is not heard, when a spare can be shared
+ONLINE_PAUSE: Final = 0.1  # seconds before a server that is heard is asked again
 X509_REFRESH: Final = 1.0  # seconds that a caller waits for a younger X.509-SVID while each older one is still valid
 X509_MISSING: Final = 10.0  # seconds for one that is not there at all, while others are
 JWT_REFRESH: Final = 1.0  # seconds that a caller waits for a younger token while an older one is still valid
@@ -225,13 +226,23 @@ class SvidKeeper:
         return delay
 
     async def _signed(self, entry: Entry, *, may_share: bool) -> X509Holding:
-        if not may_share or self._is_online() or not self.spares.can_share(entry):
-            return await self._signing.x509(entry)
+        """Have one signed; ``may_share``: the session has none by this entry, and could use the spare in an outage."""
+        if may_share and not self._is_online() and self.spares.can_share(entry):
+            try:
+                async with asyncio.timeout(OFFLINE_TRY):
+                    return await self._signing.x509(entry)
+            except TimeoutError:
+                if not self._is_online():
+                    raise Unavailable("the server does not answer", code="svid_not_signed") from None
         try:
-            async with asyncio.timeout(OFFLINE_TRY):
-                return await self._signing.x509(entry)
-        except TimeoutError:
-            raise Unavailable("the server does not answer", code="svid_not_signed") from None
+            return await self._signing.x509(entry)
+        except Unavailable:
+            # A connection that went and is there again is no outage: without a second attempt the workload would be told
+            # that it has lost an identity, at each forced rotation of the authorities.
+            if not may_share or not self._is_online():
+                raise
+        await asyncio.sleep(ONLINE_PAUSE)
+        return await self._signing.x509(entry)
 
     # ---- JWT
 

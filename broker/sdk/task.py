@@ -79,6 +79,7 @@ class Task:
         """The start, in seconds since 1970."""
         return self._state.created_at
 
+    @property
     def version(self) -> int:
         """The version as last told by the server: what a change may name as the one it expects."""
         return self._state.version
@@ -126,6 +127,11 @@ class Task:
                 await self._keep()
             self._kept[name] = (issued, await self._settle(issued))
             return issued.access_token
+
+    def forget(self, token: str) -> None:
+        """Keep a token no longer: a service refused it. It may be dead while the task lives, which was suspended and goes on."""
+        for name in [name for name, (issued, _) in self._kept.items() if issued.access_token == token]:
+            del self._kept[name]
 
     def _request(
         self, resource: str, scope: str, details: str, jkt: str, user_token: str

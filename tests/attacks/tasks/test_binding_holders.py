@@ -17,8 +17,9 @@ from broker._proto.service import Stub
 from broker._proto.spire.api.types import entry_pb2, selector_pb2, spiffeid_pb2
 from broker.agent.app import Agent
 from broker.agent.settings import AgentSettings
-from broker.client import Entries, Nodes, dial_socket
+from broker.client import Entries, Nodes, Tasks, dial_socket
 from broker.clock import SystemClock
+from broker.errors import Conflict, Refused
 from broker.sdk import Workload
 from broker.sdk.asgi import RequireToken
 from broker.sdk.dpop import ProofKey
@@ -293,3 +294,57 @@ async def test_the_sdk_goes_on_across_rotations_with_either_binding(
                     await until(lambda before=before: me.current is not before, 20)
                 assert seen <= {"x5t", "session"}
                 await asyncio.gather(*(proving.get(url) for _ in range(5)))
+
+
+@pytest.mark.bears("RV12")
+@pytest.mark.parametrize("key", [None, ProofKey()])
+async def test_the_sdks_client_goes_on_with_its_task_and_no_further(
+    oidc: OidcIssuer, monkeypatch: pytest.MonkeyPatch, key: ProofKey | None
+) -> None:
+    """A suspension kills the token that it keeps, also for the time after it: the first refusal has it ask for another."""
+    port = _free_port()
+    resource = f"https://localhost:{port}"
+    more = (*binding_rig.audiences(), AudienceSettings(resource=resource, binding=("x5t", "session", "dpop")))
+    monkeypatch.setattr(binding_rig, "audiences", lambda: more)
+    with short_directory() as directory:
+        async with house(directory, oidc) as home:
+            await home.service(resource, port)
+            operator = Tasks(dial_socket(home.at.one.socket_path))
+            details = [{"type": "api", "locations": [resource], "actions": ["ticket.read"]}]
+
+            async def its_life() -> None:
+                async with (
+                    home.me.task(
+                        user_token=oidc.token("alice"), purpose="triage", authorization_details=details
+                    ) as task,
+                    task.http(key=key) as client,
+                ):
+                    url = f"{resource}{PATH}"
+                    assert (await client.get(url)).status_code == 200
+                    dead = await task.token(resource, key=key)
+                    await operator.change(task.id, "suspend")
+
+                    async def refusal() -> str:
+                        try:
+                            return str((await client.get(url)).status_code)
+                        except Refused as error:
+                            return error.reason
+
+                    async def is_refused() -> bool:
+                        return await refusal() == "task_suspended"
+
+                    await eventually(is_refused, 5)
+                    await operator.change(task.id, "resume")
+                    assert (await client.post(url, content=b"sent again")).status_code == 200
+                    assert await task.token(resource, key=key) != dead
+                    assert len(home.at.records("token_issued")) == 2
+                    await operator.revoke(task.id)
+
+                    async def has_ended() -> bool:
+                        return await refusal() == "task_ended"
+
+                    await eventually(has_ended, 5)
+
+            # Leaving the block of a task that was revoked says so.
+            with pytest.raises(Conflict, match="revoked"):
+                await its_life()

@@ -383,6 +383,24 @@ async def test_an_answer_that_hangs_keeps_no_other_svid_from_its_rotation_or_its
             pass
 
 
+@pytest.mark.bears("K01", "K04")
+async def test_a_session_that_ended_while_connections_change_loses_no_identity() -> None:
+    async with estate() as agent, agent.workload() as stub:
+        call, first = await stream(stub)
+        await until(lambda: "e1" in agent.agent.svids.spares._held and agent.agent.reports.is_settled)
+        # As when the authority is tainted: the session is over for the server, and this agent is on its way to a new connection.
+        agent.server.sign_gate.clear()
+        agent.agent.sync.is_online = False
+        (session,) = agent.agent.sessions
+        agent.agent._over(frozenset(one.id for one in session.identities.values()))
+        await asyncio.sleep(module.OFFLINE_TRY / 2)
+        agent.agent.sync.is_online = True
+        await asyncio.sleep(module.OFFLINE_TRY)
+        agent.server.sign_gate.set()
+        second = await asyncio.wait_for(call.read(), 8)
+        assert serial(second.svids[0]) != serial(first.svids[0])
+
+
 async def test_spares_of_forgotten_entries_are_dropped(monkeypatch) -> None:
     async with estate() as agent:
         await agent.x509()
