@@ -3,7 +3,6 @@
 import ctypes
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -51,6 +50,16 @@ def directory(tmp_path: Path) -> Path:
 
 def given(directory: Path, *program: str, more: tuple[str, ...] = ()) -> tuple[str, ...]:
     return ("--as", "one", "--directory", str(directory), *more, "--", *program)
+
+
+def after(statement: str, arguments: list[str]) -> list[str]:
+    """Run a statement in the process before it becomes the command: not in a fork of this one, whose threads are gRPC's."""
+    return [
+        sys.executable,
+        "-c",
+        f"import os, resource, sys; {statement}; os.execv(sys.argv[1], sys.argv[1:])",
+        *arguments,
+    ]
 
 
 def python(tmp_path: Path, text: str, *arguments: str) -> tuple[str, ...]:
@@ -116,9 +125,7 @@ def test_signals_are_passed_on(directory: Path, tmp_path: Path) -> None:
 def test_a_terminals_interrupt_reaches_the_program_once(directory: Path, tmp_path: Path) -> None:
     master, slave = os.openpty()
     process = subprocess.Popen(
-        command(*given(directory, *python(tmp_path, COUNT), more=("-q",))),
-        preexec_fn=lambda: os.login_tty(os.dup(slave)),  # noqa: PLW1509 - no threads here
-        pass_fds=(slave,),
+        after("os.login_tty(0)", command(*given(directory, *python(tmp_path, COUNT), more=("-q",)))), stdin=slave
     )
     try:
         os.close(slave)
@@ -157,9 +164,11 @@ def test_a_killed_launcher_takes_its_program_with_it(directory: Path, tmp_path: 
 def test_nothing_runs_that_could_not_be_registered(directory: Path, tmp_path: Path) -> None:
     marker = tmp_path / "marker"
     ended = subprocess.run(
-        command(*given(directory, "/usr/bin/touch", str(marker))),
+        after(
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))",
+            command(*given(directory, "/usr/bin/touch", str(marker))),
+        ),
         capture_output=True, text=True, check=False, timeout=SECONDS,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)),
     )  # fmt: skip
     assert ended.returncode == 75, ended.stderr
     assert "cannot be registered" in ended.stderr
