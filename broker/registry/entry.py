@@ -111,10 +111,6 @@ class Entry:
         """Tell whether the entry's own time is over. At ``expires_at`` itself it is."""
         return self.expires_at is not None and now >= self.expires_at
 
-    def is_similar(self, other: "Entry") -> bool:
-        """Tell whether both say the same thing, so that only one may exist: SPIFFE ID, parent and selectors."""
-        return (self.spiffe_id, self.parent_id, self.selectors) == (other.spiffe_id, other.parent_id, other.selectors)
-
     def _check_ids(self) -> None:
         if self.spiffe_id.trust_domain != self.parent_id.trust_domain:
             raise _invalid("its SPIFFE ID and its parent are in different trust domains")

@@ -208,20 +208,7 @@ def token_revoked(row: TokenRow, by: str, frame_seq: int, at: datetime, reason: 
 
 def task_ended(task: Task, by: str, *, frame_seq: int, tasks_ended: int, at: datetime, reason: str = "") -> Record:
     """Record the end of a task: state and cause, who caused it and why, and how many tasks ended by it."""
-    fields: dict[str, FieldValue] = {
-        "agent": str(task.agent),
-        "session": task.session,
-        "user": task.user,
-        "root": task.root,
-        "parent": task.parent,
-        "state": task.state.value,
-        "cause": None if task.cause is None else task.cause.value,
-        "version": task.version,
-        "frame_seq": frame_seq,
-        "tasks_ended": tasks_ended,
-    }
-    if reason:
-        fields["reasons"] = [reason]
+    fields = _moved(task, reason) | {"frame_seq": frame_seq, "tasks_ended": tasks_ended}
     return Record(Event.TASK_ENDED, at, by, task.id, fields)
 
 

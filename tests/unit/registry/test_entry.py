@@ -120,11 +120,3 @@ def test_expiry_is_reached_at_its_own_moment() -> None:
     assert made.is_expired(NOW)
     assert not made.is_expired(NOW - timedelta(microseconds=1))
     assert not entry("two").is_expired(datetime.max.replace(tzinfo=UTC))
-
-
-def test_similar_entries_differ_in_nothing_that_matters() -> None:
-    one = entry("one", "a:b")
-    assert one.is_similar(entry("two", "a:b", hint="other"))
-    assert not one.is_similar(entry("two", "a:c"))
-    assert not one.is_similar(entry("two", "a:b", spiffe_id="/other"))
-    assert not one.is_similar(entry("two", "a:b", parent=SERVER))
