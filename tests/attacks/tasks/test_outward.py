@@ -407,3 +407,27 @@ async def test_the_grant_type_is_the_exchange_and_no_other(house: Rig) -> None:
         response = await house.token(grant_type=other)
         assert (response.status_code, response.json()["error"]) == (400, "unsupported_grant_type")
     assert len(house.records("token_refused")) == 4
+
+
+@pytest.mark.bears("TX09", "TX15")
+async def test_what_a_token_gave_up_it_does_not_give_back(house: Rig) -> None:
+    """A token of ours as the subject is the ceiling: of authority, of scope and of time, whatever its task may still do."""
+    wide = (await house.issued())["access_token"]
+    narrow = await house.issued(subject_token=wide, authorization_details=detail(actions=["ticket.read"]))
+    assert narrow["scope"] == "ticket.read"
+    held = narrow["access_token"]
+    before = len(house.records("token_issued"))
+    for wider in (
+        {},
+        {"authorization_details": detail(actions=["ticket.write"])},
+        {"authorization_details": None, "scope": "ticket.write"},
+    ):
+        response = await house.token(subject_token=held, **wider)
+        assert response.status_code == 400, response.text
+        assert "access_token" not in response.json()
+        assert house.records("token_refused")[-1].fields["reason"] == response.json()["error_code"]
+    assert len(house.records("token_issued")) == before
+    again = await house.issued(subject_token=held, authorization_details=None)
+    assert (again["scope"], again["authorization_details"][0]["actions"]) == ("ticket.read", ["ticket.read"])
+    first, second = (jose.parse_compact(token).payload for token in (held, again["access_token"]))
+    assert second["exp"] <= first["exp"] and second["task"]["id"] == first["task"]["id"]
