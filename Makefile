@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+# All tests, two at a time. Whoever names tests gets them one after the other, unless they ask.
+PYTEST_ARGS ?= --numprocesses 2
 
 .PHONY: demo test check bench proto docs clean
 .DEFAULT_GOAL := demo

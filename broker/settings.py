@@ -190,8 +190,8 @@ def _explained(model: type[BaseModel], program: str, error: ValidationError) -> 
         if problem["type"] == "extra_forbidden":
             lines.append(f"{where}: unknown setting")
             hints.append(_meant(model, str(problem["loc"][-1])))
-        else:
-            lines.append(f"{where}: {problem['msg']}")
+        elif problem["type"] != "default_factory_not_called":  # for want of another, which is told of
+            lines.append(f"{where}: {problem['msg'].removeprefix('Value error, ')}")
     return Misconfigured("; ".join(lines), hint=next(filter(None, hints), _LIST))
 
 

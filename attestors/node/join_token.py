@@ -76,7 +76,9 @@ class JoinTokenServer:
         token = evidence.payload.decode("ascii", errors="replace")
         if not _is_token(token):
             # The same answer as for an unknown token: the form is no oracle.
-            raise Refused("the join token is unknown, expired or used", code="join_token_unknown")
+            raise Refused(
+                "failed to attest: join token does not exist or has already been used", code="join_token_unknown"
+            )
         return AttestedNode(path=f"/{NAME}/{token}", selectors=frozenset(), reattestable=False, consumes=token)
 
 
@@ -90,4 +92,7 @@ def _read_token(path: Path) -> str:
             # Tools write a final newline; anything else beside the token is refused by its form.
             return token_file.read(MAX_TOKEN + 2).rstrip("\r\n")
     except OSError as error:
-        raise AttestorFailed(f"the join token file cannot be read: {error.strerror}") from error
+        raise AttestorFailed(
+            f"the join token file cannot be read: {error.strerror}",
+            hint="join_token_file names a file that the agent's user can read",
+        ) from error

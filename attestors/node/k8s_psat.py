@@ -20,8 +20,7 @@ from broker.attestation.contract import AttestedNode, AttestorFailed, ChallengeW
 from broker.attestation.kubeconfig import read_kubeconfig
 from broker.attestation.kubernetes import Fault, NotFound, Server, Surroundings, read_file
 from broker.attestation.pods import KubernetesObject, Metadata, Pod
-from broker.attestation.reads import BlockingReads
-from broker.attestation.runtime_socket import Deadline
+from broker.attestation.reads import BlockingReads, Deadline
 from broker.clock import SystemClock
 from broker.errors import Invalid, NotAttested, Unavailable
 from broker.spiffe import Selector
@@ -207,9 +206,10 @@ def _judged(claim: _Claim, cluster: PsatClusterSettings, server: Server, deadlin
     if _OBJECT.fullmatch(node_name) is None:
         raise NotAttested("the pod is on no node", code="node_unknown")
     node = server.ask(_Node, f"/api/v1/nodes/{node_name}", deadline).metadata
-    # Newer API servers bind the token to its node as well.
-    bound = (_extra(status.user, "node-name") or node_name, _extra(status.user, "node-uid") or node.uid)
-    if node.name != node_name or _UID.fullmatch(node.uid) is None or bound != (node.name, node.uid):
+    # Newer API servers bind the token to its node as well: to this one, or it is not this token's.
+    extra, facts = status.user.extra or {}, (("node-name", node.name), ("node-uid", node.uid))
+    agrees = all(extra.get(f"{_EXTRA}{name}", [value]) == [value] for name, value in facts)
+    if node.name != node_name or _UID.fullmatch(node.uid) is None or not agrees:
         raise NotAttested("the token, its pod and the node do not agree", code="node_mismatch")
     by_pod = cluster.use_pod_uid_for_agent_id
     return AttestedNode(

@@ -23,6 +23,7 @@ from cryptography.x509.oid import NameOID
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from broker.attestation.agent_path import Fields, PathTemplate
+from broker.attestation.certificate_files import authorities_of, content_of
 from broker.attestation.contract import AttestedNode, AttestorFailed, ChallengeWith, Evidence, Home
 from broker.attestation.possession import Challenge, PrivateKey, PublicKey, answer, chain_message, read_chain
 from broker.clock import Clock, SystemClock
@@ -32,7 +33,6 @@ from broker.spiffe.certificates import MAX_RSA_BITS, MIN_RSA_BITS, Authority, Fa
 from broker.spiffe.chains import MAX_CHAIN, TrustAnchors, find_path
 
 NAME = "x509pop"
-MAX_FILE = 1 << 20  # bytes of a PEM file: a thousand authorities
 MAX_EXPONENT = 2**31 - 1  # of an RSA key, as in Go: a longer one makes each check some hundred times dearer
 MAX_SANS = 64  # san selectors of one node: they are stored, and held against each entry
 TEMPLATES = {
@@ -134,10 +134,10 @@ class X509PopAgent:
     def _read(self) -> tuple[PrivateKey, list[bytes]]:
         settings = self._settings
         try:
-            key = load_pem_private_key(_file(settings.private_key_path), password=None)
-            chain = x509.load_pem_x509_certificates(_file(settings.certificate_path))
+            key = load_pem_private_key(content_of(settings.private_key_path), password=None)
+            chain = x509.load_pem_x509_certificates(content_of(settings.certificate_path))
             if settings.intermediates_path is not None:
-                chain += x509.load_pem_x509_certificates(_file(settings.intermediates_path))
+                chain += x509.load_pem_x509_certificates(content_of(settings.intermediates_path))
             ours, theirs = (_spki(one) for one in (key.public_key(), chain[0].public_key()))
         except OSError as error:
             raise AttestorFailed(f"{error.filename} cannot be read: {error.strerror}") from None
@@ -183,7 +183,7 @@ class X509PopServer:
         self._clock = clock or SystemClock()
         self._template = settings.template()
         files = settings.ca_bundle_paths if settings.ca_bundle_path is None else (settings.ca_bundle_path,)
-        self._anchors = TrustAnchors(certificate for path in files for certificate in _authorities(path))
+        self._anchors = TrustAnchors(certificate for path in files for certificate in authorities_of(path))
         self._home: Home | None = None
 
     def settle(self, home: Home) -> None:
@@ -250,18 +250,6 @@ class X509PopServer:
             key.key_size > self._settings.max_rsa_key_size or key.public_numbers().e > MAX_EXPONENT
         ):
             raise InvalidSvid("an RSA key is too large", code="svid_key_size")
-
-
-def _authorities(path: Path) -> list[x509.Certificate]:
-    try:
-        found = x509.load_pem_x509_certificates(_file(path))
-        for certificate in found:
-            certificates.read_authority(certificate, anchor=True)
-    except OSError as error:
-        raise Misconfigured(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, x509.InvalidVersion, InvalidSvid) as error:
-        raise Misconfigured(f"{path} holds something else than PEM certificates of authorities: {error}") from None
-    return found
 
 
 def _intermediate(der: bytes) -> Authority:
@@ -334,14 +322,6 @@ def _serial(certificate: x509.Certificate) -> str:
 def _fingerprint(certificate: x509.Certificate) -> str:
     # NOTE(security): SHA-1 only names a certificate that its authority vouches for; SPIRE's IDs and selectors are so.
     return hashlib.sha1(certificate.public_bytes(Encoding.DER), usedforsecurity=False).hexdigest()
-
-
-def _file(path: Path) -> bytes:
-    with path.open("rb") as file:
-        content = file.read(MAX_FILE + 1)
-    if len(content) > MAX_FILE:
-        raise ValueError(f"it is larger than {MAX_FILE} bytes")
-    return content
 
 
 def _spki(key: object) -> bytes:

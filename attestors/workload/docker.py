@@ -8,7 +8,6 @@ values are often secrets: they become selectors and stand in no message.
 
 import asyncio
 import re
-import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import suppress
@@ -22,8 +21,7 @@ from broker.attestation.containers import THIS_NODE, Container, Node, locate, re
 from broker.attestation.contract import AttestorFailed, SelectorDoc, Strength
 from broker.attestation.process import Process
 from broker.attestation.reads import BlockingReads
-from broker.attestation.runtime_socket import MAX_ANSWER, Deadline, NotThere, RuntimeSocket, late
-from broker.clock import SystemClock
+from broker.attestation.runtime_socket import MAX_ANSWER, NotThere, RuntimeSocket, late
 from broker.errors import Invalid
 from broker.spiffe import Selector
 from broker.spiffe.strictjson import loads
@@ -31,6 +29,7 @@ from broker.spiffe.strictjson import loads
 NAME = "docker"
 ATTEST_TIMEOUT = 4.0  # seconds for both questions; a hung runtime refuses its own containers, and nobody else
 MAX_DEPTH = 32  # of the JSON: extensions put documents of their own into HostConfig
+LARGE_ANSWER = 32 * 1024  # bytes: the reading of a larger one, some milliseconds, would hold up other callers
 MAX_IMAGES = 64  # remembered images, of at most MAX_ANSWER each and usually of 1 KiB
 _DIGEST = re.compile(r"(?:sha256:)?([0-9a-f]{64})")
 _SOCKET = re.compile(r"unix://(/[^\x00]+)")
@@ -181,7 +180,6 @@ class DockerAttestor:
         self._matchers = tuple(parse_matcher(one) for one in settings.container_id_cgroup_matchers)
         self._reads = BlockingReads()
         self._images: OrderedDict[tuple[str, str], _Declared] = OrderedDict()
-        self._images_lock = threading.Lock()
 
     async def attest(self, process: Process) -> frozenset[Selector]:
         """Give the selectors of the process's container; none outside of Docker and Podman.
@@ -192,21 +190,19 @@ class DockerAttestor:
         engine = self._engine(container) if container is not None else None
         if container is None or engine is None:
             return frozenset()
-        until = SystemClock().monotonic() + ATTEST_TIMEOUT
         try:
             async with asyncio.timeout(ATTEST_TIMEOUT):
-                return await self._reads.run(
-                    process.uid, lambda stop: self._describe(container, engine, Deadline(until, stop))
-                )
+                return await self._describe(container, engine)
         except TimeoutError:
             raise late() from None
 
     def _engine(self, container: Container) -> RuntimeSocket | None:
         """Choose whom to ask; ``None``: a container of somebody who is not served here."""
-        url, owner = "", self._node.root
+        url, owner, reads = "", self._node.root, None
         if container.user is not None:
             if container.runtime is Runtime.PODMAN and self._settings.use_rootless_podman:
-                url, owner = self._settings.podman_socket_path_template % container.user, container.user
+                url = self._settings.podman_socket_path_template % container.user
+                owner, reads = container.user, self._reads
         elif container.runtime is Runtime.PODMAN:
             url = self._settings.podman_socket_path
         elif container.runtime in {Runtime.DOCKER, None}:
@@ -214,12 +210,12 @@ class DockerAttestor:
         if not url:
             return None
         version = self._settings.docker_version
-        return RuntimeSocket(url.removeprefix("unix://"), owner, f"/v{version}" if version else "")
+        return RuntimeSocket(url.removeprefix("unix://"), owner, f"/v{version}" if version else "", reads)
 
-    def _describe(self, container: Container, engine: RuntimeSocket, deadline: Deadline) -> frozenset[Selector]:
+    async def _describe(self, container: Container, engine: RuntimeSocket) -> frozenset[Selector]:
         require_owned(container, self._node)
         try:
-            inspected = _read(_Inspected, engine.get(f"/containers/{container.id}/json", deadline))
+            inspected = await self._asked(_Inspected, engine, f"/containers/{container.id}/json")
         except NotThere:
             if container.runtime is None:
                 return frozenset()  # the place is shared with other runtimes, and Docker says that it is not its own
@@ -230,7 +226,7 @@ class DockerAttestor:
             raise AttestorFailed("the runtime says that the container is not running", code="container_not_running")
         require_member(container, inspected.state.pid, self._node)
         digest = _digest(inspected.image)
-        counted = self._counted(inspected.config, self._image(digest, engine, deadline))
+        counted = self._counted(inspected.config, await self._image(digest, engine))
         return frozenset(_selectors(counted, digest, self._settings.trusted_kinds))
 
     def _counted(self, config: _Declared, image: _Declared) -> _Declared:
@@ -243,24 +239,28 @@ class DockerAttestor:
         without = set(image.env or ()) if settings.require_runtime_env else set()
         return _Declared(Labels=labels, Env=[one for one in config.env or () if one not in without], Image=config.image)
 
-    def _image(self, digest: str, engine: RuntimeSocket, deadline: Deadline) -> _Declared:
+    async def _image(self, digest: str, engine: RuntimeSocket) -> _Declared:
         key = (engine.path, digest)  # by socket: one user's Podman must not speak of others' images
-        with self._images_lock:
-            if (known := self._images.get(key)) is not None:
-                self._images.move_to_end(key)
-                return known
+        if (known := self._images.get(key)) is not None:
+            self._images.move_to_end(key)
+            return known
         try:
-            image = _read(_Image, engine.get(f"/images/sha256:{digest}/json", deadline))
+            image = await self._asked(_Image, engine, f"/images/sha256:{digest}/json")
         except NotThere:
             raise AttestorFailed("the runtime does not know the container's image", code="image_unknown") from None
         if _digest(image.id) != digest:
             raise AttestorFailed("the runtime answered for another image", code="runtime_answer")
         declared = image.config or _Declared()
-        with self._images_lock:
-            self._images[key] = declared
-            while len(self._images) > MAX_IMAGES:
-                self._images.popitem(last=False)
+        self._images[key] = declared
+        while len(self._images) > MAX_IMAGES:
+            self._images.popitem(last=False)
         return declared
+
+    async def _asked(self, model: type[M], engine: RuntimeSocket, path: str) -> M:
+        body = await engine.get(path)
+        if len(body) <= LARGE_ANSWER:
+            return _read(model, body)
+        return await self._reads.run(engine.owner, lambda _: _read(model, body))
 
 
 def _selectors(config: _Declared, digest: str, kinds: frozenset[Kind]) -> Iterator[Selector]:

@@ -45,8 +45,7 @@ from broker.attestation.pods import (
     indexed,
 )
 from broker.attestation.process import Process
-from broker.attestation.reads import BlockingReads, SharedRead
-from broker.attestation.runtime_socket import Deadline
+from broker.attestation.reads import BlockingReads, Deadline, SharedRead
 from broker.clock import SystemClock
 from broker.errors import Invalid, Misconfigured
 from broker.spiffe import Selector
@@ -160,7 +159,7 @@ class K8sAttestor:
         until = SystemClock().monotonic() + ATTEST_TIMEOUT
         try:
             async with asyncio.timeout(ATTEST_TIMEOUT):
-                await self._reads.run(process.uid, lambda _: require_owned(container, self._node))
+                require_owned(container, self._node)
                 pod, status = await self._find(container, until)
                 labels = await self._namespace_labels(process.uid, pod.metadata.namespace, until)
         except TimeoutError:

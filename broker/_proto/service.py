@@ -6,11 +6,22 @@ shown: the server passes one guard for that.
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+)
 from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, cast
 
 import grpc
 import grpc.aio
@@ -40,7 +51,7 @@ class Wrap(Protocol):
         """The behaviour to use instead.
 
         Given is a coroutine function, or for a streamed response an async generator function; returned is one that is
-        called the same way. The request is a parsed message, or an async iterator of them.
+        called the same way. The request is what came off the wire; the one of a unary call is read from the context.
         """
 
 
@@ -152,7 +163,9 @@ def _reading(method: Method, behaviour: Any) -> Any:
     if method.streams_out:
 
         async def stream(raw: Any, context: Context, *known: Any) -> AsyncIterator[Message]:
-            request = _requests(method, raw) if method.streams_in else await _request(method, raw, context)
+            request = (
+                _requests(method, raw) if method.streams_in else await _request(method, partial(_one, raw), context)
+            )
             async with aclosing(behaviour(request, context, *known)) as responses:
                 async for response in responses:
                     yield response
@@ -160,7 +173,8 @@ def _reading(method: Method, behaviour: Any) -> Any:
         return stream
 
     async def unary(raw: Any, context: Context, *known: Any) -> Message:
-        request = _requests(method, raw) if method.streams_in else await _request(method, raw, context)
+        # NOTE(speed): the context reads as grpcio's own iterator does, without the generator that this is for each call.
+        request = _requests(method, raw) if method.streams_in else await _request(method, context.read, context)
         response: Message = await behaviour(request, context, *known)
         return response
 
@@ -185,18 +199,27 @@ def _rpc(method: Method, behaviour: Any) -> "grpc.RpcMethodHandler[Any, Any]":
     return grpc.stream_unary_rpc_method_handler(unary, None, write)
 
 
-async def _request(method: Method, raw: AsyncIterator[bytes], context: Context) -> Message:
+async def _request(method: Method, read: Callable[[], Awaitable[Any]], context: Context) -> Message:
     try:
         async with asyncio.timeout(REQUEST_DEADLINE):
-            first = await anext(aiter(raw), None)
+            first = await read()
     except TimeoutError:
         await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, NO_REQUEST)
-    if first is None:
+    if first is grpc.aio.EOF:
         await context.abort(grpc.StatusCode.INVALID_ARGUMENT, NO_REQUEST)
     try:
         return method.parse(first)
     except Invalid as error:
         await context.abort(grpc.StatusCode.INVALID_ARGUMENT, error.message)
+
+
+async def _one(raw: AsyncIterable[bytes]) -> Any:
+    # NOTE(speed): grpcio's iterator is a generator; one that is left open costs a task that closes it, for each call.
+    messages = aiter(raw)
+    try:
+        return await anext(messages, grpc.aio.EOF)
+    finally:
+        await cast("AsyncGenerator[bytes, None]", messages).aclose()
 
 
 async def _requests(method: Method, raw: AsyncIterator[bytes]) -> AsyncIterator[Message]:

@@ -12,49 +12,27 @@ from typing import Final, Self
 
 import grpc.aio
 
-from broker.agent.api.admin import AdminApi
-from broker.agent.api.debug import DebugApi
-from broker.agent.api.delegated import DelegatedApi
-from broker.agent.api.feed import FeedApi
-from broker.agent.api.sds import SdsApi
-from broker.agent.api.secrets import SecretNames
-from broker.agent.api.tasks import TasksApi
-from broker.agent.api.workload import WorkloadApi
 from broker.agent.attachments import Attachments
 from broker.agent.bootstrap import Condition, NodeIdentity, join
 from broker.agent.cache import EstateCache
 from broker.agent.clock_watch import ClockWatch
-from broker.agent.denials import Denials
-from broker.agent.entitlement import Entitlement
+from broker.agent.doors import Doors, Inside
 from broker.agent.estate_file import EstateFile
-from broker.agent.explain import Explainer
 from broker.agent.feed import FeedRelay
 from broker.agent.identity_file import IdentityFile
+from broker.agent.introduction import Introduction
 from broker.agent.keeping import Keeping
-from broker.agent.listener import (
-    ADMIN,
-    CONNECTION,
-    DEBUG,
-    DELEGATED,
-    FEED,
-    IDENTITY,
-    SDS,
-    TASKS,
-    WORKLOAD,
-    AdminSocket,
-    PublicSocket,
-)
+from broker.agent.listener import CONNECTION, IDENTITY
 from broker.agent.offline import Offline
 from broker.agent.rebootstrap import Rebootstrap
-from broker.agent.redaction import Redaction
-from broker.agent.refusal_log import RefusalLog
 from broker.agent.reports import SessionReports
 from broker.agent.rounds import Rounds
 from broker.agent.sessions import Identity, Sessions
-from broker.agent.settings import AgentSettings, SdsSettings
+from broker.agent.settings import AgentSettings
 from broker.agent.signing import Signing
 from broker.agent.svids import SvidKeeper
 from broker.agent.sync import Sync
+from broker.agent.token_stream import TokenStream
 from broker.agent.trust import read_trust_bundle
 from broker.agent.upstream import Upstream
 from broker.agent.wire import ToldBundle
@@ -71,6 +49,7 @@ from broker.telemetry.log import get_logger
 from broker.transport.dialer import SpiffeDialer
 
 SERVER_PATH: Final = "/spire/server"
+NEXT_CONNECTION: Final = 2.0  # seconds; after that whoever calls is told why there is none
 FAREWELL: Final = 1.0  # seconds to tell the server of the end
 GRACE: Final = 3.0  # seconds for calls in progress at the end; all of it stays below the ten that operators expect
 
@@ -128,12 +107,7 @@ class Agent:
         channel = await self._dialer.__aenter__()
         try:
             self._assemble(channel, attestors, strengths)
-            await self._admin.start()
-            try:
-                await self._socket.start()
-            except BaseException:
-                await self._admin.stop(0)
-                raise
+            await self.doors.open()
         except BaseException:
             await self._dialer.__aexit__(None, None, None)
             raise
@@ -144,10 +118,12 @@ class Agent:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Stop serving and let go of everything, within a few seconds."""
-        await asyncio.gather(self._socket.stop(GRACE), self._admin.stop(GRACE))
+        await self.doors.close(GRACE)
         self.sessions.end_all()
         self.attachments.close()
+        await self._tokens.close()
         await self._farewell()
+        await self.node.settle()
         await self.svids.close()
         await self._signing.close()
         await self._dialer.__aexit__(kind, error, trace)
@@ -174,6 +150,7 @@ class Agent:
                 loop.cancel()
 
     async def _live(self) -> None:
+        had = self.node.tls
         try:
             await join(self.node, self.upstream, self.offline.unheard)
         except BrokerError as error:
@@ -184,10 +161,14 @@ class Agent:
             self.offline.unheard()
         if self.node.bundle is not None and self.cache.own_bundle is None:
             self.cache.start_with(self.node.bundle)
+        if self.node.tls is not had:
+            # The connection by which it joined is dropped, but the channel is told by a socket: what is begun before that fails.
+            await self.upstream.pause(NEXT_CONNECTION)
         async with asyncio.TaskGroup() as group:
             group.create_task(self.sync.run(), name="sync")
             group.create_task(self.node.keep(self.upstream, self._chance.random), name="identity")
             group.create_task(self.reports.run(), name="reports")
+            group.create_task(self._introduction.run(), name="introduction")
             group.create_task(self.relay.run(), name="feed")
 
     def _node(self, store: IdentityFile) -> NodeIdentity:
@@ -219,6 +200,8 @@ class Agent:
             clock=self._clock,
             unsafe_accept_any_server=unsafe,
             directory=settings.private_dir,
+            # What gRPC says of it is only that its own socket went.
+            on_failed=lambda why: _log.warning("server_not_connected", address=settings.server, reason=why),
         )
 
     def _attestors(self) -> tuple[WorkloadAttestor, ...]:
@@ -232,6 +215,7 @@ class Agent:
     ) -> None:
         settings, cache, clock = self._settings, self.cache, self._clock
         self.upstream = upstream = Upstream(channel, lambda: self._dialer.lost)
+        self._introduction = Introduction(upstream)
         self.reports = SessionReports(upstream, on_over=self._over)
         self.attachments = Attachments(self.reports.detached)
         self.sessions = sessions = Sessions(cache, clock, on_identities_ended=self._identities_ended)
@@ -262,46 +246,27 @@ class Agent:
         )
         self.workloads = workloads = Workloads(attestors, sessions, clock, freshness)
         self.rounds = Rounds(workloads, sessions, clock, freshness.ask_every)
-        entitlement = Entitlement(workloads, sessions, cache, settings.first_identity_wait.total_seconds())
-        show = Redaction(settings.explain_selectors)
-        explainer = Explainer(workloads, cache, strengths, clock, show)
-        denials = Denials(explainer, RefusalLog(get_logger("agent.refusals"), clock), clock, self.reports.refused)
-        self._socket = PublicSocket(
-            settings.socket_path,
-            settings.private_dir / "grpc",
-            workloads,
-            {
-                WORKLOAD.name: WorkloadApi(entitlement, svids, cache, clock),
-                TASKS.name: TasksApi(
-                    entitlement,
-                    svids,
-                    upstream,
-                    cache=cache,
-                    reports=self.reports,
-                    attachments=self.attachments,
-                    on_over=self._over,
-                ),
-                FEED.name: FeedApi(entitlement, self.relay, cache),
-                SDS.name: SdsApi(entitlement, svids, cache, _secret_names(settings.sds)),
-            },
-            is_ready=lambda: self.is_ready,
-            parts={IDENTITY: lambda: self.node.tls is not None, CONNECTION: lambda: self.sync.is_online},
-            denials=denials,
-        )
-        is_private = settings.admin_socket_path.parent == settings.private_dir
-        self._admin = AdminSocket(
-            settings.admin_socket_path,
-            settings.private_dir / "admin-grpc",
-            workloads,
-            {
-                ADMIN.name: AdminApi(explainer, denials, sessions),
-                DEBUG.name: DebugApi(self.node, self.offline, sessions, svids, clock),
-                DELEGATED.name: DelegatedApi(
-                    entitlement, workloads, sessions, svids, cache, delegates=settings.authorized_delegates
-                ),
-            },
-            for_delegates=bool(settings.authorized_delegates) and not is_private,
-            is_private=is_private,
+        self._tokens = TokenStream(upstream, workloads.check)
+        self.doors = Doors(
+            settings,
+            Inside(
+                node=self.node,
+                upstream=upstream,
+                tokens=self._tokens,
+                cache=cache,
+                strengths=strengths,
+                workloads=workloads,
+                sessions=sessions,
+                svids=svids,
+                reports=self.reports,
+                attachments=self.attachments,
+                relay=self.relay,
+                offline=self.offline,
+                clock=clock,
+                on_over=self._over,
+                is_ready=lambda: self.is_ready,
+                health={IDENTITY: lambda: self.node.tls is not None, CONNECTION: lambda: self.sync.is_online},
+            ),
         )
 
     def _prepare_offline(self) -> None:
@@ -364,22 +329,14 @@ class Agent:
         self.reports.ended(identities, cause)
 
     def _over(self, session_ids: frozenset[str]) -> None:
-        for session in self.sessions:
-            gone = [one for one in session.identities.values() if one.id in session_ids]
-            for identity in gone:
-                _log.info("session_over", session=identity.id, spiffe_id=str(identity.entry.spiffe_id))
-                del session.identities[identity.entry.id]
-                self.attachments.ended([identity.id])
-            if gone:
-                # Its streams look again, and get a new key under a new session.
-                for bell in session.bells:
-                    bell.ring()
+        self.attachments.ended([identity.id for identity in self.sessions.let_go(session_ids)])
 
     def _connected(self) -> None:
         self.sync.hurry()
         self.node.hurry()
 
     def _online(self) -> None:
+        self._introduction.again()
         held = [identity for session in self.sessions for identity in session.identities.values()]
         self.reports.again(held)
         for identity in held:
@@ -401,15 +358,6 @@ class Agent:
             self._dialer.reconnect()
         self.node.refused(error)
         self.offline.unheard()
-
-
-def _secret_names(chosen: SdsSettings) -> SecretNames:
-    return SecretNames(
-        chosen.default_svid_name,
-        chosen.default_bundle_name,
-        chosen.default_all_bundles_name,
-        chosen.disable_spiffe_cert_validation,
-    )
 
 
 def _unsafe_trust_anybody(chain: tuple[bytes, ...]) -> None:

@@ -19,6 +19,7 @@ from broker._proto.spire.api.server.agent.v1 import agent_pb2
 from broker._proto.spire.api.types import x509svid_pb2
 from broker.agent.backoff import Backoff
 from broker.agent.identity_file import IdentityFile, StoredIdentity
+from broker.agent.kept import Kept
 from broker.agent.node_attestation import csr, fetch_bundle, judged, prove
 from broker.agent.signing import MAX_LIFETIME
 from broker.agent.upstream import RPC_TIMEOUT, Upstream, answered
@@ -68,6 +69,8 @@ class NodeIdentity:
         """``bundle`` None: nobody is trusted yet (insecure bootstrap), or only what is stored is."""
         self.trust_domain = trust_domain
         self._store = store
+        self._kept = Kept(store)
+        self._writing: set[asyncio.Task[None]] = set()
         self._attestor = attestor
         self._clock = clock
         self._on_change = on_change
@@ -149,7 +152,7 @@ class NodeIdentity:
         return True
 
     def follow(self, bundle: Bundle, tainted: frozenset[x509.Certificate] = frozenset()) -> None:
-        """Take over the trust domain's bundle as the server tells it over a verified connection, and store it.
+        """Take over the trust domain's bundle as the server tells it over a verified connection, and have it stored.
 
         An SVID of ours whose authority is ``tainted``, or gone, is renewed at once.
         """
@@ -208,7 +211,7 @@ class NodeIdentity:
         self._on_change()
 
     def _drop(self) -> None:
-        self._store.remove()
+        self._kept.forget()
         self._tls = self._svid = self._renew_at = self.last_id = None
 
     async def keep(self, upstream: Upstream, chance: Callable[[], float]) -> None:
@@ -289,11 +292,23 @@ class NodeIdentity:
     def _keep(self) -> None:
         if self._tls is None or self._bundle is None:
             return
+        writing = asyncio.get_running_loop().create_task(
+            self._write(StoredIdentity(self._tls, self._bundle, self._reattestable)), name="identity-file"
+        )
+        self._writing.add(writing)
+        writing.add_done_callback(self._writing.discard)
+
+    async def _write(self, identity: StoredIdentity) -> None:
         try:
-            self._store.store(StoredIdentity(self._tls, self._bundle, self._reattestable))
+            await self._kept.save(identity)
         except OSError as error:
             # Served all the same: only a restart would need a new token.
             _log.error("identity_not_stored", reason=error.strerror or "")
+
+    async def settle(self) -> None:
+        """Wait until what is to be stored is on the disk, or is said not to be."""
+        while self._writing:
+            await asyncio.wait(self._writing)
 
 
 async def join(node: NodeIdentity, upstream: Upstream, on_failure: Callable[[], None] = lambda: None) -> None:

@@ -14,7 +14,7 @@ from broker.agent.wire import ToldBundle
 from broker.registry import Decision, Entry, EntryIndex, Vouched, oldest_of_each_hint
 from broker.registry.matching import everything_is_vouched_for
 from broker.spiffe import Bundle, BundleSet, Selector, TrustDomain, X509Svid
-from broker.spiffe.revocation import read_crls
+from broker.spiffe.revocation import NOTHING, read_crls
 
 
 @dataclass(slots=True, eq=False)
@@ -52,6 +52,7 @@ class EstateCache:
         self.is_partial = False  # whether there may be entries that are not here
         self._index = EntryIndex(vouched=vouched)
         self._bundles = BundleSet()
+        self._own: Bundle | None = None
         self._told: dict[TrustDomain, ToldBundle] = {}
         self.crls: tuple[bytes, ...] = ()  # of the own trust domain's X.509 authorities, in DER
         self._bells: set[Bell] = set()
@@ -75,12 +76,13 @@ class EstateCache:
     @property
     def own_bundle(self) -> Bundle | None:
         """The bundle of the agent's own trust domain."""
-        return self._bundles.get(self.trust_domain)
+        return self._own
 
     def is_tainted(self, authority: object) -> bool:
         """Say whether the server wants nothing signed by this own authority in use."""
         told = self._told.get(self.trust_domain)
-        return told is not None and authority in told.tainted
+        # Nearly always there is none, and a certificate's hash is made of all its fields.
+        return told is not None and bool(told.tainted) and authority in told.tainted
 
     def is_tainted_kid(self, kid: str) -> bool:
         """Say the same of a JWT authority's key ID."""
@@ -132,8 +134,8 @@ class EstateCache:
 
     def is_revoked(self, svid: X509Svid) -> bool:
         """Say whether an own SVID is on a revocation list."""
-        own = self.own_bundle
-        return own is not None and own.revoked.names_any((*svid.chain, svid.authority))
+        own = self._own
+        return own is not None and own.revoked is not NOTHING and own.revoked.names_any((*svid.chain, svid.authority))
 
     def replace(self, entries: Iterable[Entry], bundles: Iterable[ToldBundle], crls: Sequence[bytes] = ()) -> None:
         """Put a snapshot in the place of everything; raises InvalidBundle for a revocation list that is none."""
@@ -233,6 +235,7 @@ class EstateCache:
 
     def _changed(self, entries: list[Entry] | None) -> None:
         self.version += 1
+        self._own = self._bundles.get(self.trust_domain)
         if entries is None:
             self._written.clear()
         for bell in self._bells:

@@ -5,13 +5,13 @@ nothing of before reaches the disk any more, whatever was under way.
 """
 
 import asyncio
-import threading
 from collections.abc import Callable
 from datetime import datetime
 from typing import Final
 
 from broker.agent.cache import Bell, EstateCache
 from broker.agent.estate_file import EstateFile, KeptEstate, worth_keeping
+from broker.agent.kept import Kept
 from broker.agent.svids import SvidKeeper
 from broker.clock import Clock
 from broker.spiffe import SpiffeId
@@ -43,8 +43,7 @@ class Keeping:
         self._agent_id = agent_id
         self._heard_at = heard_at
         self._bell = Bell()
-        self._writing = threading.Lock()
-        self._generation = 0
+        self._kept = Kept(file)
         self._failed = ""
         self.svids: SvidKeeper | None = None
 
@@ -74,7 +73,7 @@ class Keeping:
         if kept is None:
             return
         try:
-            await asyncio.to_thread(self._store, kept, self._generation)
+            await self._kept.save(kept)
             self._failed = ""
         except OSError as error:
             reason = error.strerror or type(error).__name__
@@ -86,12 +85,7 @@ class Keeping:
 
     def forget(self) -> None:
         """Delete the file: this agent may serve nobody."""
-        self._generation += 1
-        if self._writing.acquire(blocking=False):
-            try:
-                self._file.remove()
-            finally:
-                self._writing.release()
+        self._kept.forget()
 
     def _now(self) -> KeptEstate | None:
         agent_id, heard_at = self._agent_id(), self._heard_at()
@@ -101,12 +95,3 @@ class Keeping:
         entries, is_partial = worth_keeping(self._cache.entries, (one.entry_id for one in spares))
         is_partial = is_partial or self._cache.is_partial
         return KeptEstate(agent_id, heard_at, entries, self._cache.told, spares, is_partial, self._cache.crls)
-
-    def _store(self, kept: KeptEstate, generation: int) -> None:
-        """In a thread of its own: what was forgotten meanwhile is not left behind."""
-        with self._writing:
-            if generation == self._generation:
-                self._file.store(kept)
-        if generation != self._generation:
-            with self._writing:
-                self._file.remove()

@@ -17,6 +17,7 @@ from broker._proto.service import ServiceBinding, handler, service_names
 from broker._proto.spiffe import workload_pb2
 from broker._proto.spire.api.agent.debug.v1 import debug_pb2
 from broker._proto.spire.api.agent.delegatedidentity.v1 import delegatedidentity_pb2
+from broker._proto.spire.api.agent.logger.v1 import logger_pb2
 from broker.agent.api import reflection
 from broker.agent.api.health import HealthApi
 from broker.agent.denials import NO_USER, Denials
@@ -40,6 +41,7 @@ HEALTH: Final = ServiceBinding.of(health_pb2.DESCRIPTOR, "Health")
 SDS: Final = ServiceBinding.of(sds_pb2.DESCRIPTOR, "SecretDiscoveryService")
 DELEGATED: Final = ServiceBinding.of(delegatedidentity_pb2.DESCRIPTOR, "DelegatedIdentity")
 DEBUG: Final = ServiceBinding.of(debug_pb2.DESCRIPTOR, "Debug")
+LOGGER: Final = ServiceBinding.of(logger_pb2.DESCRIPTOR, "Logger")
 
 WITHOUT_HEADER: Final = frozenset(
     method.path for binding in (HEALTH, SDS, reflection.V1, reflection.V1ALPHA) for method in binding.methods.values()
@@ -126,7 +128,11 @@ class PublicSocket:
     async def start(self) -> None:
         """Serve; raises Misconfigured where the socket cannot be made safely."""
         await self._grpc.start()
-        await self._listener.start()
+        try:
+            await self._listener.start()
+        except BaseException:
+            await self._grpc.stop(0)
+            raise
 
     async def stop(self, grace: float) -> None:
         """Take no more callers, let calls end for ``grace`` seconds, then end them."""
@@ -168,13 +174,13 @@ class AdminSocket:
     ) -> None:
         """``private``: for the gRPC socket, for this alone. Made after the public socket.
 
-        ``services``: an object per full service name of ADMIN, DEBUG and DELEGATED. ``for_delegates``: whether other users
+        ``services``: an object per full service name of ADMIN, DEBUG, LOGGER and DELEGATED. ``for_delegates``: whether other users
         may connect. ``is_private``: whether the socket lies in the private directory.
         """
         index: CallerIndex[AdminCaller] = CallerIndex()
         self._workloads = workloads
         self._for_delegates = for_delegates
-        bindings = (ADMIN, DEBUG, DELEGATED)
+        bindings = (ADMIN, DEBUG, LOGGER, DELEGATED)
         access = {
             method.path: _anybody if binding is DELEGATED else require_operator
             for binding in bindings
@@ -218,7 +224,11 @@ class AdminSocket:
     async def start(self) -> None:
         """Serve; raises Misconfigured where the socket cannot be made safely."""
         await self._grpc.start()
-        await self._listener.start()
+        try:
+            await self._listener.start()
+        except BaseException:
+            await self._grpc.stop(0)
+            raise
 
     async def stop(self, grace: float) -> None:
         """Take no more callers, let calls end for ``grace`` seconds, then end them."""

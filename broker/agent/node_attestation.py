@@ -15,8 +15,8 @@ from broker._proto.spire.api.server.bundle.v1 import bundle_pb2
 from broker._proto.spire.api.types import attestation_pb2
 from broker.agent import wire
 from broker.agent.upstream import RPC_TIMEOUT, Upstream, answered
-from broker.attestation.contract import NodeAgentAttestor
-from broker.errors import InvalidSvid, NotAttested, Refused, Unavailable
+from broker.attestation.contract import AttestorFailed, AttestorUnavailable, Evidence, NodeAgentAttestor
+from broker.errors import InvalidSvid, Misconfigured, NotAttested, Refused, Unavailable
 from broker.spiffe import Bundle, BundleSet, TrustDomain, X509Svid, verify_x509_svid
 from broker.transport.rpc_errors import from_rpc_error
 
@@ -27,7 +27,7 @@ async def prove(
     upstream: Upstream, attestor: NodeAgentAttestor, key: ec.EllipticCurvePrivateKey
 ) -> tuple[str, agent_pb2.AttestAgentResponse.Result]:
     """Attest with fresh evidence; give its type and what the server answers. Raises BrokerError."""
-    evidence = await attestor.evidence()
+    evidence = await _evidence(attestor)
     params = agent_pb2.AttestAgentRequest.Params(
         data=attestation_pb2.AttestationData(type=evidence.type, payload=evidence.payload),
         params=agent_pb2.AgentX509SVIDParams(csr=csr(key)),
@@ -39,6 +39,17 @@ async def prove(
         raise from_rpc_error(error) from error
     except TimeoutError:
         raise Unavailable("the server did not answer the attestation in time") from None
+
+
+async def _evidence(attestor: NodeAgentAttestor) -> Evidence:
+    try:
+        return await attestor.evidence()
+    except AttestorUnavailable:
+        raise
+    except AttestorFailed as error:
+        # It is this node's own: a token, a file or a device that is not there or cannot be read.
+        hint = error.hint or f"see [agent.attestors.node.{attestor.name}]"
+        raise Misconfigured(error.message, code=error.reason, hint=hint) from error
 
 
 async def _converse(

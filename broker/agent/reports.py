@@ -25,6 +25,7 @@ MAX_REPORT: Final = 2000  # sessions in one request: some 300 bytes each, far be
 MAX_ENDED: Final = 100_000  # untold ends kept while the server is away; above that it learns by expiry
 
 REFUSALS_EVERY: Final = 10.0  # seconds in which refusals are summed up
+LEAF_PAUSE: Final = 0.003  # seconds before a new leaf is told of: its process has it first
 BEAT: Final = 10.0  # seconds between two reports, until the server has said how soon an agent is missed
 BEATS_IN_LEASE: Final = 3  # reports in the time after which the server takes the agent for lost
 BEAT_SHORTEST: Final = 0.3
@@ -81,6 +82,7 @@ class SessionReports:
         self._refused: Counter[tuple[str, int]] = Counter()
         self._are_refusals_due = False
         self._refusals_timer: asyncio.TimerHandle | None = None
+        self._leaves_timer: asyncio.TimerHandle | None = None
         self._news = asyncio.Event()
         self._telling = asyncio.Lock()
         self._news.set()
@@ -88,6 +90,11 @@ class SessionReports:
     def leaf(self, identity: Identity) -> None:
         """An identity holds a new leaf."""
         self._current[identity.id] = session_message(identity, self.run_id)
+        if self._leaves_timer is None:
+            self._leaves_timer = asyncio.get_running_loop().call_later(LEAF_PAUSE, self._leaves_are_due)
+
+    def _leaves_are_due(self) -> None:
+        self._leaves_timer = None
         self._news.set()
 
     def ended(self, identities: Iterable[Identity], cause: SessionEnd) -> None:

@@ -9,7 +9,7 @@ random bits, never used twice. Knows no attestors and no wire.
 import asyncio
 import secrets
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -222,6 +222,19 @@ class Sessions:
             session.process.close()
         for bell in session.bells:
             bell.ring()
+
+    def let_go(self, session_ids: frozenset[str]) -> Sequence[Identity]:
+        """Take away the identities whose workload sessions the server calls over; gives them. Their streams get others."""
+        gone = []
+        for session in self:
+            over = [one for one in session.identities.values() if one.id in session_ids]
+            for identity in over:
+                _log.info("session_over", session=identity.id, spiffe_id=str(identity.entry.spiffe_id))
+                del session.identities[identity.entry.id]
+            for bell in session.bells if over else ():
+                bell.ring()
+            gone += over
+        return gone
 
     def end_all(self) -> None:
         """End every session, as the agent stops."""

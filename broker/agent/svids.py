@@ -31,7 +31,7 @@ OFFLINE_TRY: Final = 1.0  # seconds that a new session waits for a server that i
 ONLINE_PAUSE: Final = 0.1  # seconds before a server that is heard is asked again
 X509_REFRESH: Final = 1.0  # seconds that a caller waits for a younger X.509-SVID while each older one is still valid
 X509_MISSING: Final = 10.0  # seconds for one that is not there at all, while others are
-JWT_REFRESH: Final = 1.0  # seconds that a caller waits for a younger token while an older one is still valid
+JWT_REFRESH: Final = 0.8  # seconds that a caller waits for a younger token while an older one is valid: no second
 
 _log = get_logger("agent.svids")
 

@@ -24,6 +24,8 @@ T = TypeVar("T")
 QUICK_FAILURE: Final = 1.0  # seconds: a failure that took longer was no mere change of connections
 RECONNECT_PAUSE: Final = 0.05
 MAX_ATTEMPTS: Final = 4  # of one call: the agent's SVID and the server's may change one after the other
+NOT_AN_AGENT: Final = "access_denied"
+"""What our server says to a connection without a role."""
 RPC_TIMEOUT: Final = 30.0  # seconds: a server that accepts and never answers must not hold anything for longer
 
 AGENT: Final = ServiceBinding.of(agent_pb2.DESCRIPTOR, "Agent")
@@ -95,4 +97,14 @@ async def answered(call: Awaitable[T]) -> T:
     try:
         return await call
     except grpc.aio.AioRpcError as error:
-        raise from_rpc_error(error) from error
+        meant = from_rpc_error(error)
+        # All that an agent calls is open to agents: this connection was made by one that has no SVID (any more).
+        raise _unidentified() if meant.reason == NOT_AN_AGENT else meant from error
+
+
+def _unidentified() -> Unavailable:
+    return Unavailable(
+        "the agent has no identity at its server at this moment",
+        code="agent_unidentified",
+        hint="it joins again by itself, unless the server wants it no more: broker agent health",
+    )

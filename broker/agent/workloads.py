@@ -180,7 +180,6 @@ class Workloads:
 
     async def _attest(self, caller: Caller) -> None:
         process = caller.process
-        process.still_same()
         with suppress(NotAttested):
             caller.executable = process.link("exe")
         session = self._sessions.of(process)
@@ -192,6 +191,7 @@ class Workloads:
             await asyncio.wait([asking])
             if not asking.cancelled():
                 caller.answers = asking.result()
+                process.still_same()
                 combined(caller.answers)
             session = self._sessions.of(process)
         if session is None:
@@ -212,9 +212,9 @@ class Workloads:
         answers: tuple[Answer, ...] = ()
         try:
             caller.answers = answers = await self.describe(process)
-            selectors = combined(answers)
-            # Whatever the attestors looked at was this process only if it still is.
+            # Whatever the attestors looked at, and failed at, was this process only if it still is.
             process.still_same()
+            selectors = combined(answers)
             if caller.is_closed:
                 return None
             session = self._sessions.start(process, selectors)

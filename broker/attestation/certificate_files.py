@@ -1,4 +1,4 @@
-"""Certificates that an operator put into files for the tpm attestor: the makers' authorities, an endorsement key's own."""
+"""Certificates that an operator put into files for node attestors: of authorities, of a node, of a TPM's own key."""
 
 from pathlib import Path
 from typing import Final
@@ -17,7 +17,7 @@ _PEM: Final = b"-----BEGIN CERTIFICATE-----"
 
 def read_authorities(path: Path) -> list[x509.Certificate]:
     """Read the makers' authorities from a directory of PEM and DER files, or one; raises Misconfigured where there is none."""
-    found = [certificate for file in _files(path) for certificate in _authorities_of(file)]
+    found = [certificate for file in _files(path) for certificate in authorities_of(file)]
     if not found:
         raise Misconfigured(f"ca_path {path} holds no certificate", hint="put the makers' authorities there")
     return found
@@ -36,9 +36,10 @@ def _files(path: Path) -> list[Path]:
     return files
 
 
-def _authorities_of(file: Path) -> list[x509.Certificate]:
+def authorities_of(file: Path) -> list[x509.Certificate]:
+    """Read authorities from one file, PEM or DER; raises Misconfigured for anything else in it."""
     try:
-        content = _content(file)
+        content = content_of(file)
         pem = _PEM in content
         found = x509.load_pem_x509_certificates(content) if pem else [x509.load_der_x509_certificate(content)]
         for certificate in found:
@@ -53,7 +54,7 @@ def _authorities_of(file: Path) -> list[x509.Certificate]:
 def read_certificate(path: Path) -> bytes:
     """Read one endorsement key's certificate, PEM or DER, giving DER; raises AttestorFailed."""
     try:
-        content = _content(path)
+        content = content_of(path)
         if _PEM not in content:
             return content
         (certificate,) = x509.load_pem_x509_certificates(content)
@@ -64,7 +65,8 @@ def read_certificate(path: Path) -> bytes:
         raise AttestorFailed(f"{path} does not hold one certificate", code="ek_certificate_malformed") from None
 
 
-def _content(path: Path) -> bytes:
+def content_of(path: Path) -> bytes:
+    """Read a file of certificates, or a key; raises OSError, and ValueError where it is too long."""
     with path.open("rb") as file:
         content = file.read(MAX_FILE + 1)
     if len(content) > MAX_FILE:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 from typing import Final
 
 from broker.attestation.contract import AttestorFailed
@@ -111,6 +112,7 @@ _DEVICE: Final = re.compile("([0-9]{1,4}):([0-9]{1,7})")  # 12 and 20 bits (linu
 _ESCAPE: Final = re.compile(r"\\([0-7]{3})")
 
 
+@lru_cache(maxsize=32)
 def parse_cgroups(text: bytes) -> tuple[Cgroup, ...]:
     """Read ``/proc/<pid>/cgroup`` (cgroups(7)); raises ``AttestorFailed``."""
     lines = _decoded(text).split("\n")
@@ -122,6 +124,7 @@ def parse_cgroups(text: bytes) -> tuple[Cgroup, ...]:
     return found
 
 
+@lru_cache(maxsize=1)  # they hardly change, and some hundred lines are read for each container
 def parse_cgroup_mounts(mountinfo: bytes) -> tuple[CgroupMount, ...]:
     """Read the control group hierarchies out of ``/proc/self/mountinfo`` (proc(5)); raises ``AttestorFailed``.
 
@@ -172,9 +175,9 @@ def outside_namespace() -> AttestorFailed:
 
 
 def _cgroup(line: str) -> Cgroup:
-    number, first, rest = line.partition(":")
-    names, second, path = rest.partition(":")
-    if not first or not second or not path.startswith("/") or re.fullmatch("[0-9]{1,10}", number) is None:
+    number, _, rest = line.partition(":")
+    names, _, path = rest.partition(":")
+    if not path.startswith("/") or re.fullmatch("[0-9]{1,10}", number) is None:
         raise _unreadable()
     if len(path) > MAX_PATH:
         raise _unreadable()

@@ -7,9 +7,10 @@ and no selectors.
 """
 
 import os
+import select
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from broker.attestation.cgroups import (
@@ -30,30 +31,55 @@ from broker.attestation.contract import AttestorFailed
 ROOT: Final = 0
 MAX_KERNEL_FILE: Final = 16 << 20  # a busy node has some thousand mounts of some hundred bytes
 WRITABLE_BY_OTHERS: Final = 0o022
+_PART: Final = 64 * 1024  # bytes of one read
 _MEMBERSHIP: Final = ("cgroup.procs", "cgroup.threads", "tasks")  # who may write these may move a process in
 
 
-def _read(path: str) -> bytes:
-    with open(path, "rb") as kernel_file:  # noqa: PTH123 - a kernel file
-        data = kernel_file.read(MAX_KERNEL_FILE + 1)
-    if len(data) > MAX_KERNEL_FILE:
-        raise AttestorFailed("a kernel file is too long", code="cgroup_unreadable")
-    return data
+class OwnMounts:
+    """The agent's own mounts, read again once the kernel says that they are others: a busy node has thousands."""
 
+    def __init__(self) -> None:
+        self._fd = -1
+        self._changes = select.poll()
+        self._text = b""
 
-def _own_mountinfo() -> bytes:
-    return _read("/proc/self/mountinfo")
+    def __call__(self) -> bytes:
+        """Give ``/proc/self/mountinfo`` as it is now. Raises ``OSError`` and ``AttestorFailed``."""
+        if self._fd < 0:
+            self._fd = os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
+            self._changes.register(self._fd, select.POLLPRI)
+        # Asked before it is read: what changes meanwhile is told the next time.
+        if self._changes.poll(0) or not self._text:
+            self._text = b""
+            os.lseek(self._fd, 0, os.SEEK_SET)
+            self._text = _read(self._fd)
+        return self._text
 
 
 def _cgroup_of(pid: int) -> bytes:
-    return _read(f"/proc/{pid}/cgroup")
+    fd = os.open(f"/proc/{pid}/cgroup", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return _read(fd)
+    finally:
+        os.close(fd)
+
+
+def _read(fd: int) -> bytes:
+    parts: list[bytes] = []
+    left = MAX_KERNEL_FILE
+    while left > 0 and (part := os.read(fd, min(left, _PART))):
+        parts.append(part)
+        left -= len(part)
+    if left <= 0:
+        raise AttestorFailed("a kernel file is too long", code="cgroup_unreadable")
+    return b"".join(parts)
 
 
 @dataclass(frozen=True, slots=True)
 class Node:
     """Where this machine is asked: the agent's own mounts, the control groups of a pid, and root's number."""
 
-    mountinfo: Callable[[], bytes] = _own_mountinfo
+    mountinfo: Callable[[], bytes] = field(default_factory=OwnMounts)
     cgroup_of: Callable[[int], bytes] = _cgroup_of
     root: int = ROOT
 

@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 from urllib.parse import urlsplit
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from typing_extensions import override
 
 from broker.attestation.kubernetes import (
     Fault,
@@ -27,6 +25,7 @@ from broker.attestation.kubernetes import (
     trusting,
     trusting_the_public,
 )
+from broker.spiffe.strictyaml import read_yaml
 
 MAX_KUBECONFIG: Final = 1 << 18  # bytes; a cluster and a user with their certificates have some 6 KiB
 MAX_DEPTH: Final = 16  # a kubeconfig nests four deep, the extensions in it a little more
@@ -76,7 +75,7 @@ class _User(_File):
 def read_kubeconfig(path: Path, max_answer: int) -> Server:
     """Read the file, and those that it names, relative to it as kubectl does. Raises :class:`Fault`."""
     with reading_credentials(_HINT):
-        whole = _parsed(read_file(path, MAX_KUBECONFIG))
+        whole = read_yaml(read_file(path, MAX_KUBECONFIG).decode(), max_depth=MAX_DEPTH)
         context = _entry(whole, "context", whole["current-context"])
         cluster, user = _entry(whole, "cluster", context["cluster"]), _entry(whole, "user", context["user"])
         return _server(_known(_Cluster, cluster), _known(_User, user), path.parent, max_answer)
@@ -124,38 +123,3 @@ def _data(encoded: str, path: Path | None, below: Path) -> bytes:
     if encoded:
         return base64.b64decode(encoded, validate=True)
     return b"" if path is None else read_file(below / path)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML with one meaning for one text: what JSON could say."""
-
-    _depth = 0
-
-    @override
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("an alias")
-        self._depth += 1
-        if self._depth > MAX_DEPTH:
-            raise yaml.YAMLError("too deep")
-        node = super().compose_node(parent, index)
-        self._depth -= 1
-        return node
-
-    @override
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [name.value for name, _ in node.value]
-        if len(set(names)) != len(names) or any(name.tag != "tag:yaml.org,2002:str" for name, _ in node.value):
-            raise yaml.YAMLError("a name twice, or one that is no text")
-        return super().construct_mapping(node, deep)
-
-
-def _parsed(text: bytes) -> Any:
-    try:
-        loader = _Loader(text.decode("utf-8"))
-        try:
-            return loader.get_single_data()
-        finally:
-            loader.dispose()
-    except yaml.YAMLError:
-        raise ValueError("not YAML") from None

@@ -20,7 +20,7 @@ from typing import Final, Literal, TypeAlias, TypeVar, cast
 
 from pydantic import BaseModel, ValidationError
 
-from broker.attestation.runtime_socket import Deadline
+from broker.attestation.reads import Deadline
 from broker.errors import Invalid
 from broker.spiffe.strictjson import loads
 

@@ -43,7 +43,7 @@ class Metadata(KubernetesObject):
 
 
 class PodSpec(KubernetesObject):
-    """What was wanted. A static pod has no service account."""
+    """What was wanted. A static pod has no service account; kubelets before 1.34 repeat what its file says."""
 
     service_account: str = Field(default="", alias="serviceAccountName")
     node_name: str = Field(default="", alias="nodeName")

@@ -192,12 +192,16 @@ def _open_directory(pid: int) -> int:
 
 def _require_number(pidfd: int, pid: int) -> None:
     """The pidfd's own number, in the namespace of this ``/proc``, must be the one that we opened."""
-    with open(f"/proc/self/fdinfo/{pidfd}", "rb") as info:  # noqa: PTH123 - a kernel file
-        for line in info:
-            if line.startswith(b"Pid:"):
-                if int(line[4:]) != pid:
-                    raise NotAttested("the process is gone", code="process_gone")
-                return
+    info = os.open(f"/proc/self/fdinfo/{pidfd}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        lines = os.read(info, _ONE_READ)  # a handful of lines, written in one piece
+    finally:
+        os.close(info)
+    for line in lines.split(b"\n"):
+        if line.startswith(b"Pid:"):
+            if int(line[4:]) != pid:
+                raise NotAttested("the process is gone", code="process_gone")
+            return
     raise NotAttested("the kernel does not say whose pidfd this is")
 
 

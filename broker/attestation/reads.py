@@ -10,6 +10,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Generic, TypeVar
 
@@ -23,6 +24,21 @@ KEPT_THREADS = 2  # that wait for the next read: to start one costs more than mo
 REST = 1.0  # seconds after which the others that have nothing to do may go
 Abandoned = Callable[[], bool]
 _Jobs = SimpleQueue[Callable[[], None] | None]  # None: one thread may go
+
+
+@dataclass(frozen=True, slots=True)
+class Deadline:
+    """When a read should stop: at a monotonic time, or when nobody waits any more."""
+
+    until: float
+    abandoned: Abandoned
+
+    def left(self) -> float:
+        """Give the seconds left, more than none; raises ``TimeoutError``."""
+        seconds = self.until - SystemClock().monotonic()
+        if seconds <= 0 or self.abandoned():
+            raise TimeoutError
+        return seconds
 
 
 class BlockingReads:

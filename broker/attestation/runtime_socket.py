@@ -1,76 +1,35 @@
 """Asks a container runtime over its Unix socket: HTTP/1.1, one question a connection, no redirects.
 
-The socket itself must belong to the runtime's user and so must the process that serves it. Every read has a deadline
-and a budget. Blocks: for a thread of ``BlockingReads``. Knows no runtime, and does not read what the answers mean.
+The socket itself must belong to the runtime's user and so must the process that serves it. An answer has a budget; who
+asks gives it a time-out. Waits on the event loop, and not in a thread: many ask at once, and each waits for another process.
+Knows no runtime, and does not read what the answers mean.
 """
 
-import http.client
-import io
+import asyncio
+import http
 import os
 import socket
 import stat
 import struct
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, cast
+from typing import Final
 
-from typing_extensions import override
+import httptools
 
 from broker.attestation.contract import AttestorFailed, AttestorUnavailable
-from broker.attestation.reads import Abandoned
-from broker.clock import SystemClock
-
-if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
+from broker.attestation.reads import BlockingReads
 
 MAX_ANSWER: Final = 1 << 20  # bytes of a body; an inspection has some 6 KiB
 MAX_HEAD: Final = 1 << 16  # bytes beside the body
+MAX_HEADERS: Final = 100  # a runtime sends ten
+_CHUNK: Final = 1 << 16  # bytes of one read
 _PEER: Final = struct.Struct("iII")  # struct ucred: pid, uid, gid
+_QUEUE_PAUSE: Final = 0.005  # seconds until a runtime whose queue is full is tried again
+_FRAMING: Final = frozenset({b"content-length", b"transfer-encoding"})
 
 
 class NotThere(Exception):
     """The runtime answered 404."""
-
-
-@dataclass(frozen=True, slots=True)
-class Deadline:
-    """When to stop: at a monotonic time, or when nobody waits any more."""
-
-    until: float
-    abandoned: Abandoned
-
-    def left(self) -> float:
-        """Give the seconds left, more than none; raises ``TimeoutError``."""
-        seconds = self.until - SystemClock().monotonic()
-        if seconds <= 0 or self.abandoned():
-            raise TimeoutError
-        return seconds
-
-
-class _Answer(io.RawIOBase):
-    """A connection's bytes, each read bounded by the deadline and all of them by a budget."""
-
-    def __init__(self, connection: socket.socket, deadline: Deadline) -> None:
-        super().__init__()
-        self._connection = connection
-        self._deadline = deadline
-        self._budget = MAX_ANSWER + MAX_HEAD
-
-    @override
-    def readable(self) -> bool:
-        return True
-
-    @override
-    def readinto(self, buffer: "WriteableBuffer") -> int:
-        if self._budget <= 0:
-            raise AttestorFailed("the runtime's answer is too long", code="runtime_answer")
-        self._connection.settimeout(self._deadline.left())
-        count = self._connection.recv_into(memoryview(buffer)[: self._budget])
-        self._budget -= count
-        return count
-
-    def makefile(self, mode: str) -> io.BufferedReader:
-        """Give what ``http.client`` asks of a socket."""
-        return io.BufferedReader(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,36 +39,62 @@ class RuntimeSocket:
     path: str
     owner: int
     prefix: str = ""  # of every path: the version of the interface
+    reads: BlockingReads | None = None  # to look at a path that its user arranges, and may have made hang
 
-    def get(self, path: str, deadline: Deadline) -> bytes:
-        """Give the body of a 200. ``path`` is ASCII. Raises ``NotThere`` for 404 and ``AttestorFailed`` for all else."""
+    async def get(self, path: str) -> bytes:
+        """Give the body of a 200. ``path`` is ASCII. Raises ``NotThere`` for 404 and ``AttestorFailed`` for all else.
+
+        Waits for as long as it is let: under a time-out of the caller's.
+        """
+        request = f"GET {self.prefix}{path} HTTP/1.1\r\nHost: runtime\r\nAccept: application/json\r\nConnection: close\r\n\r\n"
+        loop = asyncio.get_running_loop()
         try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as connection:
-                connection.settimeout(deadline.left())
-                self._connect(connection)
-                connection.sendall(
-                    f"GET {self.prefix}{path} HTTP/1.1\r\nHost: runtime\r\nAccept: application/json\r\n"
-                    "Connection: close\r\n\r\n".encode("ascii")
-                )
-                return _body(_Answer(connection, deadline))
-        except TimeoutError:
-            raise late() from None
-        except (OSError, http.client.HTTPException):
+            with await self._connected() as connection:
+                await loop.sock_sendall(connection, request.encode("ascii"))
+                answer = _Answer()
+                while not answer.is_whole:
+                    answer.take(await loop.sock_recv(connection, _CHUNK))
+                return answer.body()
+        except TimeoutError:  # an OSError, too
+            raise
+        except (OSError, httptools.HttpParserError):
             # The text of either could hold a piece of the answer.
             raise AttestorUnavailable(
                 "the container runtime cannot be asked", code="runtime_unreachable", hint="check its socket's path"
             ) from None
 
-    def _connect(self, connection: socket.socket) -> None:
+    async def _connected(self) -> socket.socket:
+        while True:
+            # One that nobody waits for any more when its thread is done closes with its last reference.
+            dialled = (
+                self._dialled() if self.reads is None else await self.reads.run(self.owner, lambda _: self._dialled())
+            )
+            if dialled is not None:
+                return dialled
+            await asyncio.sleep(_QUEUE_PAUSE)
+
+    def _dialled(self) -> socket.socket | None:
+        """Connect, to whom it should be; None: its queue is full."""
         held = os.open(self.path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             state = os.fstat(held)
             if not stat.S_ISSOCK(state.st_mode) or state.st_uid != self.owner:
                 raise self._not_trusted()
-            # Through the descriptor: what was looked at is what is connected to.
-            connection.connect(f"/proc/self/fd/{held}")
+            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+            try:
+                # Through the descriptor: what was looked at is what is connected to.
+                connection.connect(f"/proc/self/fd/{held}")
+                self._require_served(connection)
+            except BaseException as error:
+                connection.close()
+                if isinstance(error, BlockingIOError):
+                    return None
+                raise
         finally:
             os.close(held)
+        return connection
+
+    def _require_served(self, connection: socket.socket) -> None:
         _, uid, _ = _PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
         if uid != self.owner:
             raise self._not_trusted()
@@ -122,19 +107,66 @@ class RuntimeSocket:
         )
 
 
-def _body(answer: _Answer) -> bytes:
-    response = http.client.HTTPResponse(cast("socket.socket", answer), method="GET")
-    response.begin()
-    if response.status == http.HTTPStatus.NOT_FOUND:
-        raise NotThere
-    if response.status != http.HTTPStatus.OK:
-        is_its_fault = response.status >= http.HTTPStatus.INTERNAL_SERVER_ERROR
-        failure = AttestorUnavailable if is_its_fault else AttestorFailed
-        raise failure(f"the container runtime answered {response.status}", code="runtime_answer")
-    body = response.read(MAX_ANSWER + 1)
-    if len(body) > MAX_ANSWER or response.length:  # a length that is left over: cut short
-        raise AttestorFailed("the runtime's answer is too long or cut short", code="runtime_answer")
-    return body
+class _Answer:
+    """One answer (RFC 9112 section 6): its length, its chunks or the end of the connection say when it is whole."""
+
+    def __init__(self) -> None:
+        self._parser = httptools.HttpResponseParser(self)
+        self._status = 0
+        self._heard = self._length = self._headers = 0
+        self._pieces: list[bytes] = []
+        self._is_framed = False
+        self.is_whole = False
+
+    def take(self, chunk: bytes) -> None:
+        """Take what was read, nothing for the end; raises AttestorFailed or the parser's error."""
+        if not chunk:
+            if not self._status or self._is_framed:
+                raise ConnectionError("cut short")
+            self.is_whole = True
+            return
+        self._heard += len(chunk)
+        try:
+            self._parser.feed_data(chunk)
+        except httptools.HttpParserError:
+            if not self.is_whole:  # what stands behind a whole answer is nobody's
+                raise
+        if self._length > MAX_ANSWER or self._heard > MAX_ANSWER + MAX_HEAD:
+            raise AttestorFailed("the runtime's answer is too long", code="runtime_answer")
+
+    def body(self) -> bytes:
+        """Give the whole body of a 200; raises as :meth:`RuntimeSocket.get` does."""
+        if self._status == http.HTTPStatus.NOT_FOUND:
+            raise NotThere
+        if self._status != http.HTTPStatus.OK:
+            is_its_fault = self._status >= http.HTTPStatus.INTERNAL_SERVER_ERROR
+            failure = AttestorUnavailable if is_its_fault else AttestorFailed
+            raise failure(f"the container runtime answered {self._status}", code="runtime_answer")
+        return b"".join(self._pieces)
+
+    # What the parser calls.
+
+    def on_message_begin(self) -> None:
+        if self.is_whole:
+            raise ValueError("no second answer is read")  # becomes an error of the parser
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        del value
+        self._headers += 1
+        if self._headers > MAX_HEADERS:
+            raise ValueError("too many headers")  # becomes an error of the parser
+        self._is_framed = self._is_framed or name.lower() in _FRAMING
+
+    def on_headers_complete(self) -> None:
+        status = self._parser.get_status_code()
+        self._status = 0 if status == http.HTTPStatus.CONTINUE else status
+
+    def on_body(self, piece: bytes) -> None:
+        self._length += len(piece)
+        self._pieces.append(piece)
+
+    def on_message_complete(self) -> None:
+        self.is_whole = self._status != 0
 
 
 def late() -> AttestorFailed:

@@ -56,8 +56,6 @@ class AttestationKey:
 
 def read_attestation_key(octets: bytes) -> AttestationKey:
     """Read a TPM2B_PUBLIC; raises NotAttested (``evidence_malformed``, ``ak_attributes``, ``ak_algorithm``)."""
-    if len(octets) > MAX_PUBLIC:
-        raise _malformed(f"it has more than {MAX_PUBLIC} bytes")
     outer = _Reader(octets)
     area = outer.sized(MAX_PUBLIC)
     outer.end()

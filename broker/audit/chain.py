@@ -9,7 +9,7 @@ import hashlib
 from dataclasses import dataclass, field
 from typing import Final
 
-from broker.audit.events import Record
+from broker.audit.records import Record
 
 HASH_BYTES: Final = 32
 MAX_SEQ: Final = 2**63 - 1

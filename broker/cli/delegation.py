@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from broker.cli.inputs import read_file, read_text
-from broker.cli.options import DURATION, noun, option, settings
+from broker.cli.options import DURATION, LIFETIME, noun, option, settings
 from broker.cli.output import Column, Shape, moment
 
 SHAPE = Shape(
@@ -45,7 +45,7 @@ COMMAND = noun("delegation", "Delegations that users leave standing, and the use
 @option("--authorization-details", required=True, metavar="JSON|@FILE", help="The most that it permits (RFC 9396).")
 @option("--purpose", required=True, help="What it is for, for the user who looks at it later.")
 @option("--ttl", type=DURATION, required=True, help="How long it stands.")
-@option("--max-task-ttl", type=DURATION, default=0, help="The longest task on it. Default: the server's longest.")
+@option("--max-task-ttl", type=LIFETIME, default=0, help="The longest task on it. Default: the server's longest.")
 @option("--max-hops", type=click.IntRange(min=1), default=1, help="Most agents in one chain. Default: 1.")
 def create(
     *,

@@ -13,9 +13,9 @@ from broker.cli.entry_values import ATTRIBUTES, DEFAULTS, Values
 from broker.cli.inputs import read_file
 from broker.cli.options import DURATION
 from broker.cli.output import timestamp
-from broker.cli.strict_yaml import NotYaml, read_yaml
 from broker.cli.yaml import to_yaml
 from broker.errors import Invalid
+from broker.spiffe.strictyaml import NotYaml, read_yaml
 
 MAX_BYTES: Final = 128 << 20
 """A hundred thousand entries have some 50 MiB."""

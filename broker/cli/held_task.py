@@ -22,6 +22,7 @@ from broker.cli.output import EXIT_INTERRUPTED, EXIT_OK, Format
 from broker.cli.task_rows import SHAPE, row
 from broker.clock import SystemClock
 from broker.errors import Refused
+from broker.sdk import background
 from broker.sdk.feed import FeedState
 from broker.sdk.keeping import Keeper
 from broker.sdk.subscription import FeedSubscription
@@ -139,10 +140,10 @@ async def following(channel: grpc.aio.Channel) -> AsyncIterator[FeedState]:
     try:
         yield feed
     finally:
-        opening.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await opening
-        await subscription.stop()
+        try:
+            await background.end(opening)
+        finally:
+            await subscription.stop()
 
 
 @contextlib.contextmanager

@@ -97,6 +97,10 @@ class Duration(click.ParamType[int]):
 
     name = "duration"
 
+    def __init__(self, least: int = 0) -> None:
+        """``least``: where nothing is not a way to say the default."""
+        self._least = least
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Read it."""
         if isinstance(value, int):
@@ -108,6 +112,8 @@ class Duration(click.ParamType[int]):
         total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
         if total > MAX_SECONDS:
             self.fail("a duration is at most a year", param, ctx)
+        if total < self._least:
+            self.fail(f"{value!r} is too short: leave it out for the default", param, ctx)
         return total
 
 
@@ -146,6 +152,7 @@ def _trust_domain() -> Callable[[str], object]:
 
 
 DURATION = Duration()
+LIFETIME = Duration(least=1)
 SPIFFE_ID = Parsed("spiffe-id", _spiffe_id)
 TRUST_DOMAIN = Parsed("trust-domain", _trust_domain)
 SELECTOR = Parsed("type:value", _selector)
@@ -186,7 +193,7 @@ def _everywhere() -> Iterator[click.Option]:
         return Option(names, spire=spire, expose_value=False, callback=_keep, **attributes)
 
     formats = [one.value for one in Format]
-    yield made("-o", "--output", type=click.Choice(formats), help="How the answer is written.")
+    yield made("-o", "--output", spire=["output"], type=click.Choice(formats), help="How the answer is written.")
     yield made("-q", "--quiet", is_flag=True, help="No talk: data and errors only.")
     yield made("-v", "--verbose", is_flag=True, help="Codes, and the trace of an internal error.")
     yield made("--socket", spire=["socketPath"], metavar="PATH", help="The admin or workload socket to use.")

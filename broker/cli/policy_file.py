@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from broker.cli.inputs import read_file
-from broker.cli.strict_yaml import NotYaml, read_yaml
 from broker.errors import BrokerError, Invalid
 from broker.server.tasks.config import Audience, Audiences
 from broker.server.tasks.policy import bundle as bundles
@@ -14,6 +13,7 @@ from broker.server.tasks.policy.asked import Action, Asked
 from broker.server.tasks.policy.decision import Decision, Effect
 from broker.server.tasks.policy.rules import Rules
 from broker.spiffe import SpiffeId
+from broker.spiffe.strictyaml import NotYaml, read_yaml
 from broker.tasks import Resource
 
 MAX_CASES: Final = 10_000

@@ -9,6 +9,7 @@ from itertools import pairwise, takewhile
 from typing import Final
 
 import click
+from click.shell_completion import CompletionItem
 
 from broker.cli.options import Noun, Settings
 from broker.cli.output import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, Format, report, report_usage
@@ -17,6 +18,7 @@ NOUNS: Final[Mapping[str, tuple[str, str]]] = {
     "agent": ("broker.cli.agent", "The node agent: one here, and all that the server knows."),
     "authority": ("broker.cli.authority", "The keys that sign: seen, and rotated by hand."),
     "bundle": ("broker.cli.bundle", "Trust bundles: the own, and those of other trust domains."),
+    "completion": ("broker.cli.completion", "Completion of nouns, verbs and options in a shell."),
     "config": ("broker.cli.config", "The settings of server and agent."),
     "delegation": ("broker.cli.delegation", "Delegations that users leave standing, and the users themselves."),
     "demo": ("broker.cli.demo", "The whole story with real processes, in seconds."),
@@ -50,6 +52,12 @@ class _Nouns(Noun):
         module = import_module(NOUNS[cmd_name][0])
         command: click.Command = module.COMMAND
         return command
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Complete a noun without importing them all; what begins with a dash is an option."""
+        if incomplete.startswith("-"):
+            return click.Command.shell_complete(self, ctx, incomplete)
+        return [CompletionItem(name, help=text) for name, (_, text) in NOUNS.items() if name.startswith(incomplete)]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Nouns"):

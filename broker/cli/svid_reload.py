@@ -75,7 +75,9 @@ class Reload:
         with contextlib.suppress(ProcessLookupError):
             child.terminate()
         try:
-            await asyncio.wait_for(child.wait(), GRACE)
+            # Not wait_for, here and below, which in Python 3.11 forgets a cancellation that comes together with the end.
+            async with asyncio.timeout(GRACE):
+                await child.wait()
         except TimeoutError:
             with contextlib.suppress(ProcessLookupError):
                 child.kill()
@@ -110,7 +112,8 @@ class Reload:
             self._say(error.message)
             return
         try:
-            code = await asyncio.wait_for(child.wait(), EXEC_SECONDS)
+            async with asyncio.timeout(EXEC_SECONDS):
+                code = await child.wait()
         except TimeoutError:
             self._say(f"{command[0]} takes longer than {EXEC_SECONDS:.0f} s and is ended")
         else:

@@ -20,6 +20,7 @@ from broker.cli.svid_keeping import JWT, RETRY_MOST, Keeping, Wanted
 from broker.cli.svid_reload import Reload, ReloadPlan
 from broker.clock import SystemClock
 from broker.errors import BrokerError, Unavailable
+from broker.sdk import background
 
 AGENT_AGAIN: Final = 1.0
 """Seconds until a node agent that is not there is looked for again, doubling: it may be started after this."""
@@ -111,10 +112,11 @@ class _Watching:
                     return self._reload.ended.result()
                 return EXIT_INTERRUPTED if stopped.result() == signal.SIGINT else EXIT_OK
             finally:
-                running.cancel()
-                with suppress(asyncio.CancelledError, BrokerError, BaseExceptionGroup):
-                    await running
-                await self._reload.stop()
+                try:
+                    with suppress(BrokerError, BaseExceptionGroup):
+                        await background.end(running)
+                finally:
+                    await self._reload.stop()
 
     async def _run(self) -> None:
         pause = AGENT_AGAIN

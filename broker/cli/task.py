@@ -3,7 +3,7 @@
 import click
 
 from broker.cli.inputs import read_file, read_text
-from broker.cli.options import DURATION, SPIFFE_ID, noun, option, settings
+from broker.cli.options import DURATION, LIFETIME, SPIFFE_ID, noun, option, settings
 from broker.cli.task_operator import VERBS
 from broker.cli.task_rows import SHAPE, parsed, row
 
@@ -17,7 +17,7 @@ for _verb in VERBS:
 @option("--delegation", default="", metavar="ID", help="Instead: a delegation that the user left standing.")
 @option("--purpose", required=True, help="What it is for, for people who look at it later.")
 @option("--authorization-details", required=True, metavar="JSON|@FILE", help="What it may do (RFC 9396).")
-@option("--ttl", type=DURATION, default=0, help="Its end at the latest. Default: the server's.")
+@option("--ttl", type=LIFETIME, default=0, help="Its end at the latest. Default: the server's.")
 @option("--supervision", type=click.Choice(["attached", "lease", "none"]), default=None, help="Default: the server's.")
 @option("--spiffe-id", spire=["spiffeID"], type=SPIFFE_ID, help="Which of this process's identities acts.")
 def start(
@@ -69,7 +69,7 @@ def start(
 @option("--authorization-details", required=True, metavar="JSON|@FILE", help="What it may do (RFC 9396).")
 @option("--resource", required=True, metavar="URI", help="The service that the token is for: a token is for one.")
 @option("--scope", default="", help="Less than the task may do there.")
-@option("--ttl", type=DURATION, default=0, help="Its end at the latest. Default: the server's.")
+@option("--ttl", type=LIFETIME, default=0, help="Its end at the latest. Default: the server's.")
 @option(
     "--grace", type=DURATION, default=10, help="Between SIGTERM and SIGKILL when the task ends first. Default: 10s."
 )

@@ -1,15 +1,18 @@
 """Keys that outlive the process: one PKCS#8 file per key (PEM, 0600) in a directory that is the server's alone.
 
 A file appears whole or not at all (written aside, flushed, renamed, the directory flushed). What is unsafe, unreadable or
-not ours refuses the start: guessing would make a key of an attacker's file, or lose one of ours.
+not ours refuses the start: guessing would make a key of an attacker's file, or lose one of ours. Files change in a thread: a
+disk may take seconds, and the event loop serves everybody.
 """
 
+import asyncio
 import contextlib
 import os
 import re
 import secrets
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final, final
 
@@ -17,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from broker.errors import Conflict, Misconfigured, NotFound, Unavailable
-from broker.keys.local import LocalSigner, named
+from broker.keys.local import LocalSigner, generated
 from broker.keys.signer import KeyName, Signer
 
 SUFFIX: Final = ".pem"
@@ -32,7 +35,7 @@ _NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,128}")
 class DiskKeys:
     """The key manager whose keys lie in a directory."""
 
-    __slots__ = ("_directory", "_signers")
+    __slots__ = ("_coming", "_directory", "_files", "_signers")
 
     def __init__(self, directory: Path) -> None:
         """Make the directory (0700) where there is none, and read every key; raises Misconfigured."""
@@ -45,23 +48,33 @@ class DiskKeys:
                     os.unlink(name, dir_fd=folder)
                 found = [self._read(folder, name) for name in names if name.endswith(SUFFIX)]
         self._signers = {signer.id: signer for signer in found}
+        self._coming: set[str] = set()
+        self._files = ThreadPoolExecutor(
+            1, thread_name_prefix="keys"
+        )  # one thread: files change in the order of the calls
 
-    def generate(self, name: str | KeyName) -> Signer:
+    async def generate(self, name: str | KeyName) -> Signer:
         """Make a P-256 key under a new name, on the disk when this returns; raises Conflict, Unavailable."""
-        signer = named(name, ec.generate_private_key(ec.SECP256R1()))
+        signer = generated(name)
         if _NAME.fullmatch(signer.id) is None:
             raise ValueError(signer.id)
-        if signer.id in self._signers:
+        if signer.id in self._signers or signer.id in self._coming:
             raise Conflict(f"there is a key {signer.id!r} already", code="key_exists")
+        self._coming.add(signer.id)
         try:
-            with self._opened() as folder:
-                signer.keep(lambda text: _write(folder, signer.id + SUFFIX, text))
+            await self._in_turn(lambda: self._store(signer))
+        except asyncio.CancelledError:
+            # Nobody gets it: its file goes when it has come, and never takes away that of a later key.
+            self._files.submit(self._unlink, signer.id)
+            raise
         except OSError as error:
             raise Unavailable(
                 f"the key cannot be kept in {self._directory}: {error.strerror}",
                 code="keys_not_written",
                 hint="is the disk full or read-only?",
             ) from None
+        finally:
+            self._coming.discard(signer.id)
         self._signers[signer.id] = signer
         return signer
 
@@ -76,17 +89,28 @@ class DiskKeys:
         """Name every key that is held here."""
         return tuple(self._signers)
 
-    def remove(self, key_id: str) -> None:
-        """Forget a key and its file; a name that is not held is no error. Raises Unavailable when the file stays."""
+    async def remove(self, key_id: str) -> None:
+        """Forget a key at once, then its file; a name that is not held is no error. Raises Unavailable when the file stays."""
         if self._signers.pop(key_id, None) is None:
             return
         try:
-            with self._opened() as folder:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(key_id + SUFFIX, dir_fd=folder)
-                os.fsync(folder)
+            # The file goes also if nobody waits for it any more.
+            await asyncio.shield(self._in_turn(lambda: self._unlink(key_id)))
         except OSError as error:
             raise Unavailable(f"a key cannot be removed: {error.strerror}", code="keys_not_written") from None
+
+    def _in_turn(self, change: Callable[[], None]) -> asyncio.Future[None]:
+        return asyncio.get_running_loop().run_in_executor(self._files, change)
+
+    def _store(self, signer: LocalSigner) -> None:
+        with self._opened() as folder:
+            signer.keep(lambda text: _write(folder, signer.id + SUFFIX, text))
+
+    def _unlink(self, key_id: str) -> None:
+        with self._opened() as folder:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(key_id + SUFFIX, dir_fd=folder)
+            os.fsync(folder)
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[int]:
@@ -146,11 +170,12 @@ def _write(folder: int, name: str, text: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.rename(aside, name, src_dir_fd=folder, dst_dir_fd=folder)
+        os.fsync(folder)
     except OSError:
-        with contextlib.suppress(OSError):
-            os.unlink(aside, dir_fd=folder)
+        for left in (aside, name):
+            with contextlib.suppress(OSError):
+                os.unlink(left, dir_fd=folder)
         raise
-    os.fsync(folder)
 
 
 def _require_own(facts: os.stat_result, path: Path) -> None:

@@ -9,7 +9,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from broker.keys.signer import ALGORITHM
+from broker.keys.signer import ALGORITHM, KeyName
 
 _SHA256 = hashes.SHA256()
 _ECDSA = ec.ECDSA(_SHA256)
@@ -71,6 +71,7 @@ class LocalSigner:
         raise TypeError("a signer is not serialised")
 
 
-def named(name: "str | Callable[[ec.EllipticCurvePublicKey], str]", key: ec.EllipticCurvePrivateKey) -> LocalSigner:
-    """Give a new key its name, which may be made from its public half."""
+def generated(name: str | KeyName) -> LocalSigner:
+    """Make a P-256 key; its name may be made from its public half."""
+    key = ec.generate_private_key(ec.SECP256R1())
     return LocalSigner(name if isinstance(name, str) else name(key.public_key()), key)

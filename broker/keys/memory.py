@@ -7,10 +7,8 @@ A restart therefore makes new authorities; the old public halves stay published 
 from collections.abc import Iterable
 from typing import final
 
-from cryptography.hazmat.primitives.asymmetric import ec
-
 from broker.errors import Conflict, NotFound
-from broker.keys.local import LocalSigner, named
+from broker.keys.local import LocalSigner, generated
 from broker.keys.signer import KeyName, Signer
 
 
@@ -23,9 +21,9 @@ class MemoryKeys:
     def __init__(self) -> None:
         self._signers: dict[str, LocalSigner] = {}
 
-    def generate(self, name: str | KeyName) -> Signer:
+    async def generate(self, name: str | KeyName) -> Signer:
         """Make a P-256 key under a new name; ``Conflict`` when the name is taken."""
-        signer = named(name, ec.generate_private_key(ec.SECP256R1()))
+        signer = generated(name)
         if signer.id in self._signers:
             raise Conflict(f"there is a key {signer.id!r} already", code="key_exists")
         self._signers[signer.id] = signer
@@ -42,7 +40,7 @@ class MemoryKeys:
         """Name every key that is held here."""
         return tuple(self._signers)
 
-    def remove(self, key_id: str) -> None:
+    async def remove(self, key_id: str) -> None:
         """Forget a key; a name that is not held is no error."""
         self._signers.pop(key_id, None)
 

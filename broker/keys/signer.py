@@ -49,10 +49,10 @@ class Signer(Protocol):
 
 
 class KeyManager(Protocol):
-    """Makes keys and finds them again by name."""
+    """Makes keys and finds them again by name. To make and to forget one may take as long as a disk does."""
 
-    def generate(self, name: str | KeyName) -> Signer:
-        """Make a P-256 key under a new name; ``Conflict`` when the name is taken."""
+    async def generate(self, name: str | KeyName) -> Signer:
+        """Make a P-256 key under a new name, kept when this returns; raises Conflict when the name is taken, Unavailable."""
         ...
 
     def signer(self, key_id: str) -> Signer:
@@ -63,6 +63,6 @@ class KeyManager(Protocol):
         """Name every key that is held here."""
         ...
 
-    def remove(self, key_id: str) -> None:
-        """Forget a key; a name that is not held is no error."""
+    async def remove(self, key_id: str) -> None:
+        """Forget a key, which is not held any more from the call on; a name that is not held is no error. Raises Unavailable."""
         ...

@@ -5,6 +5,7 @@ kept is not known here. Fields and meanings are SPIRE's (``spire.api.types.Entry
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final, Self
@@ -75,7 +76,10 @@ class Entry:
         self._check_selectors()
         self._check_numbers()
         self._check_federation()
-        object.__setattr__(self, "dns_names", _dns_names(self.dns_names))
+        try:
+            object.__setattr__(self, "dns_names", checked_dns_names(self.dns_names))
+        except Invalid as error:
+            raise _invalid(error.message, error.hint) from None
         for name, text, limit in (
             ("hint", self.hint, MAX_HINT),
             ("description", self.description, MAX_TEXT),
@@ -145,30 +149,36 @@ class Entry:
             raise _invalid(f"it has an empty audience, or more than {MAX_AUDIENCES}")
 
 
-def _dns_names(names: tuple[str, ...]) -> tuple[str, ...]:
+def checked_dns_names(names: Iterable[str]) -> tuple[str, ...]:
+    """Give the DNS names of one certificate, in lower case and their order; raises Invalid (code ``invalid_dns_name``)."""
+    names = tuple(names)
     if len(names) > MAX_DNS_NAMES:
-        raise _invalid(f"it has more than {MAX_DNS_NAMES} DNS names")
+        raise _no_name(f"it has more than {MAX_DNS_NAMES} DNS names")
     lowered = tuple(_dns_name(name) for name in names)
     if len(set(lowered)) != len(lowered):
-        raise _invalid("it has a DNS name twice")
+        raise _no_name("it has a DNS name twice")
     for name in lowered:
         # A wildcard that covers another name of the same certificate is a mistake of one of the two.
         if not name.startswith("*.") and "*." + name.partition(".")[2] in lowered:
-            raise _invalid("one of its DNS names is covered by its wildcard")
+            raise _no_name("one of its DNS names is covered by its wildcard")
     return lowered
 
 
 def _dns_name(name: str) -> str:
     # ASCII first: lower() folds the Kelvin sign to k.
     if not name.isascii() or len(name) > MAX_DNS_NAME:
-        raise _invalid("a DNS name is too long or not ASCII", hint="write international names in their xn-- form")
+        raise _no_name("a DNS name is too long or not ASCII", hint="write international names in their xn-- form")
     lowered = name.lower()
     labels = lowered.split(".")
     if labels[0] == "*" and len(labels) > 2:
         labels = labels[1:]
     if not all(_LABEL.fullmatch(label) for label in labels):
-        raise _invalid("a DNS name is malformed")
+        raise _no_name("a DNS name is malformed")
     return lowered
+
+
+def _no_name(what: str, hint: str = "") -> Invalid:
+    return Invalid(what, code="invalid_dns_name", hint=hint)
 
 
 def _check_text(name: str, text: str, limit: int) -> None:

@@ -3,11 +3,13 @@
 The connection's certificate comes from the server's protocol class (``broker.transport.http``), never from a header.
 """
 
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 from broker.errors import BrokerError, Invalid, Unavailable
 from broker.sdk.proofs import DpopRequest
+from broker.sdk.protected_resource import well_known_path
 from broker.sdk.verify import TokenVerifier
 from broker.spiffe import strictjson
 from broker.tasks import NonceWanted
@@ -31,10 +33,18 @@ class RequireToken:
     Answers 401 with ``invalid_token`` (RFC 6750, section 3) and our stable code, or 503 while the verifier does not know.
     """
 
-    def __init__(self, app: App, verifier: TokenVerifier) -> None:
-        """Wrap ``app``."""
+    def __init__(self, app: App, verifier: TokenVerifier, *, metadata: Mapping[str, Any] | None = None) -> None:
+        """Wrap ``app``.
+
+        ``metadata``: what ``broker.sdk.protected_resource`` gives. It is served to everybody, and each refusal names where (RFC 9728).
+        """
         self._app = app
         self._verifier = verifier
+        self._metadata = b"" if metadata is None else strictjson.canonical(dict(metadata))
+        self._path = self._address = ""
+        if metadata is not None:
+            self._path = well_known_path(str(metadata["resource"]))
+            self._address = f"https://{urlsplit(str(metadata['resource'])).netloc}{self._path}"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Judge one request."""
@@ -43,11 +53,14 @@ class RequireToken:
             return
         if scope["type"] != "http":
             return  # WebSocket and others carry no Authorization per message: closed, until an adapter judges them
+        if self._metadata and scope["path"] == self._path and scope["method"] in ("GET", "HEAD"):
+            await _answer(send, 200, self._metadata, [])
+            return
         try:
             token, dpop = presented(scope)
             caller = await self._verifier.verify(token, scope, dpop=dpop)
         except BrokerError as error:
-            await refuse(send, error)
+            await refuse(send, error, metadata=self._address)
             return
         scope.setdefault("state", {})["caller"] = caller
         await self._app(scope, receive, send if dpop is None else self._with_nonce(send))
@@ -83,8 +96,8 @@ def presented(scope: Scope) -> tuple[str, DpopRequest | None]:
     return token.decode("ascii"), DpopRequest(proofs, scope["method"], path.decode("latin-1").split("?", 1)[0])
 
 
-async def refuse(send: Send, error: BrokerError) -> None:
-    """Answer with the error: its stable code, never more than the caller may know."""
+async def refuse(send: Send, error: BrokerError, *, metadata: str = "") -> None:
+    """Answer with the error: its stable code, never more than the caller may know; ``metadata`` is the address of ours, if there is one."""
     status = 503 if isinstance(error, Unavailable) else 401
     body = strictjson.canonical(
         {
@@ -93,23 +106,28 @@ async def refuse(send: Send, error: BrokerError) -> None:
             "error_description": error.message,
         }
     )
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(body)).encode()),
-        (b"cache-control", b"no-store"),
-    ]
+    headers = [(b"cache-control", b"no-store")]
     if status == 401:
-        headers.append((b"www-authenticate", _challenge(error)))
+        headers.append((b"www-authenticate", _challenge(error, metadata)))
     if isinstance(error, NonceWanted):
         headers.append((b"dpop-nonce", error.nonce.encode()))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await _answer(send, status, body, headers)
+
+
+async def _answer(send: Send, status: int, body: bytes, headers: Sequence[tuple[bytes, bytes]]) -> None:
+    length = (b"content-length", str(len(body)).encode())
+    all_ = [(b"content-type", b"application/json"), length, *headers]
+    await send({"type": "http.response.start", "status": status, "headers": all_})
     await send({"type": "http.response.body", "body": body})
 
 
-def _challenge(error: BrokerError) -> bytes:
+def _challenge(error: BrokerError, metadata: str) -> bytes:
+    scheme, parameters = "Bearer", ['error="invalid_token"']
     if error.reason == "token_missing":
-        return b"Bearer"
-    if error.reason in _DPOP:
+        parameters = []
+    elif error.reason in _DPOP:
         oauth = _OAUTH.get(error.reason, "invalid_token")
-        return f'DPoP error="{oauth}", algs="{ALGORITHM}"'.encode()
-    return b'Bearer error="invalid_token"'
+        scheme, parameters = "DPoP", [f'error="{oauth}"', f'algs="{ALGORITHM}"']
+    if metadata:
+        parameters.append(f'resource_metadata="{metadata}"')
+    return f"{scheme} {', '.join(parameters)}".strip().encode()

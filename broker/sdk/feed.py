@@ -175,8 +175,12 @@ class FeedState:
         if jti in dead.tokens:
             raise Refused("the token was revoked", code="token_revoked", hint="ask for a new token")
 
-    def require_going(self, *, user: str, user_session: str | None, agent: str, audience: str, issued_at: int) -> None:
+    def require_going(
+        self, *, user: str, user_session: str | None, agent: str, audience: str | None, issued_at: int
+    ) -> None:
         """Refuse a token that was issued before its user, agent or audience was stopped; ``issued_at`` is its ``iat``.
+
+        A transaction token names neither session nor audience: a stop of those ends its task, each with a frame of its own.
 
         Raises:
             Refused: the user was stopped, or the session; the agent; or all that is done at the audience.
@@ -184,7 +188,9 @@ class FeedState:
         stops = self._dead.stops
         if not stops:
             return
-        names = [("user", user, ""), ("agent", agent, ""), ("audience", audience, "")]
+        names = [("user", user, ""), ("agent", agent, "")]
+        if audience is not None:
+            names.append(("audience", audience, ""))
         if user_session is not None:
             names.append(("user", user, user_session))
         for name in names:

@@ -15,6 +15,7 @@ from broker._proto.broker.agent.v1 import tasks_pb2
 from broker._proto.broker.server.v1 import tasks_pb2 as server_pb2
 from broker._proto.service import ServiceBinding, Stub
 from broker.errors import BrokerError, Invalid, NoIdentity, NotFound, Refused
+from broker.sdk import background
 from broker.sdk.endpoint import CALL_SECONDS, SECURITY_HEADER
 from broker.transport.rpc_errors import from_rpc_error
 
@@ -57,9 +58,7 @@ class Keeper:
     async def stop(self) -> None:
         """Let go."""
         if self._running is not None:
-            self._running.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._running
+            await background.end(self._running)
 
     async def _keep(self, once: Callable[[], Awaitable[None]]) -> None:
         while True:

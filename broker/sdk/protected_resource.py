@@ -1,7 +1,7 @@
 """For services: the metadata by which OAuth clients and MCP clients find the broker (RFC 9728).
 
 Serve :func:`protected_resource` as JSON at :func:`well_known_path`, and name that address in ``WWW-Authenticate: Bearer
-resource_metadata="…"`` (RFC 9728 §5.1).
+resource_metadata="…"`` (RFC 9728 §5.1); :class:`broker.sdk.asgi.RequireToken` does both, given the document.
 """
 
 from collections.abc import Sequence

@@ -11,6 +11,7 @@ from broker._proto.broker.server.v1 import feed_pb2
 from broker._proto.service import ServiceBinding, Stub
 from broker.clock import Clock
 from broker.errors import BrokerError
+from broker.sdk import background
 from broker.sdk.endpoint import SECURITY_HEADER
 from broker.sdk.feed import FeedState
 
@@ -36,17 +37,18 @@ class FeedSubscription:
         """Open the stream and wait for the first whole snapshot."""
         self._task = asyncio.create_task(self._keep(), name="broker-sdk-feed")
         ready = asyncio.create_task(self._ready.wait())
-        done, _ = await asyncio.wait({self._task, ready}, return_when=asyncio.FIRST_COMPLETED)
-        ready.cancel()
+        try:
+            done, _ = await asyncio.wait({self._task, ready}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            ready.cancel()
         if self._task in done:
             self._task.result()
 
     async def stop(self) -> None:
         """Close the stream."""
         if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError, BrokerError):
-                await self._task
+            with contextlib.suppress(BrokerError):
+                await background.end(self._task)
 
     async def _keep(self) -> None:
         pause = RETRY_FIRST

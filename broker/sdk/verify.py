@@ -227,6 +227,10 @@ class TokenVerifier:
         verified = verify_transaction(token, self._keys, issuer=self._issuer, trust_domain=ours, now=now)
         claims = verified.claims
         self.feed.require_alive(root=claims.root, epoch=claims.epoch, task=claims.task, session=None, jti=claims.jti)
+        # NOTE(security): of a user's many tasks one frame tells of all, and no other follows.
+        self.feed.require_going(
+            user=claims.sub, user_session=None, agent=str(claims.act[0]), audience=None, issued_at=claims.iat
+        )
         return verified
 
     def _caller(self, verified: VerifiedToken, evidence: PeerEvidence | None, proof: ShownProof | None) -> Caller:
@@ -254,7 +258,8 @@ class TokenVerifier:
         return Caller(claims.sub, verified.agent, verified.task_id, verified, found, claims.authorization_details)
 
     def _known(self, token: str) -> _Known:
-        digest = hashlib.sha256(token.encode()).digest()
+        # Text that is no token's is refused where it is read.
+        digest = hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()
         known = self._tokens.get(digest)
         now = self._clock.now()
         if known is not None:

@@ -6,7 +6,6 @@ kernel.
 """
 
 import asyncio
-import contextlib
 import hashlib
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from cryptography.hazmat.primitives.serialization import load_der_private_key
 from broker._proto.service import ServiceBinding, Stub
 from broker._proto.spiffe import workload_pb2
 from broker.errors import BrokerError, Invalid, InvalidBundle, InvalidSvid, NoIdentity, Unavailable
+from broker.sdk import background
 from broker.sdk.endpoint import CALL_SECONDS, SECURITY_HEADER, socket_target
 from broker.sdk.task_blocks import AttachedBlock, TaskBlock
 from broker.spiffe import Bundle, BundleSet, SpiffeId, TrustDomain, certificates
@@ -93,11 +93,11 @@ class Workload:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Close the streams and the connection."""
-        if self._streams is not None:
-            self._streams.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._streams
-        await self._channel.close()
+        try:
+            if self._streams is not None:
+                await background.end(self._streams)
+        finally:
+            await self._channel.close()
 
     @property
     def channel(self) -> grpc.aio.Channel:

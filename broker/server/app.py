@@ -10,7 +10,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
-from broker.audit.events import Event, FieldValue, Record
+from broker.audit.events import Event
+from broker.audit.records import FieldValue, Record
 from broker.clock import Clock, SystemClock
 from broker.errors import BrokerError, Misconfigured
 from broker.server import failpoints
@@ -21,7 +22,7 @@ from broker.server.api.http.direct import DirectApp
 from broker.server.api.http.discovery import Discovery
 from broker.server.authority.authorities import Authorities
 from broker.server.authority.server_svid import ServerNames, ServerSvid
-from broker.server.doors import Doors
+from broker.server.doors import Doors, require_ports
 from broker.server.identity_half import IdentityHalf, identity_half
 from broker.server.key_room import key_room
 from broker.server.operations import Operations
@@ -94,30 +95,18 @@ async def _assemble(settings: ServerSettings, clock: Clock, stack: AsyncExitStac
     running = Server(settings, Metrics("server"))
     _make_directories(settings)
     store = await stack.enter_async_context(open_store(settings.database_url.get_secret_value(), clock=clock))
+    require_ports(settings)
     workers = stack.enter_context(ThreadPoolExecutor(SIGNERS, thread_name_prefix="signing"))
     room = await key_room(settings, store, clock, stack, on_task_keys=announce_keys(clock))
     authorities = room.authorities
-    svid = ServerSvid(
-        authorities,
-        clock,
-        settings.private_dir,
-        trust_domain=settings.trust_domain,
-        names=ServerNames.of(settings.issuer, settings.bind_address),
-        ttl=settings.agent_ttl,
-    )
-    svid.start()
-    identity = await identity_half(settings, store, clock, room=room, workers=workers, metrics=running.metrics)
-    tasks: TasksHalf | None = None
-    if "tasks" in settings.roles:
-        tasks = await tasks_half(
-            settings,
-            store,
-            clock,
-            authorities=authorities,
-            directory=identity.directory,
-            bundles=lambda: identity.federated.trusted,
-            metrics=running.metrics,
-        )
+    try:
+        svid = _server_svid(settings, authorities, clock)
+        identity = await identity_half(settings, store, clock, room=room, workers=workers, metrics=running.metrics)
+        tasks = await _tasks_half(settings, store, clock, identity, running.metrics)
+    except BrokerError:
+        await room.withdraw()
+        raise
+    if tasks:
         stack.push_async_callback(tasks.close)
     services = [*identity.services(), *(tasks.services() if tasks else ())]
     doors = Doors(
@@ -156,6 +145,35 @@ async def _assemble(settings: ServerSettings, clock: Clock, stack: AsyncExitStac
     stack.callback(_not_ready, running)
     log.info("server_ready", trust_domain=settings.trust_domain.name, port=listener.port, store=store.id)
     return running
+
+
+def _server_svid(settings: ServerSettings, authorities: Authorities, clock: Clock) -> ServerSvid:
+    svid = ServerSvid(
+        authorities,
+        clock,
+        settings.private_dir,
+        trust_domain=settings.trust_domain,
+        names=ServerNames.of(settings.issuer, settings.bind_address),
+        ttl=settings.agent_ttl,
+    )
+    svid.start()
+    return svid
+
+
+async def _tasks_half(
+    settings: ServerSettings, store: Store, clock: Clock, identity: IdentityHalf, metrics: Metrics
+) -> TasksHalf | None:
+    if "tasks" not in settings.roles:
+        return None
+    return await tasks_half(
+        settings,
+        store,
+        clock,
+        authorities=identity.room.authorities,
+        directory=identity.directory,
+        bundles=lambda: identity.federated.trusted,
+        metrics=metrics,
+    )
 
 
 async def _open_operations(settings: ServerSettings, running: Server, store: Store, stack: AsyncExitStack) -> None:

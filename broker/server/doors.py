@@ -10,7 +10,7 @@ from starlette.types import ASGIApp
 from broker._proto.service import handler
 from broker.clock import Clock
 from broker.errors import BrokerError
-from broker.server.api.access import Access, Caller, LocalPeer, admit_local
+from broker.server.api.access import REQUESTS_IN_MESSAGES, Access, Caller, LocalPeer, admit_local
 from broker.server.api.grpc.spire_details import detailed
 from broker.server.authority.authorities import Authorities
 from broker.server.authority.server_svid import ServerSvid
@@ -23,7 +23,7 @@ from broker.telemetry.log import get_logger
 from broker.transport.callers import CallerIndex
 from broker.transport.grpc_server import CallGuard, PrivateGrpcServer
 from broker.transport.tls import ContextSource, TlsPeer, roots_of, server_context
-from broker.transport.tls_listener import TlsListener
+from broker.transport.tls_listener import TlsListener, bound_socket
 from broker.transport.unix_listener import UnixListener
 
 PING_EVERY: Final = 30.0
@@ -32,6 +32,17 @@ STOP_GRACE: Final = 1.0
 """Seconds that calls in progress have to end when the server stops; streams never end by themselves."""
 
 log = get_logger("server")
+
+
+def require_ports(settings: ServerSettings) -> None:
+    """Raise Misconfigured (``address_unavailable``) for a port that cannot be bound, before authorities are published."""
+    wanted = [(settings.bind_address, settings.bind_port)]
+    if (endpoint := settings.federation.bundle_endpoint) is not None:
+        wanted.append((endpoint.address, endpoint.port))
+    if settings.operations.enabled:
+        wanted.append((settings.operations.bind_address, settings.operations.bind_port))
+    for host, port in wanted:
+        bound_socket(host, port).close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +83,9 @@ class Doors:
                 refusals.connection(error.reason, address)
 
         index: CallerIndex[TlsPeer] = CallerIndex()
-        guard = detailed(CallGuard(index, self.access.checks(), on_refusal=_log_refusal))
+        guard = detailed(
+            CallGuard(index, self.access.checks(), on_refusal=_log_refusal, asked_each=REQUESTS_IN_MESSAGES)
+        )
         handlers = [handler(binding, service, guard) for binding, service in self.services]
         backend = PrivateGrpcServer(self.settings.private_dir / "tls-grpc" / "s", handlers, ping_every=PING_EVERY)
         listener = TlsListener(

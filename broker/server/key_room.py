@@ -37,6 +37,14 @@ class KeyRoom:
         """Give what has to run for as long as the server does."""
         return self.rotation.run(), self.rotation.run_following()
 
+    async def withdraw(self) -> None:
+        """Take back what a start has published that failed before a door was open, unless the next one has the keys.
+
+        A server that is started again and again with settings that cannot be would fill the bundle. Raises Unavailable.
+        """
+        if isinstance(self.keys, MemoryKeys):
+            await self.rotation.forsake()
+
 
 async def key_room(
     settings: ServerSettings, store: Store, clock: Clock, stack: AsyncExitStack, *, on_task_keys: TaskKeysHook

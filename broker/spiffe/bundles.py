@@ -264,7 +264,7 @@ def _jwt_authorities(keys: list[JsonValue], uses: frozenset[str | None]) -> dict
 def _may_verify(jwk: Mapping[str, JsonValue]) -> bool:
     # A kind of key or curve that JWT-SVIDs do not use is passed over, as is a key that is meant for something else.
     operations, alg, curve = jwk.get("key_ops", ["verify"]), jwk.get("alg"), jwk.get("crv")
-    usable = jwk.get("kty") != "OKP" and (curve is None or curve in jose.CURVES)
+    usable = jwk.get("kty") != "OKP" and (curve is None or (isinstance(curve, str) and curve in jose.CURVES))
     fits = alg is None or (isinstance(alg, str) and alg in jose.ALGORITHMS)
     return usable and fits and isinstance(operations, list) and "verify" in operations
 

@@ -24,6 +24,11 @@ MIN_REFRESH: Final = 15
 MAX_REFRESH: Final = 3600
 """A hint above this would leave an authority that was withdrawn there trusted here for longer than an hour."""
 
+_GIVEN_OUT: Final = ipaddress.IPv6Network("2000::/3")
+"""Of IPv6, all that is assigned to the world (RFC 4291 §2.4); ``ipaddress`` calls site-local addresses global."""
+_TRANSLATED: Final = ipaddress.IPv6Network("64:ff9b::/96")
+"""What a translator to IPv4 listens for (RFC 6052 §2.1)."""
+
 _PLAIN: Final = re.compile(r"[\x21-\x7e]+")
 
 
@@ -106,8 +111,13 @@ def is_public(address: str) -> bool:
         read = ipaddress.ip_address(address)
     except ValueError:
         return False
-    mapped = read.ipv4_mapped if isinstance(read, ipaddress.IPv6Address) else None
-    return (mapped or read).is_global
+    if isinstance(read, ipaddress.IPv6Address):
+        inner = read.ipv4_mapped or read.sixtofour
+        # NOTE(security): who translates or tunnels makes an IPv4 address of it, and that one is reached.
+        if inner is None and read in _TRANSLATED:
+            inner = ipaddress.IPv4Address(read.packed[-4:])
+        return inner.is_global if inner else read in _GIVEN_OUT and read.is_global
+    return read.is_global
 
 
 class Freshness(Enum):

@@ -1,6 +1,6 @@
 """SPIFFE IDs and trust domain names: parse, compare, and nothing else.
 
-Strict as go-spiffe: nothing is normalised, so equal text is equal identity. Upper case, percent-encoding, ports and
+Strict as go-spiffe, and in its words: nothing is normalised, so equal text is equal identity. Upper case, percent-encoding, ports and
 user information are refused rather than folded (SPIFFE-ID §2). Knows nothing of certificates, tokens or bundles.
 """
 
@@ -67,7 +67,7 @@ class SpiffeId:
             raise InvalidSpiffeId(f"the SPIFFE ID is longer than {MAX_SPIFFE_ID} bytes", code="spiffe_id_too_long")
         if not text.startswith(SCHEME):
             raise InvalidSpiffeId(
-                "the scheme is missing or wrong",
+                "scheme is missing or invalid",
                 code="spiffe_id_wrong_scheme",
                 hint="a SPIFFE ID starts with spiffe://, in lower case",
             )
@@ -83,7 +83,7 @@ class SpiffeId:
         """Join a trust domain and a path, which is empty or starts with a slash; raises InvalidSpiffeId."""
         if path and not path.startswith("/"):
             # Without this, "example.org" and ".evil" would make another trust domain.
-            raise InvalidSpiffeId("the path does not start with a slash", code="spiffe_id_path_no_slash")
+            raise InvalidSpiffeId("path must have a leading slash", code="spiffe_id_path_no_slash")
         return cls(SCHEME + trust_domain.name + path)
 
     @override
@@ -124,30 +124,30 @@ def _checked_domain(name: str) -> TrustDomain:
 
 def _check_name(name: str) -> None:
     if not name:
-        raise InvalidTrustDomain("the trust domain is missing", code="trust_domain_missing")
+        raise InvalidTrustDomain("trust domain is missing", code="trust_domain_missing")
     if len(name) > MAX_TRUST_DOMAIN:
         raise InvalidTrustDomain(
             f"the trust domain is longer than {MAX_TRUST_DOMAIN} bytes", code="trust_domain_too_long"
         )
     if _NAME.fullmatch(name) is None:
         raise InvalidTrustDomain(
-            "the trust domain holds a character that is not allowed",
+            "trust domain characters are limited to lowercase letters, numbers, dots, dashes, and underscores",
             code="trust_domain_bad_character",
-            hint="allowed are a-z, 0-9, dot, dash and underscore; no port, user, upper case or percent-encoding",
+            hint="no port, user, upper case or percent-encoding",
         )
 
 
 def _check_path(path: str) -> None:
     if not path or path.endswith("/"):
-        raise InvalidSpiffeId("the path ends with a slash", code="spiffe_id_trailing_slash")
+        raise InvalidSpiffeId("path cannot have a trailing slash", code="spiffe_id_trailing_slash")
     for segment in path.split("/"):
         if not segment:
-            raise InvalidSpiffeId("the path has an empty segment", code="spiffe_id_empty_segment")
+            raise InvalidSpiffeId("path cannot contain empty segments", code="spiffe_id_empty_segment")
         if segment in (".", ".."):
-            raise InvalidSpiffeId("the path has a dot segment", code="spiffe_id_dot_segment")
+            raise InvalidSpiffeId("path cannot contain dot segments", code="spiffe_id_dot_segment")
         if _SEGMENT.fullmatch(segment) is None:
             raise InvalidSpiffeId(
-                "the path holds a character that is not allowed",
+                "path segment characters are limited to letters, numbers, dots, dashes, and underscores",
                 code="spiffe_id_bad_character",
-                hint="allowed are a-z, A-Z, 0-9, dot, dash and underscore; no query, fragment or percent-encoding",
+                hint="no query, fragment or percent-encoding",
             )

@@ -61,9 +61,14 @@ class Selector:
 
 
 def _check_type(kind: str) -> None:
+    # The first two, and that of an empty value, in SPIRE's words.
+    if not kind:
+        raise InvalidSelector("missing selector type", code="selector_bad_type")
+    if ":" in kind:
+        raise InvalidSelector("selector type contains ':'", code="selector_bad_type")
     if len(kind) > MAX_TYPE or _TYPE.fullmatch(kind) is None:
         raise InvalidSelector(
-            "the selector type is empty, too long or holds a character that is not allowed",
+            "the selector type is too long or holds a character that is not allowed",
             code="selector_bad_type",
             hint=f"1 to {MAX_TYPE} of a-z, 0-9, dash and underscore",
         )
@@ -71,7 +76,7 @@ def _check_type(kind: str) -> None:
 
 def _check_value(value: str) -> None:
     if not value:
-        raise InvalidSelector("the selector value is empty", code="selector_empty_value")
+        raise InvalidSelector("missing selector value", code="selector_empty_value")
     if _VALUE.fullmatch(value) is None:
         raise InvalidSelector(
             "the selector value holds a control character or is not Unicode text", code="selector_bad_value"

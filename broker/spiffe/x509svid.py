@@ -11,6 +11,7 @@ from datetime import datetime
 from typing import Final
 
 from cryptography import x509
+from cryptography.x509.oid import NameOID
 
 from broker.errors import InvalidSpiffeId, InvalidSvid
 from broker.spiffe import certificates
@@ -72,6 +73,7 @@ def verify_x509_svid(chain_der: Sequence[bytes], bundles: BundleSet, *, now: dat
         raise InvalidSvid(f"the chain does not have 1 to {MAX_CHAIN} certificates", code="svid_chain_length")
     leaf = certificates.read(certificates.load(chain_der[0]))
     spiffe_id = _leaf_id(leaf.uris())
+    _check_subject(leaf.subject(), spiffe_id)
     certificates.check_leaf_usage(leaf)
     bundle = bundles.get(spiffe_id.trust_domain)
     if bundle is None:
@@ -106,6 +108,14 @@ def _leaf_id(uris: Sequence[str]) -> SpiffeId:
     if not spiffe_id.path:
         raise InvalidSvid("the leaf's SPIFFE ID has no path", code="svid_root_path")
     return spiffe_id
+
+
+def _check_subject(subject: x509.Name, spiffe_id: SpiffeId) -> None:
+    """Refuse a common name that claims another SPIFFE ID: there is software that reads it first."""
+    for attribute in subject.get_attributes_for_oid(NameOID.COMMON_NAME):
+        name = str(attribute.value)
+        if name.lower().startswith("spiffe://") and name != str(spiffe_id):
+            raise InvalidSvid("the certificate's common name claims another SPIFFE ID", code="svid_subject")
 
 
 def _spiffe_id(uris: Sequence[str]) -> SpiffeId:

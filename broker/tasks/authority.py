@@ -107,7 +107,7 @@ class AuthorizationDetail:
 
     def covers_action(self, action: str) -> bool:
         """Tell whether an action is named here, or lies in a family such as ``invoices.*`` that is."""
-        return any(action == mine or (mine.endswith(".*") and action.startswith(mine[:-1])) for mine in self.actions)
+        return any(_holds(mine, action) for mine in self.actions)
 
     def at(self, resource: Resource) -> "AuthorizationDetail | None":
         """Narrow to what concerns a resource: itself where a location holds it, and the locations inside it."""
@@ -228,6 +228,22 @@ class Authority:
                 details.append(detail.only(actions))
         return _some(details, "nothing of this authority is in the scope", "invalid_scope")
 
+    def require_within(self, scopes: Iterable[str]) -> None:
+        """Refuse an action that scopes leave out which name its family; raises PolicyDenied (``invalid_scope``).
+
+        With ``ticket.read`` among them nothing else of ``ticket`` is left. A scope without a dot, such as ``openid``, is of
+        another vocabulary and says nothing.
+        """
+        named = [scope for scope in scopes if "." in scope]
+        families = {scope.partition(".")[0] for scope in named}
+        for action in {action for detail in self.details for action in detail.actions}:
+            if action.partition(".")[0] in families and not any(_holds(scope, action) for scope in named):
+                raise PolicyDenied(
+                    "an action goes beyond the scope of the user's token",
+                    code="invalid_scope",
+                    hint="the user permits it by a token whose scope names it",
+                )
+
     def scope(self) -> str:
         """Give all actions, sorted, as a scope (RFC 8693 §4.2): a coarse picture of the details."""
         if not self._scope:
@@ -272,6 +288,10 @@ class Authority:
             and (detail.identifier is None or detail.identifier == identifier)
             and detail.limits() <= enforced
         )
+
+
+def _holds(mine: str, action: str) -> bool:
+    return action == mine or (mine.endswith(".*") and action.startswith(mine[:-1]))
 
 
 def _some(details: Iterable[AuthorizationDetail], message: str, code: str) -> Authority:

@@ -233,10 +233,11 @@ def purpose_hash(purpose: str) -> str:
 
 def _seconds(time: datetime) -> int:
     # Down to the whole second, in integers: no token lives longer than its sources.
-    return (time - _EPOCH) // timedelta(seconds=1)
+    return (time - _EPOCH) // _SECOND
 
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_SECOND: Final = timedelta(seconds=1)
 
 
 def _array(value: JsonValue) -> list[JsonValue]:

@@ -135,6 +135,7 @@ def _verified(
     if _address(jws.payload.get("htu")) != expected.address:
         raise Invalid("it is for another address", hint="htu is the address as the server publishes it")
     until = check_age(jws, now.timestamp())
+    _check_dates(jws, now.timestamp())
     _check_token(jws, expected.token)
     told = "" if "nonce" not in jws.payload else _text(jws.payload, "nonce")
     if nonce is not None and not nonce(told):
@@ -162,6 +163,16 @@ def check_age(jws: UnverifiedJws, now: float) -> int:
         raise Invalid("it is too old, or of the future", hint="compare the clocks, and make a proof for each request")
     # Replicas' clocks differ, too: none may forget a proof that another would still take.
     return issued + PROOF_SECONDS + 2 * PROOF_LEEWAY
+
+
+def _check_dates(jws: UnverifiedJws, now: float) -> None:
+    """Hold a proof to dates that it need not have, and has (RFC 7519 §4.1.4, §4.1.5)."""
+    expires = numeric_date(jws.payload, "exp", required=False)
+    starts = numeric_date(jws.payload, "nbf", required=False)
+    if expires is not None and now > expires + PROOF_LEEWAY:
+        raise Invalid("it has expired")
+    if starts is not None and now < starts - PROOF_LEEWAY:
+        raise Invalid("it is not valid yet")
 
 
 def token_hash(token: str) -> str:

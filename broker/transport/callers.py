@@ -4,7 +4,6 @@ The connection to the private gRPC server is made from a socket bound to that na
 reports the name as its peer. A peer that is not in the index is nobody. What a caller is, the index does not know.
 """
 
-import re
 import secrets
 from typing import Generic, Protocol, TypeVar
 
@@ -13,7 +12,12 @@ from broker.errors import NotAttested
 C = TypeVar("C")
 
 NAME_BYTES = 16  # 128 random bits: a name cannot be guessed, and never comes twice
-_GRPC_PEER = re.compile(r"unix-abstract:([0-9a-f]{32})", re.ASCII)
+_SCHEME = "unix-abstract:"  # of the peers that gRPC reports for such a name
+
+
+def new_name() -> str:
+    """Give a fresh name: 32 lower-case hex digits."""
+    return secrets.token_hex(NAME_BYTES)
 
 
 class Link(Protocol):
@@ -36,9 +40,12 @@ class CallerIndex(Generic[C]):
         """How many connections are known."""
         return len(self._callers)
 
-    def admit(self, caller: C, link: Link | None = None) -> str:
-        """Give a caller a fresh name: 32 lower-case hex digits. ``link``: who is told of its calls."""
-        name = secrets.token_hex(NAME_BYTES)
+    def admit(self, caller: C, link: Link | None = None, *, name: str = "") -> str:
+        """Give a caller its name: ``name`` where its connection has one that is nobody's, else a fresh one.
+
+        ``link``: who is told of its calls.
+        """
+        name = name or new_name()
         self._callers[name] = (caller, link)
         return name
 
@@ -47,17 +54,22 @@ class CallerIndex(Generic[C]):
 
         Raises NotAttested for any peer that no listener admitted.
         """
-        match = _GRPC_PEER.fullmatch(grpc_peer)
-        if match is None or match[1] not in self._callers:
+        # Nothing but names that were made here is in the index.
+        known = self._callers.get(grpc_peer[len(_SCHEME) :]) if grpc_peer.startswith(_SCHEME) else None
+        if known is None:
             raise NotAttested("this connection did not come through the listener", code="peer_unknown")
-        caller, link = self._callers[match[1]]
+        caller, link = known
         if link is not None:
             link.begun()
         return caller
 
+    def is_open(self, grpc_peer: str) -> bool:
+        """Whether the connection of a peer that was known is open still."""
+        return grpc_peer.removeprefix(_SCHEME) in self._callers
+
     def cut(self, grpc_peer: str, error: Exception) -> None:
         """End the connection of a peer that was known; harmless where it has ended, or cannot be ended from here."""
-        _, link = self._callers.get(grpc_peer.removeprefix("unix-abstract:"), (None, None))
+        _, link = self._callers.get(grpc_peer.removeprefix(_SCHEME), (None, None))
         if link is not None:
             link.cut(error)
 

@@ -90,8 +90,11 @@ class SpiffeDialer:
         clock: Clock,
         unsafe_accept_any_server: UnsafeServerCheck | None = None,
         directory: Path | None = None,
+        on_failed: Callable[[str], None] = lambda _reason: None,
     ) -> None:
         """``identity`` and ``bundles`` are asked for each new TLS connection; raises Invalid for a bad address.
+
+        ``on_failed`` is told why no connection can be made: once, until it is for another reason.
 
         ``unsafe_accept_any_server(chain)`` is called instead of verification while there is no bundle of
         ``expect.trust_domain``; it may raise to refuse. ``directory``: where the private socket's directory is made.
@@ -111,6 +114,7 @@ class SpiffeDialer:
         self._lifetimes = Lifetimes(clock)
         self._redial = Redial()
         self._last_error: str | None = None
+        self._on_failed = on_failed
         self._is_stranger = False
         self._channel: grpc.aio.Channel | None = None
         self._acceptor: Acceptor | None = None
@@ -214,13 +218,18 @@ class SpiffeDialer:
         if error is not None and not isinstance(error, _TooSoonError):
             self._redial.failed(asyncio.get_running_loop().time())
         if not isinstance(error, _TooSoonError):
-            self._last_error = _words(error) if error else "closed"
+            self._failed(_words(error) if error else "closed")
         if isinstance(error, ssl.SSLCertVerificationError):
             self._is_stranger = error.verify_code in _UNKNOWN_AUTHORITY
         splice.abort()
         if splice.front.transport is None:
             accepted.close()
             self._ended(splice, lifetimes)
+
+    def _failed(self, reason: str) -> None:
+        if reason != self._last_error:
+            self._last_error = reason
+            self._on_failed(reason)
 
     async def _dial(self, gate: _Gate) -> None:
         await connect_tls(self._host, self._port, gate, self._context(), deadline=CONNECT_DEADLINE)
@@ -258,7 +267,7 @@ class SpiffeDialer:
             self._redial.at_once()
         elif splice.ended_by is splice.back:
             self._redial.failed(asyncio.get_running_loop().time())
-            self._last_error = "the server closed the connection after the handshake: it may refuse our certificate"
+            self._failed("the server closed the connection after the handshake: it may refuse our certificate")
         if not self._open:
             self._emptied.set()
         for number in lifetimes:

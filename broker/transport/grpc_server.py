@@ -9,7 +9,7 @@ import inspect
 import logging
 import os
 import stat
-from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,15 @@ from broker._proto.service import Behaviour, Context
 from broker.errors import BrokerError, Invalid, Misconfigured, Refused
 from broker.transport.call_room import CallRoom
 from broker.transport.callers import CallerIndex
-from broker.transport.grpc_status import DETAILS_KEY, MAX_MESSAGE, new_reference, place_of, status_code, status_details
+from broker.transport.grpc_status import (
+    DETAILS_KEY,
+    MAX_MESSAGE,
+    defect_message,
+    new_reference,
+    place_of,
+    status_code,
+    status_details,
+)
 from broker.transport.socket_path import MAX_PATH_BYTES
 
 _LOG = logging.getLogger(__name__)
@@ -62,18 +70,21 @@ class CallGuard(Generic[C]):
         is_refusal: Callable[[BrokerError], bool] = lambda error: isinstance(error, Refused),
         room: CallRoom | None = None,
         holder_of: Callable[[C], Hashable] = lambda caller: caller,
+        asked_each: Collection[str] = (),
     ) -> None:
         """``on_refusal(path, caller, error)`` may give metadata for ErrorInfo; ``is_refusal`` says which errors it hears.
 
         ``room`` bounds the calls in progress, counted for ``holder_of(caller)``.
-        ``on_defect(reference, path, error)`` (default: one line of log).
+        ``on_defect(reference, path, error)`` (default: one line of log). ``asked_each``: paths of streams whose caller is
+        checked again before each of its messages, because each is a request of its own.
         """
         self._index = index
+        self._asked_each = frozenset(asked_each)
         self._access = access
         self._preflight = preflight
         self._on_refusal = on_refusal
         self._is_refusal = is_refusal
-        self._on_defect = on_defect or _log_defect
+        self._on_defect = on_defect or log_defect
         self._room = room
         self._holder_of = holder_of
 
@@ -85,28 +96,34 @@ class CallGuard(Generic[C]):
                 caller: C | None = None
                 peer = context.peer()  # now: asked after the end of the call, gRPC reads freed memory
                 try:
-                    caller = self._enter(path, context)
+                    caller = self._enter(path, context, peer)
+                    if path in self._asked_each:
+                        request = _asked(request, partial(self._access[path], caller))
                     async with aclosing(behaviour(request, context, caller)) as responses:
                         async for response in responses:
+                            self._require_open(peer)
                             with self._taken_in_time(peer):
                                 yield response
                 except Exception as error:  # noqa: BLE001 - the one place where everything is mapped
-                    await self._fail(path, context, caller, error)
+                    await self._fail(path, context, peer, caller, error)
 
             return stream
 
         async def unary(request: Any, context: Context) -> Any:
             caller: C | None = None
+            peer = context.peer()
             try:
-                caller = self._enter(path, context)
-                return await behaviour(request, context, caller)
+                caller = self._enter(path, context, peer)
+                response = await behaviour(request, context, caller)
             except Exception as error:  # noqa: BLE001 - the one place where everything is mapped
-                await self._fail(path, context, caller, error)
+                await self._fail(path, context, peer, caller, error)
+            self._require_open(peer)
+            return response
 
         return unary
 
-    def _enter(self, path: str, context: Context) -> C:
-        caller = self._index.of(context.peer())
+    def _enter(self, path: str, context: Context, peer: str) -> C:
+        caller = self._index.of(peer)
         metadata = tuple(context.invocation_metadata() or ())
         # gRPC's own limit of metadata does not hold what it says.
         if sum(len(name) + len(value) + _METADATA_OVERHEAD for name, value in metadata) > MAX_METADATA_BYTES:
@@ -142,22 +159,37 @@ class CallGuard(Generic[C]):
         finally:
             timer.cancel()
 
-    async def _fail(self, path: str, context: Context, caller: C | None, error: Exception) -> NoReturn:
+    def _require_open(self, peer: str) -> None:
+        """End a call as gRPC itself is about to, where its connection is gone: what grpcio cannot send it never frees."""
+        if not self._index.is_open(peer):
+            raise asyncio.CancelledError
+
+    async def _fail(self, path: str, context: Context, peer: str, caller: C | None, error: Exception) -> NoReturn:
         if isinstance(error, grpc.aio.AbortError | grpc.aio.InternalError):
             raise error  # the behaviour has answered by itself; or wanted to, and the caller was gone
         if isinstance(error, BrokerError):
             metadata: Mapping[str, str] | None = None
             if self._on_refusal and self._is_refusal(error):
                 metadata = self._on_refusal(path, caller, error)
+            if caller is not None:
+                self._require_open(peer)
             details = ((DETAILS_KEY, status_details(error, metadata)),)
             await context.abort(status_code(error), error.message[:MAX_MESSAGE], details)
         reference = new_reference()
         self._on_defect(reference, path, error)
-        await context.abort(grpc.StatusCode.INTERNAL, f"internal error; reference {reference}")
+        await context.abort(grpc.StatusCode.INTERNAL, defect_message(reference))
 
 
-def _log_defect(reference: str, path: str, error: BaseException) -> None:
+def log_defect(reference: str, path: str, error: BaseException) -> None:
+    """Write down what kind of defect happened where, without its text."""
     _LOG.error("defect %s in %s: %s", reference, path, place_of(error))
+
+
+async def _asked(messages: AsyncIterator[Any], check: Callable[[], None]) -> AsyncIterator[Any]:
+    """Give the messages of a stream, before each of which its caller must still be one that may call."""
+    async for message in messages:
+        check()
+        yield message
 
 
 class PrivateGrpcServer:

@@ -55,7 +55,12 @@ def status_code(error: BrokerError) -> grpc.StatusCode:
 
 
 def status_details(error: BrokerError, metadata: Mapping[str, str] | None = None) -> bytes:
-    """Encode a google.rpc.Status with one ErrorInfo: reason = our stable code, domain ``broker``, metadata ``hint``.
+    """Encode what :func:`status_of` gives."""
+    return status_of(error, metadata).SerializeToString()
+
+
+def status_of(error: BrokerError, metadata: Mapping[str, str] | None = None) -> status_pb2.Status:
+    """Give a google.rpc.Status with one ErrorInfo: reason = our stable code, domain ``broker``, metadata ``hint``.
 
     ``metadata``: further names for ErrorInfo.
     """
@@ -65,7 +70,18 @@ def status_details(error: BrokerError, metadata: Mapping[str, str] | None = None
     packed = any_pb2.Any()
     packed.Pack(info)
     number: int = status_code(error).value[0]
-    return status_pb2.Status(code=number, message=error.message[:MAX_MESSAGE], details=[packed]).SerializeToString()
+    return status_pb2.Status(code=number, message=error.message[:MAX_MESSAGE], details=[packed])
+
+
+def defect_status(reference: str) -> status_pb2.Status:
+    """Give what is told of a defect: a number that joins it with a line of our log."""
+    number: int = grpc.StatusCode.INTERNAL.value[0]
+    return status_pb2.Status(code=number, message=defect_message(reference))
+
+
+def defect_message(reference: str) -> str:
+    """Give the words that are told of a defect."""
+    return f"internal error; reference {reference}"
 
 
 def new_reference() -> str:

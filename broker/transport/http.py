@@ -6,6 +6,7 @@ nothing of what the app does.
 
 import asyncio
 import logging
+import re
 import traceback
 from collections.abc import Callable
 from email.utils import format_datetime
@@ -28,6 +29,9 @@ MAX_BODY_BYTES = 1024 * 1024  # forms and JSON of our endpoints are a few KiB
 REQUEST_DEADLINE = 20.0  # seconds from a request's first byte (or the connection) to its last
 KEEP_ALIVE = 15  # seconds an idle connection waits for its next request
 
+# RFC 9112 section 3.2: uri-host and port of RFC 3986, and nothing else.
+_HOST = re.compile(rb"(?:[A-Za-z0-9._~%!$&'()*+,;=-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?")
+
 _LOG = logging.getLogger("broker.transport.http")
 
 
@@ -45,7 +49,7 @@ _LOG.addFilter(_quiet)
 
 
 class _Excess(Exception):
-    """A limit was passed."""
+    """A limit was passed, or the head has more than one meaning."""
 
 
 class _PeerProtocol(HttpToolsProtocol):
@@ -107,12 +111,16 @@ class _PeerProtocol(HttpToolsProtocol):
     @override
     def on_header(self, name: bytes, value: bytes) -> None:
         self._head(len(name) + len(value))
+        if not self._in_head:
+            # NOTE(security): a trailer is no header (RFC 9110 section 6.5.1): a proxy that sets or drops a header passes it by.
+            return
         if len(self.headers) >= MAX_HEADERS:
             self._exceed(431)
         super().on_header(name, value)
 
     @override
     def on_headers_complete(self) -> None:
+        self._require_one_meaning()
         self._in_head, self._head_bytes = False, 0
         super().on_headers_complete()
 
@@ -145,6 +153,18 @@ class _PeerProtocol(HttpToolsProtocol):
                 return
         self.transport.write(STATUS_LINE[self._status] + b"connection: close\r\ncontent-length: 0\r\n\r\n")
         self.transport.close()
+
+    def _require_one_meaning(self) -> None:
+        """Refuse what another HTTP program may read otherwise: host, version, coding (RFC 9112 sections 2.3, 3.2, 6.1)."""
+        version = self.parser.get_http_version()
+        if version not in ("1.0", "1.1"):
+            self._exceed(505)
+        hosts = [value for name, value in self.headers if name == b"host"]
+        if len(hosts) > 1 or (version == "1.1" and not hosts) or not all(_HOST.fullmatch(host) for host in hosts):
+            self._exceed(400)
+        codings = [value.lower() for name, value in self.headers if name == b"transfer-encoding"]
+        if codings and (codings != [b"chunked"] or version == "1.0"):
+            self._exceed(400)
 
     def _head(self, size: int) -> None:
         self._header_bytes += size

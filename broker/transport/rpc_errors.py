@@ -26,6 +26,8 @@ class NotServed(BrokerError):
     code = "not_served"
 
 
+_ELSEWHERE = "what answers there has no such method: --socket and --addr say whom to ask"
+
 _ERRORS: Mapping[grpc.StatusCode, type[BrokerError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: Invalid,
     grpc.StatusCode.PERMISSION_DENIED: Refused,
@@ -53,14 +55,27 @@ _BY_REASON: Mapping[str, type[BrokerError]] = {
 }
 
 
+_CODES: Mapping[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
+
+
 def from_rpc_error(error: grpc.aio.AioRpcError) -> BrokerError:
     """Give the error that the other side meant: its class by the status, its code and hint by the details."""
-    kind = _ERRORS.get(error.code(), BrokerError)
-    text = error.details() or error.code().name
+    return _meant(error.code(), error.details() or "", *_error_info(error))
+
+
+def from_status(status: status_pb2.Status) -> BrokerError:
+    """Do the same for an error that came within a message."""
+    return _meant(_CODES.get(status.code, grpc.StatusCode.UNKNOWN), status.message, *_info_of(status))
+
+
+def _meant(status: grpc.StatusCode, text: str, code: str | None, hint: str) -> BrokerError:
+    text = text or status.name
+    kind = _ERRORS.get(status, BrokerError)
     if kind is Refused and text == NO_IDENTITY_TEXT:
         kind = NoIdentity
-    code, hint = _error_info(error)
     kind = _BY_REASON.get(code or "", kind)
+    if kind is NotServed:
+        hint = hint or _ELSEWHERE
     return kind(text, code=code, hint=hint)
 
 
@@ -72,21 +87,26 @@ def _denial_hint(denial: str) -> str:
 
 
 def _error_info(error: grpc.aio.AioRpcError) -> tuple[str | None, str]:
-    denied = ""
     for key, value in error.trailing_metadata() or ():
         if key != _DETAILS_KEY:
             continue
         status = status_pb2.Status()
-        info = error_details_pb2.ErrorInfo()
         try:
             status.ParseFromString(value if isinstance(value, bytes) else value.encode())
         except ValueError:
             return None, ""
-        for detail in status.details:
-            is_info = detail.TypeName() == error_details_pb2.ErrorInfo.DESCRIPTOR.full_name
-            if is_info and detail.Unpack(info) and info.domain == ERROR_DOMAIN:
-                return info.reason, info.metadata.get("hint", "") or _denial_hint(info.metadata.get("denial", ""))
-            denied = denied or _denied_agent(detail)
+        return _info_of(status)
+    return None, ""
+
+
+def _info_of(status: status_pb2.Status) -> tuple[str | None, str]:
+    denied = ""
+    info = error_details_pb2.ErrorInfo()
+    for detail in status.details:
+        is_info = detail.TypeName() == error_details_pb2.ErrorInfo.DESCRIPTOR.full_name
+        if is_info and detail.Unpack(info) and info.domain == ERROR_DOMAIN:
+            return info.reason, info.metadata.get("hint", "") or _denial_hint(info.metadata.get("denial", ""))
+        denied = denied or _denied_agent(detail)
     return denied or None, ""
 
 

@@ -5,18 +5,12 @@ nothing of what the bytes mean, or whose they are.
 """
 
 import asyncio
-import socket
 from collections.abc import Callable
-from pathlib import Path
 from typing import cast
-
-from broker.errors import Unavailable
 
 CHUNK = 64 * 1024  # read at once; one buffer for all connections of a loop, since a read is passed on before the next
 HIGH_WATER = 64 * 1024  # bytes waiting on one side before the other side is no longer read
 LINGER = 10.0  # seconds for a peer to take what is still meant for it after the other side has ended
-DIAL_DEADLINE = 10.0  # seconds for the backend to have a place in its queue
-_DIAL_PAUSE = 0.005
 
 
 Watch = Callable[[bytes], int | None]
@@ -103,6 +97,12 @@ class End(asyncio.BufferedProtocol):
             self.other.read(wanted=False)
         elif not self.closing and not self.lost and not self.transport.is_closing():
             self.transport.write(chunk)
+
+    def hear_early(self, heard: bytes) -> None:
+        """Take what this side said before the splice began; the other sends it when it is there."""
+        if heard:
+            self.spoke = True
+            self.other.write(heard)
 
     def begin(self) -> None:
         """Both sides are there: send what came early, and read."""
@@ -238,52 +238,3 @@ class Splice:
 
 def _can_half_close(end: End) -> bool:
     return end.transport is not None and end.transport.can_write_eof()
-
-
-class Backend:
-    """The private Unix socket that a listener splices to."""
-
-    def __init__(self, path: Path) -> None:
-        """``path``: where the backend listens, in a directory that only we can enter."""
-        self._path = str(path)
-        self.buffer = memoryview(bytearray(CHUNK))
-
-    async def join(self, splice: Splice, name: str) -> None:
-        """Dial from a socket bound to the abstract ``name`` and join it to the splice's front.
-
-        Raises Unavailable when nobody listens, or the backend's queue stays full for DIAL_DEADLINE seconds.
-        """
-        dialled = await self._dial(name)
-        try:
-            await asyncio.get_running_loop().create_unix_connection(lambda: splice.back, sock=dialled)
-        except BaseException:
-            dialled.close()
-            raise
-
-    async def _dial(self, name: str) -> socket.socket:
-        try:
-            dialled = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        except OSError as error:
-            raise Unavailable("no descriptor is left to reach the service behind this socket") from error
-        try:
-            dialled.bind(f"\0{name}")
-            async with asyncio.timeout(DIAL_DEADLINE):
-                while not _connected(dialled, self._path):  # noqa: ASYNC110 - the kernel tells nobody of a free place
-                    await asyncio.sleep(_DIAL_PAUSE)
-        except OSError as error:  # TimeoutError is one
-            dialled.close()
-            raise Unavailable("the service behind this socket does not accept connections") from error
-        except BaseException:
-            dialled.close()
-            raise
-        return dialled
-
-
-def _connected(dialled: socket.socket, path: str) -> bool:
-    # Not loop.sock_connect: a Unix socket refused for a full queue (EAGAIN) is not "in progress", and asyncio would
-    # take it for connected.
-    try:
-        dialled.connect(path)
-    except BlockingIOError:
-        return False
-    return True

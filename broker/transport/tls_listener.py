@@ -22,12 +22,13 @@ from broker.clock import Clock
 from broker.errors import BrokerError, InvalidSvid, Misconfigured, Refused
 from broker.spiffe import BundleSet, verify_x509_svid
 from broker.transport.acceptor import BACKLOG, Acceptor, connection_room
+from broker.transport.backend import Backend
 from broker.transport.callers import CallerIndex
 from broker.transport.flood import FrameMeter
 from broker.transport.handshake import accept_tls
 from broker.transport.http import HttpDoor
 from broker.transport.lifetimes import Lifetimes
-from broker.transport.splice import Backend, Splice
+from broker.transport.splice import Splice
 from broker.transport.tls import ALPN_H2, Anonymous, SvidPeer, TlsPeer, judge
 
 _LOG = logging.getLogger(__name__)
@@ -80,6 +81,19 @@ class _Gate(asyncio.Protocol):
     @override
     def connection_lost(self, exc: Exception | None) -> None:
         self._lost()
+
+
+def bound_socket(host: str, port: int) -> socket.socket:
+    """Listen on a port. Raises Misconfigured (``address_unavailable``)."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=BACKLOG, dualstack_ipv6=host == "::")
+    except OSError as error:
+        raise Misconfigured(
+            f"cannot listen on {host}:{port}: {error.strerror}",
+            code="address_unavailable",
+            hint="another program may have it, or it is no address of this machine",
+        ) from error
 
 
 class TlsListener:
@@ -159,14 +173,7 @@ class TlsListener:
     async def start(self) -> None:
         """Bind and listen. Raises Misconfigured (``address_unavailable``)."""
         self._room = connection_room(self._max_connections, FDS_PER_CONNECTION)
-        host, port = self._address
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        try:
-            listening = socket.create_server((host, port), family=family, backlog=BACKLOG, dualstack_ipv6=host == "::")
-        except OSError as error:
-            raise Misconfigured(
-                f"cannot listen on {host}:{port}: {error.strerror}", code="address_unavailable"
-            ) from error
+        listening = bound_socket(*self._address)
         self._port = listening.getsockname()[1]
         self._acceptor = Acceptor(listening, self._accepted, lambda: len(self._open) < self._room, self._make_room)
         self._acceptor.start()

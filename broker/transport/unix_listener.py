@@ -14,11 +14,12 @@ from typing import Generic, TypeVar
 
 from broker.errors import BrokerError, Misconfigured, NotAttested, Refused
 from broker.transport.acceptor import Acceptor, connection_room
+from broker.transport.backend import Backend, Spare
 from broker.transport.callers import CallerIndex
 from broker.transport.flood import FrameMeter
 from broker.transport.peercred import KernelPeer, read_kernel_peer
 from broker.transport.socket_path import ClaimedSocket, claim_socket
-from broker.transport.splice import Backend, Splice
+from broker.transport.splice import Splice
 from broker.transport.turnstile import Turnstile
 
 _LOG = logging.getLogger(__name__)
@@ -111,7 +112,7 @@ class UnixListener(Generic[C]):
         """Abort connections whose caller matches; gives their number."""
         matching = [connection for connection in self._open if predicate(connection.caller)]
         for connection in matching:
-            connection.abort()
+            self._end(connection)
         return len(matching)
 
     async def start(self) -> None:
@@ -120,6 +121,7 @@ class UnixListener(Generic[C]):
         self._room_of_uid = max(1, int(self._room * SHARE_OF_ONE_UID))
         self._claimed = claim_socket(self._path, mode=self._mode, directory_mode=self._directory_mode)
         self._accept_on(self._claimed)
+        self._backend.keep_spare()
         self._next_look = asyncio.get_running_loop().call_later(LOOK_EVERY, self._look_again)
 
     def look(self) -> None:
@@ -155,6 +157,7 @@ class UnixListener(Generic[C]):
         if self._next_look is not None:
             self._next_look.cancel()
         self._acceptor.close()
+        self._backend.close()
         self._claimed.release()
         self._acceptor = self._claimed = None
         for setup in list(self._setups):
@@ -188,8 +191,9 @@ class UnixListener(Generic[C]):
         turnstile, connections = self._of_process.get(peer.pid) or (Turnstile(), 0)
         self._of_process[peer.pid] = turnstile, connections + 1
         connection = Connection(peer, caller, turnstile)
-        connection.name = self._index.admit(caller, connection)
-        self._begin(accepted, connection)
+        spare = self._backend.take()
+        connection.name = self._index.admit(caller, connection, name=spare.name if spare else "")
+        self._begin(accepted, connection, spare)
 
     def _has_room(self) -> bool:
         return len(self._open) < self._room and len(self._setups) < MAX_SETUPS
@@ -198,20 +202,28 @@ class UnixListener(Generic[C]):
         if self._of_uid[uid] >= self._room_of_uid:
             raise Refused(f"uid {uid} has too many connections", code="too_many_connections")
 
-    def _begin(self, accepted: socket.socket, connection: Connection[C]) -> None:
+    def _begin(self, accepted: socket.socket, connection: Connection[C], spare: Spare | None) -> None:
         loop = asyncio.get_running_loop()
         connection.splice = Splice(self._backend.buffer, lambda error: self._ended(connection, error), connection.watch)
         self._open.add(connection)
         self._of_uid[connection.peer.uid] += 1
-        loop.add_reader(connection.peer.pidfd, connection.abort)
+        loop.add_reader(connection.peer.pidfd, self._end, connection)
+        if spare is not None:
+            spare.join(connection.splice)
         setup = loop.create_task(self._join(accepted, connection))
         self._setups.add(setup)
         setup.add_done_callback(lambda done: self._joined(done, accepted, connection))
 
+    def _end(self, connection: Connection[C]) -> None:
+        # Forgotten first: calls that learn in this moment that their process is gone are to know that nobody hears them.
+        self._index.forget(connection.name)
+        connection.abort()
+
     async def _join(self, accepted: socket.socket, connection: Connection[C]) -> None:
         loop = asyncio.get_running_loop()
         await loop.connect_accepted_socket(lambda: connection.splice.front, accepted)
-        await self._backend.join(connection.splice, connection.name)
+        if connection.splice.back.transport is None:
+            await self._backend.join(connection.splice, connection.name)
 
     def _joined(self, setup: asyncio.Task[None], accepted: socket.socket, connection: Connection[C]) -> None:
         # Here and not in the task itself: a task that is cancelled before its first step runs nothing of its own.

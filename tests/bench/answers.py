@@ -7,7 +7,7 @@ from typing import Any
 from broker._proto.spiffe import workload_pb2
 from broker.dev.stage import Process
 from tests.bench.house import House
-from tests.bench.measure import Item, at_least, percentile, within
+from tests.bench.measure import Item, at_least, at_most, percentile, within
 
 CALLERS = 32
 ROUNDS = 3
@@ -18,6 +18,8 @@ NEWCOMERS = 120
 NEWCOMER_PAUSE = 0.03
 """Seconds between two new processes: the agent signs the next spare meanwhile."""
 P50_MS, P99_MS = 5.0, 25.0
+LIBRARY_TIMES = 2.0
+"""Of what a bare server takes, where the caller uses Python's gRPC library: that alone is more than the budget on some machines."""
 
 
 async def fetch_jwt_svid_warm(house: House, seconds: float) -> list[Item]:
@@ -55,19 +57,20 @@ async def first_fetch_x509_svid(house: House, seconds: float) -> list[Item]:
 async def side_by_side(name: str, seconds: float, ours: tuple[Process, str], limit: tuple[Process, str]) -> list[Item]:
     """New processes of a program at our socket, beside those at the limit's, in turns: what the machine does else hits both.
 
-    Twice: with gRPC's library on their side, and by frames. The difference of the two limits is what the library takes.
+    Twice: by frames, which is what the agent takes, and with gRPC's own library on their side (``_by_grpcio``). The difference of
+    the two limits is what the library takes.
     """
     each = max(20, int(NEWCOMERS * min(1.0, seconds / 4))) // ROUNDS
     items = []
-    for bare, suffix in ((False, ""), (True, "_by_frames")):
+    for bare, suffix in ((True, ""), (False, "_by_grpcio")):
         took: list[float] = []
         least: list[float] = []
         for _ in range(ROUNDS):
             least += (await first(*limit, each, bare=bare))["ms"]
             took += (await first(*ours, each, bare=bare))["ms"]
         for percent, most in ((50, P50_MS), (99, P99_MS)):
-            at = f"{name}{suffix}_p{percent}"
-            items.append(within(at, percentile(took, percent), "ms", percentile(least, percent), most))
+            at, value, of = f"{name}{suffix}_p{percent}", percentile(took, percent), percentile(least, percent)
+            items.append(within(at, value, "ms", of, most) if bare else at_most(at, value, "ms", of, LIBRARY_TIMES))
     return items
 
 

@@ -31,7 +31,7 @@ ID_TOKEN = "urn:ietf:params:oauth:token-type:id_token"
 async def load_grpc(socket: str, path: str, request: bytes, callers: int, seconds: float) -> Mapping[str, Any]:
     """Call one unary method by so many callers over one connection."""
     took: list[float] = []
-    size = 0
+    size = calls = 0
 
     async def go(call: Any, until: float) -> None:
         nonlocal size
@@ -48,7 +48,8 @@ async def load_grpc(socket: str, path: str, request: bytes, callers: int, second
             began = time.perf_counter()
             await asyncio.gather(*(go(call, began + length) for _ in range(callers)))
             elapsed = time.perf_counter() - began
-    return _told(took, elapsed, size)
+            calls += len(took)
+    return {**_told(took, elapsed, size), "calls": calls}
 
 
 class Poster(asyncio.Protocol):

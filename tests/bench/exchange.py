@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from broker.dev.certificates import Files
 from broker.dev.stage import Process
 from tests.bench.house import AUDIENCE, House
-from tests.bench.measure import Item, commits, time_per_call, within
+from tests.bench.measure import Item, commits, cpu_seconds, time_per_call, within
 
 CALLERS = 32
 ROUNDS = 3
@@ -26,13 +26,20 @@ async def exchange_socket(house: House, seconds: float) -> list[Item]:
         size = (await caller.do("grpc", socket=house.agent_socket, **load | {"seconds": 0.1}))["size"]
         echo, relay = house.socket("echo2"), house.socket("relay")
         ours, bare = [], []
+        spent = dict.fromkeys(("agent", "server"), 0.0)
         async with (
             house.bare("echo", "--socket", echo, "--answer", str(size)),
             house.bare("relay", "--socket", relay, "--to", echo),
         ):
             for _ in range(ROUNDS):
                 bare.append(await caller.do("grpc", socket=relay, **load))
+                before = {part: cpu_seconds(house.pid(part)) for part in spent}
                 ours.append(await caller.do("grpc", socket=house.agent_socket, **load))
+                for part, seconds_before in before.items():
+                    spent[part] += cpu_seconds(house.pid(part)) - seconds_before
+    # What others on the machine change least.
+    each = ", ".join(f"{part} {used / sum(one['calls'] for one in ours) * 1e6:.0f} us" for part, used in spent.items())
+    house.tell(f"  processor time of one exchange: {each}")
     with commits(house.directory / "commits.db") as commit:
         durable = 1 / time_per_call(commit, COMMITS, clock=time.perf_counter)
     house.tell(f"  SQLite, one row in each commit, synchronous=FULL: {durable:,.0f} commits/s")

@@ -50,6 +50,11 @@ def at_least(name: str, value: float, unit: str, limit: float, share: float) -> 
     return Item(name, value, unit, limit, f">= {share:.0%} of the limit", value >= share * limit)
 
 
+def at_most(name: str, value: float, unit: str, limit: float, times: float) -> Item:
+    """Judge a time by that of the limit."""
+    return Item(name, value, unit, limit, f"<= {times:g} x the limit", value <= times * limit)
+
+
 def within(name: str, value: float, unit: str, limit: float, most: float) -> Item:
     """Judge a time by a fixed bound, in the same unit; the limit is for comparison."""
     return Item(name, value, unit, limit, f"< {most:g} {unit}", value < most)

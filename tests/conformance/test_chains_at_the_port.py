@@ -30,7 +30,7 @@ from tests.conformance import limbo
 from tests.conformance.house import SECONDS, House, Replica
 from tests.conformance.rekeyed import CannotBeMade, rekeyed
 from tests.fakes.svid_pki import Holder, Pki
-from tests.integration.test_server_identity import (
+from tests.integration.identity_rig import (
     Estate,
     Node,
     admin_channel,

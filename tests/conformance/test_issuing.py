@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from broker.errors import Invalid, Refused, Unavailable
-from broker.keys import MemoryKeys
+from broker.keys.local import generated
 from broker.server.authority import lint, profile
 from broker.server.authority import x509 as authorities
 from broker.server.authority.jwt import JwtAuthority
@@ -48,7 +48,7 @@ def serial(number=1):
 
 
 def root(ttl=24 * HOUR):
-    signer = MemoryKeys().generate(profile.key_identifier)
+    signer = generated(profile.key_identifier)
     der = authorities.self_signed(DOMAIN, signer, serial(), profile.authority_validity(NOW, ttl))
     return X509Authority.of(signer.id, der, signer), x509.load_der_x509_certificate(der)
 
@@ -68,7 +68,7 @@ async def below_disk(directory: Path, *, with_intermediate: bool):
     above, top = root()
     certificates, signer = [top], above.signer
     if with_intermediate:
-        signer = MemoryKeys().generate("corporate")
+        signer = generated("corporate")
         validity = above.validity(NOW, 20 * HOUR)
         der = above.certify(DOMAIN, signer.public_key, serial(2), validity)[0]
         certificates.insert(0, x509.load_der_x509_certificate(der))
@@ -83,7 +83,7 @@ async def below_disk(directory: Path, *, with_intermediate: bool):
     upstream = DiskUpstream(
         DOMAIN, Clock(), certificate=directory / "cert.pem", key=directory / "key.pem", bundle=directory / "roots.pem"
     )
-    ours = MemoryKeys().generate(profile.key_identifier)
+    ours = generated(profile.key_identifier)
     minted = await upstream.mint(ours, 24 * HOUR)
     authority = X509Authority.of(ours.id, minted.certificate, ours, minted.above, is_root=False)
     return authority, top, minted
@@ -132,7 +132,7 @@ async def test_every_kind_passes_the_linter_and_openssl(tmp_path):
 
 @pytest.mark.bears("I05")
 def test_the_linter_is_one_that_finds_things(tmp_path):
-    signer = MemoryKeys().generate("bad")
+    signer = generated("bad")
     name = x509.Name([])
     builder = profile._build((name, name), signer.public_key, 1, profile.authority_validity(NOW, HOUR), [])
     path = tmp_path / "bad.pem"
@@ -188,7 +188,7 @@ async def test_signing_certificates(tmp_path):
 def test_nesting_ends():
     authority, _ = root()
     for depth in range(profile.NESTING):
-        signer = MemoryKeys().generate(f"below-{depth}")
+        signer = generated(f"below-{depth}")
         chain = authority.certify(DOMAIN, signer.public_key, serial(9 + depth), authority.validity(NOW, HOUR))
         authority = X509Authority.of(signer.id, chain[0], signer, b"".join(chain[1:]), is_root=False)
     assert len(authority.issue(Leaf(SpiffeId.of(DOMAIN, "/x"), serial(), authority.validity(NOW, HOUR)), key())) == 5

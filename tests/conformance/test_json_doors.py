@@ -8,7 +8,7 @@ import ast
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from urllib.parse import quote
 
@@ -21,8 +21,11 @@ import broker
 from broker._proto.spiffe import workload_pb2
 from broker.attestation.possession import Challenge, answer, read_chain
 from broker.cli.main import main
-from broker.errors import BrokerError, Invalid
+from broker.errors import BrokerError, Invalid, InvalidToken, Unavailable
+from broker.server.api.http.form import MAX_BODY
 from broker.server.api.http.token_formats import ACCESS_TOKEN, GRANT_TYPE
+from broker.server.tasks.config import SubjectIssuer
+from broker.server.tasks.issuer_keys import REFRESH_EVERY, IssuerKeys
 from broker.spiffe import Bundle, BundleSet, jose
 from broker.tasks import Authority
 from broker.tasks.keyset import read_keys
@@ -30,6 +33,8 @@ from broker.transport.tls import TlsIdentity
 from tests.conformance.house import DOMAIN, HEADER, ONE, SECONDS, House, posted
 from tests.conformance.test_vectors_spiffe import DUPLICATES, OPEN_ACCEPTED
 from tests.conformance.token_doors import TokenDoors
+from tests.fakes.oidc import OidcIssuer
+from tests.unit.server.tasks.estate import ManualClock
 
 SUITE = Path(os.environ.get("BROKER_VECTORS", "/nonexistent")) / "JSONTestSuite" / "test_parsing"
 TEXTS = {path.name: path.read_bytes() for path in sorted(SUITE.iterdir())} if SUITE.is_dir() else {}
@@ -154,6 +159,57 @@ def test_at_the_exchange(house: House) -> None:
             }, (name, told)  # fmt: skip
             if told.status == 413:
                 connection.close()
+
+
+@pytest.mark.bears("I14")
+@pytest.mark.parametrize(
+    ("path", "within"),
+    [
+        ("/tasks", b'{"purpose": "x", "subject_token": "x", "authorization_details": [{"type": '),
+        ("/delegations", b""),
+    ],
+    ids=["authorization details within a task", "a delegation"],
+)
+def test_as_a_body_of_ours(house: House, path: str, within: bytes) -> None:
+    # JSON that is none is said to be none; any other makes no sense here, and that is what is said of it.
+    leaf = house.replica.leaf(ONE)
+    headers = {"content-type": "application/json"}
+    if path == "/delegations":
+        headers["authorization"] = "Bearer x"  # a user's own
+    with closing(house.https(TlsIdentity((leaf.der,), leaf.key))) as connection:
+        for name, text in {**TEXTS, "deep": DEEP[:30_000] + DEEP[-30_000:]}.items():
+            body = within + text + b"}]}" if within else text
+            connection.request("POST", path, body, headers)
+            response = connection.getresponse()
+            said = json.loads(response.read())
+            code = said["error_code"]
+            if len(body) > MAX_BODY:
+                assert code == "body_too_large", name
+                continue
+            assert response.status in {400, 401, 403}, (name, said)
+            if body:
+                # A fraction is good JSON and has no canonical form, which authorization details need.
+                is_none = code == "invalid_json" or (code.startswith("json_") and code != "json_bad_type")
+                assert is_none is (name not in GOOD), (name, said)
+
+
+@pytest.mark.bears("I14")
+async def test_in_what_a_users_issuer_publishes(tmp_path: Path) -> None:
+    # As one more member of a key set with a new key: that is known from then on where the text is good.
+    clock, accepted = ManualClock(), set()
+    with OidcIssuer.start(tmp_path) as issuer:
+        trusted = SubjectIssuer(issuer=issuer.issuer, audiences=frozenset({"broker"}), ca_path=issuer.ca_path)
+        keys = IssuerKeys(trusted, clock, address=f"{issuer.issuer}/jwks")
+        for name, text in {**TEXTS, "deep": DEEP[:20_000] + DEEP[-20_000:]}.items():
+            issuer.keys[0].kid = name
+            published = among(json.dumps({"keys": [issuer.keys[0].jwk()]}).encode(), text)
+            issuer.document = lambda path, published=published: published  # type: ignore[method-assign]
+            clock.advance(REFRESH_EVERY)
+            with suppress(InvalidToken, Unavailable):
+                await keys.find(name)
+                accepted.add(name)
+        await keys.aclose()
+    assert accepted == GOOD
 
 
 @pytest.mark.bears("I14")

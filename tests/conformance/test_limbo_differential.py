@@ -1,20 +1,13 @@
 """Our path validation beside ``openssl verify`` and pyca's, on every case of x509-limbo; I13."""
 
-import contextlib
-import ipaddress
 import shutil
-import subprocess
 from pathlib import Path
 
-import cryptography
 import pytest
-from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
 
 from tests.conformance import limbo
-from tests.conformance.limbo import Case
-from tests.conformance.limbo_rows import OPENSSL, PYCA, ROWS
+from tests.conformance.limbo_rows import ROWS
+from tests.conformance.verifiers import are_the_versions_written_down, letters, openssl, pyca
 
 pytestmark = [
     pytest.mark.skipif(not limbo.FOLDER.is_dir(), reason=limbo.REASON),
@@ -22,49 +15,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::cryptography.utils.CryptographyDeprecationWarning"),
     pytest.mark.timeout(180),
 ]
-
-
-def openssl(case: Case, directory: Path) -> bool:
-    """What ``openssl verify`` says."""
-    leaf, others, trusted = (directory / name for name in ("leaf.pem", "others.pem", "trusted.pem"))
-    leaf.write_text(case.leaf_pem)
-    others.write_text("\n".join(case.others_pem))
-    trusted.write_text("\n".join(case.trusted_pem))
-    command = ["openssl", "verify", "-partial_chain", "-no-CApath", "-no-CAstore", "-CAfile", str(trusted)]
-    command += ["-attime", str(int(case.moment.timestamp()))]
-    command += ["-untrusted", str(others)] if case.others_pem else []
-    done = subprocess.run([*command, str(leaf)], capture_output=True, check=False, timeout=60)
-    return done.returncode == 0
-
-
-def pyca(case: Case) -> bool:
-    """What the verifier of ``cryptography`` says, whose profile is that of public web sites."""
-    name, depth = case.members["expected_peer_name"], case.members["max_chain_depth"]
-    with contextlib.suppress(
-        ValueError,
-        TypeError,
-        VerificationError,
-        UnsupportedAlgorithm,
-        x509.UnsupportedGeneralNameType,
-        x509.InvalidVersion,
-    ):
-        leaf, *others = [x509.load_pem_x509_certificate(pem.encode()) for pem in (case.leaf_pem, *case.others_pem)]
-        store = Store([x509.load_pem_x509_certificate(pem.encode()) for pem in case.trusted_pem])
-        policy = PolicyBuilder().store(store).time(case.moment)
-        if depth is not None:
-            policy = policy.max_chain_depth(depth)
-        if name is None or case.members["validation_kind"] == "CLIENT":
-            policy.build_client_verifier().verify(leaf, others)
-            return True
-        is_address = name["kind"] == "IP"
-        subject = x509.IPAddress(ipaddress.ip_address(name["value"])) if is_address else x509.DNSName(name["value"])
-        policy.build_server_verifier(subject).verify(leaf, others)
-        return True
-    return False
-
-
-def letters(*verdicts: bool) -> str:
-    return "".join("A" if verdict else "R" for verdict in verdicts)
 
 
 @pytest.mark.bears("I13", "X5-17")
@@ -83,11 +33,6 @@ def test_no_row_is_looser_than_both_and_each_difference_is_written_down(tmp_path
     }
     if are_the_versions_written_down():
         assert {name: row for name, row in said.items() if len(set(row)) > 1} == written
-
-
-def are_the_versions_written_down() -> bool:
-    version = subprocess.run(["openssl", "version"], capture_output=True, text=True, check=True, timeout=60).stdout
-    return version.startswith(f"{OPENSSL}.") and cryptography.__version__.partition(".")[0] == PYCA
 
 
 def test_the_command_can_refuse_and_accept(tmp_path: Path) -> None:

@@ -66,7 +66,8 @@ class TestTasks:
             store.write(check),
             return_exceptions=True,
         )
-        assert seen == [lost, task(), ended(task())]
+        # The first may run again, where only the whole group could be undone.
+        assert (set(seen[:-2]), seen[-2:]) == ({lost}, [task(), ended(task())])
 
     async def test_place_and_person_are_written_once(self, store: Store) -> None:
         await store.write(lambda w: w.add_task(task()))

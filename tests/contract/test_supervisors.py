@@ -5,7 +5,8 @@ from datetime import datetime, timedelta
 
 import pytest
 
-from broker.audit.events import Event, Record
+from broker.audit.events import Event
+from broker.audit.records import Record
 from broker.server.store.ports import Store, Writer
 from broker.server.tasks.requests import Actor, Door
 from broker.server.tasks.supervisor import TELL_EVERY, SupervisionRules, Supervisor, begin_lease

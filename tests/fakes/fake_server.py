@@ -7,6 +7,7 @@ what the test told it.
 import asyncio
 import secrets
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -26,6 +27,7 @@ from broker._proto.spire.api.types import bundle_pb2, entry_pb2, selector_pb2, s
 from broker.agent.upstream import AGENT, BUNDLE, FEED, SESSIONS, SVID, TASKS, WATCH
 from broker.clock import Clock, SystemClock
 from broker.errors import BrokerError, Refused
+from broker.server.api.grpc.token_streams import TokenStreams
 from broker.spiffe import Bundle, BundleSet, SpiffeId, TrustDomain
 from broker.transport.callers import CallerIndex
 from broker.transport.grpc_server import CallGuard, PrivateGrpcServer
@@ -169,6 +171,14 @@ class FakeServer:
         self.causes: list[str] = []  # of the ends, by their names on the wire
         self.watches: list[watch_pb2.WatchRequest] = []
         self.task_requests: list[object] = []
+        self.calls_alone = self.token_streams = 0
+        self.stream_error: BrokerError | None = None  # raised on a stream of token requests as it begins
+        self.token_gates: dict[
+            str, asyncio.Event
+        ] = {}  # by task, "" for one that is to start: what its requests wait for
+        self.token_errors: dict[str, Exception] = {}  # by task
+        self.tokens_given_up: list[str] = []
+        self._streams = TokenStreams(self._issue)
         self.runs: list[tuple[str, bool]] = []  # of each report: the agent's run, and whether it says that it is new
         self.detached: list[tuple[str, str]] = []
         self.over: set[str] = set()  # sessions that this server takes for ended
@@ -280,7 +290,9 @@ class FakeServer:
         token = first.params.data.payload.decode()
         self.attestations.append(token)
         if self.tokens.pop(token, None) is None:
-            raise Refused("the join token is unknown, expired or used", code="join_token_unknown")
+            raise Refused(
+                "failed to attest: join token does not exist or has already been used", code="join_token_unknown"
+            )
         result = agent_pb2.AttestAgentResponse.Result(
             svid=self._agent_svid(f"/spire/agent/join_token/{token}", first.params.params.csr)
         )
@@ -384,10 +396,32 @@ class FakeServer:
         self.task_requests.append(request)
         if self.task_error is not None:
             raise self.task_error
+        if (gate := self.token_gates.get("")) is not None:
+            await gate.wait()
         return tasks_pb2.Task(id="task_1", agent=request.workload.spiffe_id, state="active")
 
     async def IssueToken(self, request, context, peer):
+        self.calls_alone += 1
+        return await self._issue(request, peer)
+
+    async def IssueTokens(self, requests, context, peer):
+        self.token_streams += 1
+        if self.stream_error is not None:
+            raise self.stream_error
+        async with aclosing(self._streams.serve(requests, peer)) as answers:
+            async for answer in answers:
+                yield answer
+
+    async def _issue(self, request, peer):
         self.task_requests.append(request)
+        if (gate := self.token_gates.get(request.task_id)) is not None:
+            try:
+                await gate.wait()
+            except asyncio.CancelledError:
+                self.tokens_given_up.append(request.task_id)
+                raise
+        if (error := self.token_errors.get(request.task_id)) is not None:
+            raise error
         return tasks_pb2.IssuedToken(access_token="at", task_id=request.task_id)
 
     async def CompleteTask(self, request, context, peer):

@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import NameOID
 
 TOKEN = "agent-token"
+RECORDINGS = Path(__file__).parent / "recordings"
 HUGE = 1 << 20  # the piece that a huge answer is made of, sent until the asker has had enough
 
 
@@ -208,10 +209,16 @@ class _Handler(BaseHTTPRequestHandler):
 def recording(name: str) -> dict[str, Any]:
     """Give what a kubelet or an API server answers, whole: lists of pods of three runtimes, a TokenReview, a node.
 
-    Every field is one of Kubernetes 1.33's, with values of a shop that does not exist; no cluster was listened to.
+    Every field is one of Kubernetes 1.33's, with values of a shop that does not exist; no cluster was listened to. Those
+    under ``kubelet/`` are a real kubelet's own answers, as the README there says.
     """
-    found: dict[str, Any] = json.loads((Path(__file__).parent / "recordings" / f"{name}.json").read_text())
+    found: dict[str, Any] = json.loads((RECORDINGS / f"{name}.json").read_text())
     return found
+
+
+def recorded_cgroup(name: str) -> bytes:
+    """Give ``/proc/<pid>/cgroup`` of a process in a container of that real kubelet's."""
+    return (RECORDINGS / "kubelet" / "cgroup" / f"{name}.txt").read_bytes()
 
 
 def pod(uid: str, container: str, **changes: Any) -> dict[str, Any]:

@@ -1,6 +1,9 @@
 """A whole estate of real processes: server, node agent, OpenID issuer, an agent pod, a service."""
 
+import shutil
+import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +20,15 @@ STORY = (
     demo_task.task,
     demo_task.token,
 )
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """A directory that every user may enter, with a short name: a Unix socket's path has at most 107 bytes."""
+    made = Path(tempfile.mkdtemp(dir="/tmp"))
+    made.chmod(0o755)
+    yield made
+    shutil.rmtree(made)
 
 
 @pytest.fixture

@@ -3,14 +3,9 @@
 import asyncio
 import json
 import os
-import shutil
 import sqlite3
 import sys
-import tempfile
 from contextlib import AsyncExitStack, closing
-from pathlib import Path
-
-import pytest
 
 from broker.spiffe import SpiffeId
 from tests.fakes.running_agent import until
@@ -27,14 +22,6 @@ VERBS = (
     "svid mint jwt --spiffe-id spiffe://example.org/minted --audience a",
 )
 """One verb at least of each noun that an operator uses."""
-
-
-@pytest.fixture
-def directory():
-    made = Path(tempfile.mkdtemp(dir="/tmp"))
-    made.chmod(0o755)
-    yield made
-    shutil.rmtree(made)
 
 
 class Far:

@@ -73,7 +73,7 @@ async def test_a_refused_join_is_an_error_that_ends_it() -> None:
     async with running(ready=False, join_token="wrong") as agent:
         assert await asyncio.wait_for(agent.process.wait(), 20) == 1
         said = agent.process.log.read_text()
-        assert "the join token is unknown, expired or used" in said
+        assert "join token does not exist or has already been used" in said
         assert "wrong" not in said
 
 

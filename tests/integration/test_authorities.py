@@ -6,11 +6,9 @@ import os
 import shutil
 import ssl
 import sys
-import tempfile
 from collections import Counter
 from contextlib import suppress
 from datetime import UTC, datetime
-from pathlib import Path
 
 import grpc
 import pytest
@@ -19,7 +17,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, load_der_priv
 
 from broker._proto.spiffe import workload_pb2
 from broker._proto.spire.api.server.localauthority.v1 import localauthority_pb2 as pb
-from broker.audit.events import Event, Record
+from broker.audit.events import Event
+from broker.audit.records import Record
 from broker.errors import InvalidSvid
 from broker.server.settings import KeySettings
 from broker.server.store.rows import AuthorityKind, AuthorityState
@@ -29,14 +28,6 @@ from broker.spiffe.certificates import split_der
 from broker.transport.tls import TlsIdentity, client_context
 from tests.fakes.running_agent import HEADER, until
 from tests.fakes.small_estate import issuer_key_id, leaf_of, running_agent, running_server
-
-
-@pytest.fixture
-def directory():
-    made = Path(tempfile.mkdtemp(dir="/tmp"))
-    made.chmod(0o755)
-    yield made
-    shutil.rmtree(made)
 
 
 async def refusal(call):
@@ -271,26 +262,31 @@ async def test_keys_on_disk_outlive_the_server(directory):
 
 
 KILLS = int(os.environ.get("BROKER_ROTATION_KILLS", "1"))
-"""How often each step is died in, for each key manager. The line itself asks for a hundred times: 50 here, some 20 minutes."""
+"""How often each step is died in, for each key manager. The line itself asks for a hundred times: 50 here, some 30 minutes."""
+LEADS_TO = {"retire": "after_activate", "prune": "after_prepare"}
+"""Where one must have died before, so that there is something to take that step with."""
 
 
-@pytest.mark.timeout(120 + 10 * KILLS)
+@pytest.mark.timeout(120 + 20 * KILLS)
 @pytest.mark.bears("K05")
-@pytest.mark.parametrize("step", ["before_prepare", "after_prepare", "before_activate", "after_activate"])
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("step", ["prepare", "activate", "retire", "prune"])
 @pytest.mark.parametrize("manager", ["memory", "disk"])
-async def test_a_server_killed_in_a_step_of_rotation_starts_again(directory, step, manager):
+async def test_a_server_killed_in_a_step_of_rotation_starts_again(directory, when, step, manager):
     kept = {"keys": KeySettings(manager=manager)}
     async with running_server(directory, **kept) as server:
         before = {key_id(root) for root in await server.roots()}
         home = server.directory
     left = Left(home, before)
     for number in range(1, KILLS + 1):
-        if manager == "disk":
-            # What is there would serve for a day: this way the process has something to rotate.
-            shutil.rmtree(home / "data/keys")
         # Each goes on where the last one died, up to the same step.
-        await died(home, step, manager)
-        await left.check(is_on_disk=manager == "disk")
+        for place in filter(None, (LEADS_TO.get(step), f"{when}_{step}")):
+            if manager == "disk":
+                # What is there would serve for a day: this way the process has something to rotate.
+                shutil.rmtree(home / "data/keys")
+            await died(home, place, manager)
+        # Whoever dies over retiring or pruning leaves rows of the keys that were taken away above.
+        await left.check(is_on_disk=manager == "disk" and step not in LEADS_TO)
         if number % 25 and number != KILLS:
             continue
         async with running_server(directory, **kept) as server:

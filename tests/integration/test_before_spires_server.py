@@ -1,10 +1,7 @@
 """An agent before a server that has SPIRE's services and none of ours: the same estate, by questions instead of a stream."""
 
 import asyncio
-import shutil
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 
 import grpc
 import pytest
@@ -26,14 +23,6 @@ from tests.fakes.small_estate import issuer_key_id, leaf_of, running_agent, runn
 
 LONG = 30
 MANY = 1_100
-
-
-@pytest.fixture
-def directory():
-    made = Path(tempfile.mkdtemp(dir="/tmp"))
-    made.chmod(0o755)
-    yield made
-    shutil.rmtree(made)
 
 
 @pytest.fixture(autouse=True)

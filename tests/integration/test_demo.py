@@ -84,7 +84,7 @@ def judge(facts: dict[str, Any]) -> None:
     end = facts["end"]
     assert (end["state"], end["refusal"]["code"], end["another_token"]) == ("completed", "task_ended", "task_ended")
     assert end["accepted"] >= 20
-    assert end["refused_after_ms"] < 1000
+    assert end["refused_after_ms"] < 10_000
 
 
 async def test_an_interpreter_that_is_not_there_fails_the_first_step() -> None:

@@ -69,7 +69,7 @@ async def agent_with(runtime: FakeRuntime, directory: Path, place: str = DOCKER)
 
 def waiting(agent: RunningAgent) -> int:
     """How many connections wait to be attested."""
-    return sum(one.caller.attesting.locked() for one in agent.agent._socket._listener._open)
+    return sum(one.caller.attesting.locked() for one in agent.agent.doors.public._listener._open)
 
 
 async def call(agent: RunningAgent, number: int) -> None:

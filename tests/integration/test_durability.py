@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from broker.audit.events import Record
+from broker.audit.records import Record
 from broker.audit.verify import verify_chain
 from broker.errors import Unavailable
 from broker.server import failpoints

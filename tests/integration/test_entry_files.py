@@ -10,7 +10,7 @@ import pytest
 
 from broker.cli.main import main
 from broker.server.app import server
-from tests.integration.test_server_identity import Estate, estate  # noqa: F401 - a fixture
+from tests.integration.identity_rig import Estate, estate  # noqa: F401 - a fixture
 
 NODE = "spiffe://example.org/node"
 

@@ -3,13 +3,10 @@
 import asyncio
 import json
 import os
-import shutil
 import ssl
 import sys
-import tempfile
 import warnings
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 import grpc
 import grpc.aio
@@ -26,7 +23,7 @@ from broker._proto.spire.api.types.federationrelationship_pb2 import FederationR
 from broker.client import Bundles
 from broker.clock import SystemClock
 from broker.errors import BrokerError
-from broker.keys import MemoryKeys
+from broker.keys.local import generated
 from broker.sdk.tls import client_context, require_peer, server_context
 from broker.server.api.grpc import bundle, trustdomain
 from broker.spiffe import Bundle, BundleSet, SpiffeId, TrustDomain
@@ -41,15 +38,6 @@ with warnings.catch_warnings():
     from spiffe import WorkloadApiClient
 
 pytestmark = pytest.mark.timeout(180)
-
-
-@pytest.fixture
-def directory():
-    # Short: a Unix socket's path has at most 107 bytes.
-    made = Path(tempfile.mkdtemp(prefix="fed", dir="/tmp"))
-    made.chmod(0o755)
-    yield made
-    shutil.rmtree(made)
 
 
 @asynccontextmanager
@@ -318,8 +306,8 @@ async def test_the_command(directory) -> None:
 async def test_a_hostile_endpoint_changes_nothing_of_what_is_held(directory) -> None:
     """Older keys, another's document, too much of it, another address: what is held stays, and each is told. Nothing is held only
     where the endpoint itself says so by a newer, empty document (ADR 0023)."""
-    web, ours = WebAuthority(), MemoryKeys()
-    keys = {"old": ours.generate("old").public_key, "new": ours.generate("new").public_key}
+    web = WebAuthority()
+    keys = {name: generated(name).public_key for name in ("old", "new")}
     named = TrustDomain("b.test")
     good = Bundle(named, (), {"new": keys["new"]}, sequence=7)
     older = Bundle(named, (), {"old": keys["old"]}, sequence=6)

@@ -1,11 +1,8 @@
 """A server below another one of ours: one trust domain, two servers, SVIDs of either verified under the roots of the upper."""
 
 import asyncio
-import shutil
-import tempfile
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import grpc
 import pytest
@@ -32,14 +29,6 @@ from tests.fakes.small_estate import TD, issuer_key_id, leaf_of, running_agent, 
 SVID = ServiceBinding.of(svid_pb2.DESCRIPTOR, "SVID")
 BUNDLE = ServiceBinding.of(bundle_pb2.DESCRIPTOR, "Bundle")
 SERVER = SpiffeId.of(TD, "/spire/server")
-
-
-@pytest.fixture
-def directory():
-    made = Path(tempfile.mkdtemp(dir="/tmp"))
-    made.chmod(0o755)
-    yield made
-    shutil.rmtree(made)
 
 
 def below(upper, upper_agent):

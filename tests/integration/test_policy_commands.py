@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from broker.audit.events import Record
+from broker.audit.records import Record
 from broker.cli.main import main
 from broker.server.task_settings import PolicySettings
 from broker.server.tasks.policy import bundle as bundles
 from tests.attacks.tasks.policy_rig import NO_TASKS, NO_TOKENS, Rig, audit_records, rig
 from tests.fakes.oidc import OidcIssuer
-from tests.integration.test_server_identity import Estate, running
+from tests.integration.identity_rig import Estate, running
 from tests.integration.test_token_endpoint import TICKETS, TRIAGE
 
 

@@ -1,12 +1,9 @@
 """Two servers in processes of their own on one PostgreSQL, and agents before each: one estate, and one of them may die."""
 
 import asyncio
-import shutil
-import tempfile
 import time
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
-from pathlib import Path
 
 import pytest
 from cryptography import x509
@@ -24,19 +21,11 @@ LONG = 40  # seconds: what takes a few on a quiet machine
 LIFE = 25  # seconds that an authority of the replica lives that is going to die
 
 
-@pytest.fixture
-def directory():
-    made = Path(tempfile.mkdtemp(dir="/tmp"))
-    made.chmod(0o755)
-    yield made
-    shutil.rmtree(made)
-
-
 class Following:
-    """What one workload is told on one stream, and whether it is ever told less than before."""
+    """What one workload is told on one stream: never less than before, and nothing that any agent cannot verify yet."""
 
-    def __init__(self, agent: RunningAgent) -> None:
-        self.agent = agent
+    def __init__(self, agent: RunningAgent, judges: list[RunningAgent]) -> None:
+        self.agent, self.judges = agent, judges
         self.svids: dict[str, tuple[bytes, ...]] = {}
         self.failures: list[str] = []
         self.leaves: set[bytes] = set()
@@ -47,9 +36,19 @@ class Following:
                 told = {one.spiffe_id: tuple(split_der(one.x509_svid)) for one in message.svids}
                 if set(self.svids) - set(told):
                     self.failures.append("an SVID was withdrawn")
+                for chain in told.values():
+                    self.judge(chain)
                 self.svids = told
                 self.leaves |= {chain[0] for chain in told.values()}
         self.failures.append("the stream ended")
+
+    def judge(self, chain: tuple[bytes, ...]) -> None:
+        # In the moment of its first use: its authority was in the bundle of every agent before.
+        for one in self.judges:
+            try:
+                verify_x509_svid(chain, one.agent.cache.bundles, now=datetime.now(UTC))
+            except InvalidSvid as error:
+                self.failures.append(f"first use before {one.settings.runtime_dir.name} knew it: {error.reason}")
 
     async def has(self, path: str) -> None:
         async with asyncio.timeout(LONG):
@@ -102,7 +101,7 @@ async def test_two_replicas_are_one_estate_and_one_of_them_may_die(directory, po
         # Registered at one, served by the other: at once, and not by a poll.
         began = time.monotonic()
         await second.register(here.agent.node.id.path, "/wl/here")
-        ends = [Following(here), Following(there)]
+        ends = [Following(one, [here, there]) for one in (here, there)]
         group = await stack.enter_async_context(asyncio.TaskGroup())
         work = [group.create_task(one.run()) for one in ends]
         await ends[0].has("/wl/here")

@@ -2,30 +2,43 @@
 
 import asyncio
 import itertools
-import shutil
-import tempfile
+import ssl
 from contextlib import AsyncExitStack
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 
 from broker._proto.spiffe import workload_pb2
+from broker.sdk.tls import require_peer
+from broker.spiffe import SpiffeId
+from tests.fakes.loaded_workloads import Client
 from tests.fakes.running_agent import HEADER, until
 from tests.fakes.small_estate import running_agent, running_server
-from tests.integration.test_rotation_load import Client, shake_hands
 from tests.unit.transport.clocks import HandClock
 
 STEP = timedelta(seconds=30)
 """There and back again: what is signed is back-dated by as much, and no further."""
 
 
-@pytest.fixture
-def directory():
-    made = Path(tempfile.mkdtemp(dir="/tmp"))
-    made.chmod(0o755)
-    yield made
-    shutil.rmtree(made)
+def shake_hands(client, name, server, peer):
+    """One mutual TLS handshake, in memory, judged on both sides by the SDK."""
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ends = (
+        client.client_context(name).wrap_bio(to_client, to_server),
+        server.server_context(peer).wrap_bio(to_server, to_client, server_side=True),
+    )
+    waiting = set(ends)
+    for end in itertools.cycle(ends):
+        if not waiting:
+            break
+        if end in waiting:
+            try:
+                end.do_handshake()
+                waiting.discard(end)
+            except ssl.SSLWantReadError:
+                pass
+    for end, who, expected in ((ends[0], client, peer), (ends[1], server, name)):
+        require_peer(end, who.bundles, {SpiffeId(expected)})
 
 
 async def everybody_with_everybody(clients):

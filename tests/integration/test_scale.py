@@ -19,7 +19,7 @@ from broker.server.api.grpc import bundle, entries, entry, watch
 from broker.server.app import Server
 from broker.spiffe import SpiffeId
 from tests.fakes.warped_loop import WarpedLoop
-from tests.integration.test_server_identity import (
+from tests.integration.identity_rig import (
     DEADLINE,
     Estate,
     admin_channel,

@@ -4,38 +4,34 @@ The tables below are SPIRE's own policy and answers, written down once more: the
 """
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from contextlib import suppress
 
 import grpc
 import grpc.aio
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from broker._proto.grpc.health.v1 import health_pb2
-from broker._proto.grpc.reflection.v1 import reflection_pb2
-from broker._proto.grpc.reflection.v1alpha import reflection_pb2 as alpha_pb2
 from broker._proto.service import Stub
 from broker._proto.spire.api.server.agent.v1 import agent_pb2
-from broker._proto.spire.api.server.debug.v1 import debug_pb2
+from broker._proto.spire.api.server.bundle.v1 import bundle_pb2
 from broker._proto.spire.api.server.entry.v1 import entry_pb2
 from broker._proto.spire.api.server.logger.v1 import logger_pb2
 from broker._proto.spire.api.server.svid.v1 import svid_pb2
+from broker._proto.spire.api.server.trustdomain.v1 import trustdomain_pb2
 from broker._proto.spire.api.types import entry_pb2 as types
 from broker._proto.spire.api.types import federateswith_pb2, selector_pb2, spiffeid_pb2
-from broker._proto.spire.api.types import logger_pb2 as logger_types
-from broker.server.api.grpc import agent, debug, entry, health, logger, svid
-from broker.server.app import Server
+from broker.server.api.grpc import agent, bundle, entry, health, logger, svid, trustdomain
 from broker.server.settings import RateLimitSettings
-from broker.spiffe import SpiffeId
-from broker.transport.reflection import V1, V1ALPHA
-from tests.integration.test_server_identity import (
+from tests.integration.identity_rig import (
     DEADLINE,
-    Estate,
     Node,
     admin_channel,
     attest_over,
-    create_entry,
     csr,
     estate,
     id_message,
@@ -43,16 +39,13 @@ from tests.integration.test_server_identity import (
     own_bundle,
     running,
 )
+from tests.integration.spire_callers import AGENT, BUNDLE, ENTRY, SVID, callers
 
 __all__ = ["estate"]  # the fixture
 
 ANY = {"anonymous", "local", "admin", "agent", "downstream", "workload"}
 OPERATORS = {"local", "admin"}
 AGENTS = {"agent"}
-AGENT = "spire.api.server.agent.v1.Agent"
-BUNDLE = "spire.api.server.bundle.v1.Bundle"
-ENTRY = "spire.api.server.entry.v1.Entry"
-SVID = "spire.api.server.svid.v1.SVID"
 LOCAL_ONLY = {
     "spire.api.server.debug.v1.Debug": ("GetInfo",),
     "spire.api.server.logger.v1.Logger": ("GetLogger", "SetLogLevel", "ResetLogLevel"),
@@ -81,41 +74,6 @@ POLICY = {
     **{f"{SVID}/{name}": AGENTS for name in ("BatchNewX509SVID", "NewJWTSVID")},
 }  # fmt: skip
 UNIMPLEMENTED = (f"{SVID}/MintWITSVID", f"{SVID}/BatchNewWITSVID")
-
-
-@dataclass
-class Callers:
-    """A channel for each role, to one server."""
-
-    server: Server
-    agent_id: SpiffeId
-    by_role: dict[str, grpc.aio.Channel] = field(default_factory=dict)
-
-    def stub(self, binding: object, role: str) -> Stub:
-        return Stub(self.by_role[role], binding)
-
-
-@asynccontextmanager
-async def callers(estate: Estate, **changes: object) -> AsyncIterator[Callers]:
-    async with AsyncExitStack() as stack:
-        one = await stack.enter_async_context(running(estate, **changes))
-        trusted = await own_bundle(one)
-        node = Node(trusted)
-        made = Callers(one, await node.attest(one.port, await join_token(one)))
-        enter = stack.enter_async_context
-        made.by_role["local"] = await enter(admin_channel(one))
-        made.by_role["agent"] = await enter(node.dial(one.port))
-        made.by_role["anonymous"] = await enter(Node(trusted).dial(one.port))
-        for role, fields in (("admin", {"admin": True}), ("downstream", {"downstream": True}), ("workload", {})):
-            created = await create_entry(one, made.agent_id, f"/{role}", **fields)
-            workload = Node(trusted)
-            params = svid_pb2.NewX509SVIDParams(entry_id=created.entry.id, csr=csr(workload.key))
-            answer = await made.stub(svid.BINDING, "agent").BatchNewX509SVID(
-                svid_pb2.BatchNewX509SVIDRequest(params=[params]), timeout=DEADLINE
-            )
-            workload.chain = tuple(answer.results[0].svid.cert_chain)
-            made.by_role[role] = await enter(workload.dial(one.port))
-        yield made
 
 
 async def code_of(channel: grpc.aio.Channel, path: str) -> grpc.StatusCode:
@@ -166,10 +124,10 @@ def selectors(*texts: str) -> list[selector_pb2.Selector]:
     return [selector_pb2.Selector(type=one.partition(":")[0], value=one.partition(":")[2]) for one in texts]
 
 
-def new(path: str, **fields: object) -> types.Entry:
+def new(path: str, trust_domain: str = "example.org", **fields: object) -> types.Entry:
     return types.Entry(
         **{
-            "spiffe_id": workload_id(path),
+            "spiffe_id": workload_id(path, trust_domain),
             "parent_id": workload_id("/parent"),
             "selectors": selectors("unix:uid:1"),
             **fields,
@@ -177,11 +135,25 @@ def new(path: str, **fields: object) -> types.Entry:
     )
 
 
-INVALID, NOT_FOUND, EXHAUSTED = (
+KEY = ec.generate_private_key(ec.SECP256R1())
+INVALID, NOT_FOUND, EXHAUSTED, DENIED = (
     grpc.StatusCode.INVALID_ARGUMENT,
     grpc.StatusCode.NOT_FOUND,
     grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.PERMISSION_DENIED,
 )
+HERE = "spiffe://example.org/minted"
+
+
+def wishing(*uris: str, dns: Sequence[str] = ()) -> bytes:
+    """A certificate request with these names."""
+    names = [*map(x509.UniformResourceIdentifier, uris), *map(x509.DNSName, dns)]
+    builder = x509.CertificateSigningRequestBuilder(subject_name=x509.Name([]))
+    if names:
+        builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=True)
+    return builder.sign(KEY, hashes.SHA256()).public_bytes(Encoding.DER)
+
+
 FILTER = entry_pb2.ListEntriesRequest.Filter
 CALLS = [
     # the agent service
@@ -199,6 +171,7 @@ CALLS = [
     (agent, "local", "ListAgents", agent_pb2.ListAgentsRequest(page_size=1, page_token="x"), INVALID, "could not parse token"),
     (agent, "local", "ListAgents", agent_pb2.ListAgentsRequest(filter={"by_selector_match": {}}), INVALID, "failed to parse selectors"),
     (agent, "agent", "PostStatus", agent_pb2.PostStatusRequest(agent_version="x" * 256), INVALID, "agent version is too long"),
+    (agent, "agent", "ListAgents", agent_pb2.ListAgentsRequest(), DENIED, f"authorization denied for method /{AGENT}/ListAgents"),
     (agent, "agent", "RenewAgent", agent_pb2.RenewAgentRequest(), INVALID, "missing CSR"),
     # the entry service
     (entry, "local", "GetEntry", entry_pb2.GetEntryRequest(), INVALID, "missing ID"),
@@ -210,12 +183,20 @@ CALLS = [
     (entry, "local", "CountEntries", entry_pb2.CountEntriesRequest(filter={"by_federates_with": {}}), INVALID, "malformed federates with filter"),
     # the SVID service
     (svid, "local", "MintX509SVID", svid_pb2.MintX509SVIDRequest(), INVALID, "missing CSR"),
-    (svid, "local", "MintX509SVID", svid_pb2.MintX509SVIDRequest(csr=b"x"), INVALID, ""),
+    (svid, "local", "MintX509SVID", svid_pb2.MintX509SVIDRequest(csr=b"x"), INVALID, "malformed CSR"),
+    (svid, "local", "MintX509SVID", svid_pb2.MintX509SVIDRequest(csr=wishing()), INVALID, "CSR URI SAN is required"),
+    (svid, "local", "MintX509SVID", svid_pb2.MintX509SVIDRequest(csr=wishing(HERE, HERE)), INVALID, "only one URI SAN is expected"),
+    (svid, "local", "MintX509SVID", svid_pb2.MintX509SVIDRequest(csr=wishing("https://a")), INVALID, "CSR URI SAN is invalid: scheme is missing or invalid"),
+    (svid, "local", "MintX509SVID", svid_pb2.MintX509SVIDRequest(csr=wishing("spiffe://o.org/a")), INVALID, 'CSR URI SAN is invalid: "spiffe://o.org/a" is not a member of'),
+    (svid, "local", "MintX509SVID", svid_pb2.MintX509SVIDRequest(csr=wishing(HERE, dns=["a_b"])), INVALID, "CSR DNS name is invalid"),
+    (svid, "local", "MintX509SVID", svid_pb2.MintX509SVIDRequest(csr=wishing(HERE, dns=["*.a.org", "b.a.org"])), INVALID, "covered by its wildcard"),
     (svid, "local", "MintJWTSVID", svid_pb2.MintJWTSVIDRequest(), INVALID, "invalid SPIFFE ID: request must specify SPIFFE ID"),
     (svid, "local", "MintJWTSVID", svid_pb2.MintJWTSVIDRequest(id=workload_id("/x")), INVALID, "at least one audience is required"),
-    (svid, "local", "MintJWTSVID", svid_pb2.MintJWTSVIDRequest(id=workload_id("/spire/server"), audience=["a"]), INVALID, ""),
+    (svid, "local", "MintJWTSVID", svid_pb2.MintJWTSVIDRequest(id=workload_id("/spire/server"), audience=["a"]), INVALID, "path is in the reserved namespace"),
     (svid, "agent", "BatchNewX509SVID", svid_pb2.BatchNewX509SVIDRequest(), INVALID, "missing parameters"),
     (svid, "agent", "BatchNewX509SVID", svid_pb2.BatchNewX509SVIDRequest(params=[svid_pb2.NewX509SVIDParams()] * 501), EXHAUSTED, "rate (501) exceeds burst size (500)"),
+    (bundle, "local", "ListFederatedBundles", bundle_pb2.ListFederatedBundlesRequest(page_size=1, page_token="~"), INVALID, "could not parse token '~'"),
+    (trustdomain, "local", "ListFederationRelationships", trustdomain_pb2.ListFederationRelationshipsRequest(page_size=1, page_token="~"), INVALID, "could not parse token '~'"),
     (svid, "agent", "NewJWTSVID", svid_pb2.NewJWTSVIDRequest(entry_id="none", audience=["a"]), NOT_FOUND, "entry not found or not authorized"),
     # the ones that only the admin socket has
     (logger, "local", "SetLogLevel", logger_pb2.SetLogLevelRequest(), INVALID, "newLevel value cannot be LogLevel_UNSPECIFIED"),
@@ -309,11 +290,13 @@ async def test_entries_are_created_item_by_item(estate):
             new("/spire/agent/x"),
             new("/i", store_svid=True, selectors=selectors("a:b", "c:d")),
             new("/j", dns_names=["*.a.org", "b.a.org"]),
+            new("/l", "o.org"),
+            new("/m", selectors=[selector_pb2.Selector(type="a:b", value="c")]),
             new("/k", additional_attributes=types.Entry.AdditionalAttributes(jwt_svid_include_jti=True)),
         ]
         answer = await stub.BatchCreateEntry(entry_pb2.BatchCreateEntryRequest(entries=batch), timeout=DEADLINE)
         codes = [result.status.code for result in answer.results]
-        assert codes == [0, 6, 6, *[3] * 10, 0]
+        assert codes == [0, 6, 6, *[3] * 12, 0]
         texts = [result.status.message for result in answer.results]
         assert texts[0] == "OK"
         assert texts[1] == "similar entry already exists"
@@ -321,6 +304,13 @@ async def test_entries_are_created_item_by_item(estate):
         assert "invalid parent ID: request must specify SPIFFE ID" in texts[4]
         assert "invalid spiffe ID" in texts[5]
         assert "selector list is empty" in texts[6]
+        home = 'trust domain "example.org"'
+        assert (
+            texts[10]
+            == f'failed to convert entry: invalid spiffe ID: "spiffe://example.org/spire/agent/x" is not a workload in {home}; path is in the reserved namespace'
+        )
+        assert texts[13] == f'failed to convert entry: invalid spiffe ID: "spiffe://o.org/l" is not a member of {home}'
+        assert texts[14] == "failed to convert entry: selector type contains ':'"
         first, similar, last = answer.results[0].entry, answer.results[1].entry, answer.results[-1].entry
         assert (first.id, first.revision_number) == ("own-id", 0)
         assert first.created_at > 5
@@ -492,54 +482,3 @@ async def test_agents_are_listed_banned_and_forgotten_as_in_spire(estate):
         assert (banned.banned, banned.x509svid_serial_number) == (True, "")
         await stub.DeleteAgent(agent_pb2.DeleteAgentRequest(id=identity), timeout=DEADLINE)
         assert await count() == 0
-
-
-# ---- what the admin socket tells of itself
-
-
-async def test_debug_tells_the_server_s_own_chain_and_counts(estate):
-    async with callers(estate) as here:
-        info = await here.stub(debug.BINDING, "local").GetInfo(debug_pb2.GetInfoRequest(), timeout=DEADLINE)
-        assert [one.id.path for one in info.svid_chain] == ["/spire/server", ""]
-        assert all(one.expires_at for one in info.svid_chain)
-        assert (info.agents_count, info.entries_count) == (1, 3)
-        assert info.federated_bundles_count == 1
-        assert info.uptime >= 0
-
-
-async def test_the_log_level_changes_and_comes_back(estate):
-    async with running(estate) as one, admin_channel(one) as admin:
-        stub = Stub(admin, logger.BINDING)
-        before = await stub.GetLogger(logger_pb2.GetLoggerRequest(), timeout=DEADLINE)
-        assert before == logger_types.Logger(current_level=logger_types.INFO, launch_level=logger_types.INFO)
-        try:
-            for level in list(logger_types.LogLevel.values())[1:]:
-                now = await stub.SetLogLevel(logger_pb2.SetLogLevelRequest(new_level=level), timeout=DEADLINE)
-                assert now == logger_types.Logger(current_level=level, launch_level=logger_types.INFO)
-        finally:
-            after = await stub.ResetLogLevel(logger_pb2.ResetLogLevelRequest(), timeout=DEADLINE)
-        assert after == before
-
-
-async def test_health_lists_every_service(estate):
-    async with running(estate) as one, admin_channel(one) as admin:
-        listed = await Stub(admin, health.BINDING).List(health_pb2.HealthListRequest(), timeout=DEADLINE)
-        assert {"", AGENT, ENTRY, SVID, BUNDLE, "spire.api.server.debug.v1.Debug"} <= set(listed.statuses)
-        assert {state.status for state in listed.statuses.values()} == {health_pb2.HealthCheckResponse.SERVING}
-
-
-@pytest.mark.parametrize(("binding", "messages"), [(V1, reflection_pb2), (V1ALPHA, alpha_pb2)])
-async def test_tools_learn_the_services_and_their_messages(estate, binding, messages):
-    ask = messages.ServerReflectionRequest
-    async with running(estate) as one, admin_channel(one) as admin:
-        call = Stub(admin, binding).ServerReflectionInfo(timeout=DEADLINE)
-        await call.write(ask(list_services="*"))
-        services = {one.name for one in (await call.read()).list_services_response.service}
-        assert {AGENT, ENTRY, SVID, BUNDLE, binding.name, "grpc.health.v1.Health"} <= services
-        assert "broker.agent.v1.Admin" not in services  # another socket's
-        await call.write(ask(file_containing_symbol=ENTRY))
-        files = (await call.read()).file_descriptor_response.file_descriptor_proto
-        assert any(b"BatchCreateEntry" in one for one in files)
-        await call.write(ask(file_containing_symbol="broker.agent.v1.Admin"))
-        assert (await call.read()).error_response.error_code == NOT_FOUND.value[0]
-        await call.done_writing()

@@ -13,7 +13,7 @@ import pytest
 from broker.cli.main import main
 from tests.attacks.tasks.life_rig import NEIGHBOUR, Life, hop, living, refused
 from tests.fakes.oidc import OidcIssuer
-from tests.integration.test_server_identity import Estate
+from tests.integration.identity_rig import Estate
 
 pytestmark = pytest.mark.timeout(180)
 

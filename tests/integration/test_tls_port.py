@@ -174,9 +174,11 @@ async def test_both_protocols_know_the_peer_of_their_own_connection(short: Path)
         assert one.refusals == []
 
 
-async def test_without_alpn_it_is_http(short: Path) -> None:
+@pytest.mark.parametrize("offered", [(), ("h2", "http/1.1"), ("http/1.1", "h2")])
+async def test_who_does_not_insist_on_h2_is_served_http(short: Path, offered: tuple[str, ...]) -> None:
+    """As curl, Go's client and browsers: what speaks gRPC offers ``h2`` and nothing else."""
     async with port(short) as one:
-        assert (await one.get(None))[0] == 200
+        assert (await one.get(None, *offered))[0] == 200
 
 
 @pytest.mark.bears("SP03")
@@ -300,8 +302,11 @@ async def test_a_root_that_is_gone_ends_its_connections_and_admits_no_new_ones(s
         stream = Stub(channel, WORKLOAD).FetchX509SVID(WATCH)
         await stream.read()
         await who(ours)
+        _, stranger = await one.connect(one.context(None, "h2"))
+        await one.until(lambda: len(one.index) == 3)
         one.bundles = BundleSet.of(A.bundle)
-        assert one.listener.recheck() == 1
+        assert one.listener.recheck() == 1  # who showed no certificate lost none
+        stranger.close()
         await fails(stream.read())
         assert (await one.get(friend, "http/1.1"))[0] != 200
         one.bundles = BundleSet.of(A.bundle, B.bundle)
@@ -325,10 +330,13 @@ async def test_a_new_identity_is_shown_to_new_connections(short: Path) -> None:
 async def test_when_it_is_full_the_oldest_stranger_makes_place(short: Path) -> None:
     async with port(short, max_connections=3) as one, one.dialer(A.issue("/agent")) as channel:
         await who(channel)
-        strangers = [await one.connect(one.context(None)) for _ in range(2)]
-        await one.until(lambda: one.listener.connections == 3)
-        assert (await one.get(None))[0] == 200
-        assert await strangers[0][0].read() == b""
+        # Over HTTP/2, where nothing else ends an idle one for minutes.
+        strangers = [await one.connect(one.context(None, "h2")) for _ in range(2)]
+        await one.until(lambda: len(one.index) == 3)
+        assert (await asyncio.wait_for(one.get(None), 4))[0] == 200
+        while await strangers[0][0].read(4096):
+            pass
+        assert len(one.index) == 2
         assert await who(channel) == "spiffe://a.example/agent"
         assert one.listener.connections <= 3
         for _, writer in strangers:

@@ -17,7 +17,7 @@ from broker.server.api.grpc import feed, tasks
 from broker.server.app import Server
 from broker.server.task_settings import SubjectSettings
 from tests.fakes.oidc import OidcIssuer
-from tests.integration.test_server_identity import DEADLINE, Estate, attested, running
+from tests.integration.identity_rig import DEADLINE, Estate, attested, running
 from tests.integration.test_token_endpoint import (
     DETAILS,
     TRIAGE,
@@ -49,6 +49,7 @@ def fresh(oidc: OidcIssuer, sub: str = "alice", **claims: Any) -> str:
 
 
 @pytest.mark.parametrize("estate", ["sqlite", "postgres"], indirect=True)
+@pytest.mark.timeout(180)  # a dozen commands, each a process
 @pytest.mark.bears("RV11", "X05")
 async def test_an_operator_sees_and_ends_what_users_leave_standing(
     estate: Estate, oidc: OidcIssuer, tmp_path: Path

@@ -11,8 +11,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Final
 
-import grpc
-
 from broker._proto.service import Context
 from broker._proto.spire.api.agent.delegatedidentity.v1 import delegatedidentity_pb2 as messages
 from broker._proto.spire.api.types import jwtsvid_pb2, selector_pb2, spiffeid_pb2, x509svid_pb2
@@ -23,7 +21,7 @@ from broker.agent.entitlement import Entitlement
 from broker.agent.holdings import X509Holding
 from broker.agent.sessions import Sessions, WorkloadSession
 from broker.agent.svids import SvidKeeper
-from broker.agent.workloads import ATTESTATION_FAILED, NO_IDENTITY, AdminCaller, Workloads
+from broker.agent.workloads import ATTESTATION_FAILED, ATTESTATION_FAILED_CODE, NO_IDENTITY, AdminCaller, Workloads
 from broker.attestation.process import Process
 from broker.errors import BrokerError, Invalid, NoIdentity, NotAttested, NotFound, Refused, Unavailable
 from broker.registry import Entry
@@ -80,7 +78,7 @@ class DelegatedApi:
         """Stream the SVIDs, with their keys, of a process or of selectors; an empty message where there is none."""
         delegate = await self._delegate(caller)
         with self._listening(delegate) as bell:
-            target = await self._target(delegate, request.pid, request.selectors, context)
+            target = await self._target(delegate, request.pid, request.selectors)
             with self._served(target, bell) as session:
                 sent: tuple[object, ...] | None = None
                 while True:
@@ -104,9 +102,10 @@ class DelegatedApi:
     async def SubscribeToX509Bundles(  # noqa: N802
         self, request: messages.SubscribeToX509BundlesRequest, context: Context, caller: AdminCaller
     ) -> AsyncIterator[messages.SubscribeToX509BundlesResponse]:
-        """Stream every bundle that is known here."""
+        """Stream every bundle that is known here and has X.509 authorities."""
         async for bundles in self._bundles(caller, self._cache.x509_der):
-            yield messages.SubscribeToX509BundlesResponse(ca_certificates=bundles)
+            readable = {name: der for name, der in bundles.items() if der}
+            yield messages.SubscribeToX509BundlesResponse(ca_certificates=readable)
 
     # ---- JWT
 
@@ -116,7 +115,7 @@ class DelegatedApi:
         """Give JWT-SVIDs of a process or of selectors."""
         audiences = checked_audiences(request.audience)
         delegate = await self._delegate(caller)
-        target = await self._target(delegate, request.pid, request.selectors, context)
+        target = await self._target(delegate, request.pid, request.selectors)
         response = messages.FetchJWTSVIDsResponse()
         with self._served(target, Bell()) as session:
             for entry in self._entries(session):
@@ -179,7 +178,7 @@ class DelegatedApi:
     # ---- for whom
 
     async def _target(
-        self, delegate: WorkloadSession, pid: int, selectors: Sequence[selector_pb2.Selector], context: Context
+        self, delegate: WorkloadSession, pid: int, selectors: Sequence[selector_pb2.Selector]
     ) -> "_Target":
         if bool(pid) == bool(selectors):
             raise Invalid(WHICH, code="delegated_for_whom")
@@ -187,14 +186,14 @@ class DelegatedApi:
             try:
                 process = Process.of_pid(pid)
             except (NotAttested, OverflowError, OSError):
-                await context.abort(grpc.StatusCode.INTERNAL, ATTESTATION_FAILED)
+                raise Unavailable(ATTESTATION_FAILED, code=ATTESTATION_FAILED_CODE) from None
             try:
                 described = combined(await self._workloads.describe(process))
                 process.still_same()
             except BrokerError as error:
                 process.close()
                 _log.warning("delegated_process_not_attested", pid=pid, code=error.reason, reason=error.message)
-                await context.abort(grpc.StatusCode.INTERNAL, ATTESTATION_FAILED)
+                raise Unavailable(ATTESTATION_FAILED, code=ATTESTATION_FAILED_CODE) from error
             except BaseException:
                 process.close()
                 raise

@@ -161,7 +161,10 @@ class SdsApi:
         if own is None:
             raise Unavailable("the agent has no bundle yet", code="not_synced")
         allowed = frozenset[object]().union(*(entry.federates_with for entry in entries))
-        federated = {name: bundle for name, bundle in self._cache.bundles.items() if name in allowed}
+        # NOTE(security): to Envoy an empty trusted_ca means that it verifies nobody.
+        federated = {
+            name: bundle for name, bundle in self._cache.bundles.items() if name in allowed and bundle.x509_authorities
+        }
         held = Held((), own, federated)
         if needs_svids(names, self._secret_names, held.bundles):
             try:

@@ -41,7 +41,7 @@ class Held:
 
     identities: Sequence[tuple[SpiffeId, X509Holding]]
     own: Bundle
-    federated: Mapping[TrustDomain, Bundle]
+    federated: Mapping[TrustDomain, Bundle]  # those with X.509 authorities
 
     @property
     def bundles(self) -> dict[str, Bundle]:
@@ -63,8 +63,10 @@ def uses_validator(node: base_pb2.Node, names: SecretNames) -> bool:
         is_disabled = value.bool_value
     elif value is not None and value.WhichOneof("kind") == "string_value" and value.string_value in _TRUE | _FALSE:
         is_disabled = value.string_value in _TRUE
+    if is_disabled or not node.HasField("user_agent_build_version"):
+        return not is_disabled  # as in SPIRE: who does not say its version is new
     version = node.user_agent_build_version.version
-    return not is_disabled and (version.major_number, version.minor_number) >= _OLDEST
+    return (version.major_number, version.minor_number) >= _OLDEST
 
 
 def needs_svids(requested: Iterable[str], names: SecretNames, bundles: Iterable[str]) -> bool:

@@ -19,6 +19,7 @@ from broker.agent.entitlement import Entitlement
 from broker.agent.reports import SessionReports, session_message
 from broker.agent.sessions import WorkloadSession
 from broker.agent.svids import SvidKeeper
+from broker.agent.token_stream import TokenStream
 from broker.agent.upstream import RPC_TIMEOUT, Upstream, answered
 from broker.agent.workloads import NO_IDENTITY, Caller
 from broker.errors import Invalid, InvalidSpiffeId, NoIdentity, Refused, Unavailable
@@ -36,6 +37,7 @@ class TasksApi:
         entitlement: Entitlement,
         svids: SvidKeeper,
         upstream: Upstream,
+        tokens: TokenStream,
         *,
         cache: EstateCache,
         reports: SessionReports,
@@ -50,6 +52,7 @@ class TasksApi:
         self._entitlement = entitlement
         self._svids = svids
         self._upstream = upstream
+        self._tokens = tokens
 
     async def StartTask(  # noqa: N802 - the RPC's name
         self, request: tasks_pb2.StartTaskRequest, context: Context, caller: Caller
@@ -75,8 +78,9 @@ class TasksApi:
     ) -> server_pb2.IssuedToken:
         """Get a token of a task for one resource."""
         _check_length(request.user_token)
+        session, workload = await self._named(caller, request.spiffe_id)
         forwarded = server_pb2.IssueTokenRequest(
-            workload=await self._workload(caller, request.spiffe_id),
+            workload=workload,
             task_id=request.task_id,
             resource=request.resource,
             scope=request.scope,
@@ -90,10 +94,12 @@ class TasksApi:
             bearer=request.bearer,
             user_token=request.user_token,
         )
-        issued: server_pb2.IssuedToken = await self._forward(
-            self._upstream.tasks.IssueToken, forwarded, context, caller
-        )
-        return issued
+        # Its process is looked at by who sends it, before that and before the answer is handed on.
+        try:
+            return await self._tokens.issue(forwarded, session, _time_left(context))
+        except Refused as error:
+            self._take_note(error, workload)
+            raise
 
     async def CompleteTask(  # noqa: N802
         self, request: tasks_pb2.CompleteTaskRequest, context: Context, caller: Caller
@@ -207,6 +213,12 @@ class TasksApi:
         return changed
 
     async def _workload(self, caller: Caller, wanted: str) -> sessions_pb2.WorkloadSession:
+        session, workload = await self._named(caller, wanted)
+        self._entitlement.check(session)
+        return workload
+
+    async def _named(self, caller: Caller, wanted: str) -> tuple[WorkloadSession, sessions_pb2.WorkloadSession]:
+        """Give the caller's session, and how the server is told of it; whoever tells it looks at the process then."""
         session, entries = await self._entitlement.of(caller)
         try:
             spiffe_id = SpiffeId(wanted) if wanted else entries[0].spiffe_id
@@ -216,23 +228,29 @@ class TasksApi:
         if not chosen:
             raise NoIdentity(NO_IDENTITY)
         (identity,) = await self._svids.x509(session, chosen)
-        self._entitlement.check(session)
         if identity.x509 is None or identity.x509.shared:
             raise Unavailable("this process has no SVID of its own while the server is away", code="svid_shared")
-        return session_message(identity, self._reports.run_id)
+        return session, session_message(identity, self._reports.run_id)
 
     async def _forward(self, call: Callable[..., Any], request: Any, context: Context, caller: Caller) -> Any:
-        left = context.time_remaining()  # None: no deadline, whatever grpcio's stubs say
         try:
-            answer = await answered(call(request, timeout=min(left or RPC_TIMEOUT, RPC_TIMEOUT)))
+            answer = await answered(call(request, timeout=_time_left(context)))
         except Refused as error:
-            if error.reason == "session_ended":
-                # Ended from the other side: the process lives, and is another session from now on.
-                self._on_over(frozenset({request.workload.id}))
+            self._take_note(error, request.workload)
             raise
         # The answer may hold a token: only the process that asked may have it.
         await self._entitlement.check_caller(caller)
         return answer
+
+    def _take_note(self, error: Refused, workload: sessions_pb2.WorkloadSession) -> None:
+        if error.reason == "session_ended":
+            # Ended from the other side: the process lives, and is another session from now on.
+            self._on_over(frozenset({workload.id}))
+
+
+def _time_left(context: Context) -> float:
+    left = context.time_remaining()  # None: no deadline, whatever grpcio's stubs say
+    return min(left or RPC_TIMEOUT, RPC_TIMEOUT)
 
 
 async def _answers(requests: AsyncIterator[tasks_pb2.AttachRequest], held: Held, bell: Bell) -> None:

@@ -214,7 +214,9 @@ class WorkloadApi:
         return response
 
     def _x509_bundles(self, entries: Iterable[Entry]) -> dict[str, bytes]:
-        return self._rendered(entries, self._cache.x509_der)
+        # A bundle without X.509 authorities is left out: nothing is trusted under it, and clients cannot read nothing.
+        rendered = self._rendered(entries, self._cache.x509_der)
+        return {name: der for name, der in rendered.items() if der or name == str(self._cache.trust_domain.id)}
 
     def _jwt_bundles(self, entries: Iterable[Entry]) -> dict[str, bytes]:
         return self._rendered(entries, self._cache.jwks)

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from typing import Final, TypeAlias
 
 from broker.errors import Refused
@@ -107,7 +108,7 @@ METHODS: Final[Mapping[str, frozenset[Role]]] = {
     **_lines("broker.server.v1.Sessions", _AGENTS, "ReportSessions"),
     **_lines(
         "broker.server.v1.Tasks", _AGENTS,
-        "StartTask", "IssueToken", "CompleteTask", "RenewLease", "AttachTask", "StartChildTask", "ChangeOwnTask",
+        "StartTask", "IssueToken", "IssueTokens", "CompleteTask", "RenewLease", "AttachTask", "StartChildTask", "ChangeOwnTask",
     ),
     **_lines("broker.server.v1.Tasks", _OPERATORS, "GetTask", "ListTasks", "RevokeTask", "ChangeTask"),
     **_lines("broker.server.v1.Policies", _OPERATORS, "GetPolicy", "PushPolicy", "ExplainDecision"),
@@ -125,6 +126,10 @@ METHODS: Final[Mapping[str, frozenset[Role]]] = {
 }  # fmt: skip
 
 
+REQUESTS_IN_MESSAGES: Final = frozenset({"/broker.server.v1.Tasks/IssueTokens"})
+"""Streams whose messages are requests of their own: the table is asked before each."""
+
+
 @dataclass(frozen=True, slots=True)
 class Access:
     """Decides by the table, the registry and the nodes of this moment."""
@@ -136,28 +141,26 @@ class Access:
 
     def checks(self) -> Mapping[str, Callable[[Caller], None]]:
         """Give a check per method, for the guard of a gRPC server; each raises Refused."""
-        return {path: self._check(roles) for path, roles in METHODS.items()}
+        return {path: partial(self._require, path) for path in METHODS}
 
-    def _check(self, roles: frozenset[Role]) -> Callable[[Caller], None]:
-        def check(caller: Caller) -> None:
-            self.require(caller, roles)
+    def _require(self, path: str, caller: Caller) -> None:
+        if not self.allows(caller, METHODS[path]):
+            raise Refused(
+                f"authorization denied for method {path}",  # SPIRE's words
+                code="access_denied",
+                hint="docs/reference/roles.md says which roles may",
+            )
 
-        return check
-
-    def require(self, caller: Caller, roles: frozenset[Role]) -> None:
-        """Raise Refused unless the caller has one of the roles; for an agent the code says what is wrong with it."""
+    def allows(self, caller: Caller, roles: frozenset[Role]) -> bool:
+        """Tell whether the caller has one of the roles; raises Refused, with what is wrong with it, for an agent that is none."""
         if Role.ANY in roles:
-            return
+            return True
         match caller:
-            case LocalPeer() if Role.LOCAL in roles:
-                return
-            case SvidPeer(svid) if self._holds(svid, roles):
-                return
-        raise Refused(
-            "the caller may not call this method",
-            code="access_denied",
-            hint="docs/reference/roles.md says which roles may",
-        )
+            case LocalPeer():
+                return Role.LOCAL in roles
+            case SvidPeer(svid):
+                return self._holds(svid, roles)
+        return False
 
     def _holds(self, svid: X509Svid, roles: frozenset[Role]) -> bool:
         if svid.id.trust_domain != self.trust_domain:

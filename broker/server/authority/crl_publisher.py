@@ -12,7 +12,8 @@ from typing import Final
 
 from cryptography import x509
 
-from broker.audit.events import Event, FieldValue, Record
+from broker.audit.events import Event
+from broker.audit.records import FieldValue, Record
 from broker.clock import Clock
 from broker.errors import BrokerError, NotFound
 from broker.keys import KeyManager

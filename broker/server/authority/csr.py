@@ -1,6 +1,6 @@
 """Certificate requests: the one thing taken from them is a public key, proven to be held by the sender.
 
-Subject, names and every other wish in a request are ignored: who the certificate is for was decided before
+Its words are SPIRE's. Subject, names and every other wish in a request are ignored: who the certificate is for was decided before
 (CVE-2021-27098 was a server that read them).
 """
 
@@ -11,7 +11,7 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
-from broker.errors import Invalid
+from broker.errors import Invalid, InvalidSpiffeId
 from broker.server.authority.profile import PublicKey
 from broker.spiffe import SpiffeId
 
@@ -34,7 +34,7 @@ def requested_key(csr_der: bytes) -> PublicKey:
         key = csr.public_key()
         digest = csr.signature_hash_algorithm
     except (ValueError, UnsupportedAlgorithm, TypeError):
-        raise Invalid("the certificate request cannot be read", code="csr_malformed") from None
+        raise Invalid("malformed CSR", code="csr_malformed") from None
     checked = _strong(key)
     if not isinstance(digest, _HASHES):
         raise Invalid("the certificate request is signed with a weak digest", code="csr_weak", hint="use SHA-256")
@@ -52,7 +52,7 @@ def _require_possession(csr: x509.CertificateSigningRequest, key: PublicKey, dig
             return
     except (InvalidSignature, ValueError):
         pass
-    raise Invalid("the certificate request's own signature does not hold", code="csr_signature")
+    raise Invalid("invalid CSR signature", code="csr_signature")
 
 
 def _strong(key: object) -> PublicKey:
@@ -74,11 +74,16 @@ def requested_names(csr_der: bytes) -> tuple[SpiffeId, tuple[str, ...]]:
     try:
         extensions = x509.load_der_x509_csr(csr_der).extensions
         names = extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except (ValueError, UnsupportedAlgorithm, x509.ExtensionNotFound, x509.DuplicateExtension):
-        raise Invalid(
-            "the certificate request names nobody", code="csr_names", hint="put one SPIFFE ID into its SAN"
-        ) from None
+    except x509.ExtensionNotFound:
+        names = x509.SubjectAlternativeName([])
+    except (ValueError, UnsupportedAlgorithm, TypeError, x509.DuplicateExtension):
+        raise Invalid("malformed CSR", code="csr_malformed") from None
     uris = names.get_values_for_type(x509.UniformResourceIdentifier)
-    if len(uris) != 1:
-        raise Invalid("the certificate request does not name exactly one SPIFFE ID", code="csr_names")
-    return SpiffeId(uris[0]), tuple(names.get_values_for_type(x509.DNSName))
+    if not uris:
+        raise Invalid("CSR URI SAN is required", code="csr_names", hint="put one SPIFFE ID into its SAN")
+    if len(uris) > 1:
+        raise Invalid("only one URI SAN is expected", code="csr_names")
+    try:
+        return SpiffeId(uris[0]), tuple(names.get_values_for_type(x509.DNSName))
+    except InvalidSpiffeId as error:
+        raise Invalid(f"CSR URI SAN is invalid: {error.message}", code=error.reason, hint=error.hint) from None

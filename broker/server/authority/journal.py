@@ -10,7 +10,8 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Final
 
-from broker.audit.events import Event, FieldValue, Record
+from broker.audit.events import Event
+from broker.audit.records import FieldValue, Record
 from broker.clock import Clock
 from broker.errors import Conflict
 from broker.server.authority.authorities import Authorities, PublicKeys, public_keys

@@ -14,7 +14,8 @@ from typing import Final
 
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from broker.audit.events import Event, FieldValue
+from broker.audit.events import Event
+from broker.audit.records import FieldValue
 from broker.clock import Clock
 from broker.errors import BrokerError, Conflict, Unavailable
 from broker.keys import KeyManager, Signer
@@ -106,7 +107,7 @@ class Rotation:
         """
         await self._beat()
         await self._journal.refresh()
-        self._forget_strays()
+        await self._forget_strays()
         await self.settle()
         while not self._is_complete():
             await asyncio.sleep(self._pause())
@@ -163,6 +164,14 @@ class Rotation:
         # A tainted root has to be left at once.
         self._news.set()
 
+    async def forsake(self) -> None:
+        """Take back the authorities whose keys are held here, by which nothing was signed for anybody; raises Unavailable."""
+        async with self._turn:
+            held = frozenset(self._keys.ids())
+            for row in self._journal.published.authorities:
+                if row.replica == self._rules.replica and row.id in held:
+                    await self._prune(row)
+
     async def prepare(self, kind: AuthorityKind, actor: str) -> AuthorityRow:
         """Make and publish a successor now, in the place of one that is prepared already; raises Unavailable."""
         async with self._turn:
@@ -203,14 +212,14 @@ class Rotation:
     async def _beat(self) -> None:
         await self._journal.beat(self._rules.replica, self._clock.now() - LEASE)
 
-    def _forget_strays(self) -> None:
+    async def _forget_strays(self) -> None:
         # Keys from another day than the rows: one whose certificate is not published must never sign (K06).
         rows = {row.id: row for row in self._journal.published.authorities}
         for key_id in tuple(self._keys.ids()):
             row = rows.get(key_id)
             if row is None or row.state is AuthorityState.OLD or row.replica != self._rules.replica:
                 log.warning("stray_key_forgotten", authority=key_id, published=row is not None)
-                self._keys.remove(key_id)
+                await self._keys.remove(key_id)
 
     async def _take(self, step: Step) -> None:
         match step:
@@ -224,7 +233,7 @@ class Rotation:
                 await self._prune(row)
 
     async def _prepare(self, kind: AuthorityKind, *, actor: str = SERVER) -> AuthorityRow:
-        signer = self._keys.generate(
+        signer = await self._keys.generate(
             profile.key_identifier if kind is AuthorityKind.X509 else secrets.token_hex(AUTHORITY_ID_BYTES)
         )
         try:
@@ -233,11 +242,11 @@ class Rotation:
             replaced = await self._commit_prepared(row, adopted, actor)
         except BaseException:
             # Nobody was told of it, or nobody can know: it never signs.
-            self._keys.remove(signer.id)
+            await self._keys.remove(signer.id)
             raise
         failpoints.reach("authority.after_prepare")
         for key_id in replaced:
-            self._keys.remove(key_id)
+            await self._keys.remove(key_id)
         return row
 
     async def _commit_prepared(
@@ -313,7 +322,7 @@ class Rotation:
         failpoints.reach("authority.after_activate")
         for other in replaced:
             # What it signed still verifies; it signs nothing more, so the key is of no more use than to a thief.
-            self._keys.remove(other.id)
+            await self._keys.remove(other.id)
 
     async def _retire(self, row: AuthorityRow) -> None:
         def alter(writer: Writer) -> bool:
@@ -322,8 +331,10 @@ class Rotation:
                 writer.put_authority(replace(current, state=AuthorityState.OLD))
             return False
 
+        failpoints.reach("authority.before_retire")
         await self._journal.commit(Event.AUTHORITY_RETIRED, row.kind, row.id, alter)
-        self._keys.remove(row.id)
+        failpoints.reach("authority.after_retire")
+        await self._keys.remove(row.id)
 
     async def _prune(self, row: AuthorityRow | AdoptedAuthority) -> None:
         def alter(writer: Writer) -> bool:
@@ -331,5 +342,7 @@ class Rotation:
                 return writer.remove_adopted(row.kind, row.id) is not None
             return writer.remove_authority(row.kind, row.id) is not None
 
+        failpoints.reach("authority.before_prune")
         await self._journal.commit(Event.AUTHORITY_PRUNED, row.kind, row.id, alter)
-        self._keys.remove(row.id)
+        failpoints.reach("authority.after_prune")
+        await self._keys.remove(row.id)

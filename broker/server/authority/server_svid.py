@@ -116,7 +116,7 @@ class ServerSvid:
         """Take up what an earlier process left, if it still verifies, else sign a new one; raises Unavailable."""
         kept = self._load()
         if kept is None:
-            self._renew()
+            self._save(*self._renew())
         else:
             self._held = kept
             log.info("server_svid_kept", serial=f"{kept.svid.serial:x}", expires_at=str(kept.svid.not_after))
@@ -129,12 +129,20 @@ class ServerSvid:
                 if left > 0 and not self._is_suspect():
                     await self._woken(min(left, CHECK_EVERY))
                     continue
-                self._renew()
-            except (BrokerError, OSError) as error:
+                renewed = self._renew()
+            except BrokerError as error:
                 log.warning("server_svid_not_renewed", error=type(error).__name__)
                 await asyncio.sleep(1)
             else:
                 self._on_rotated()
+                await self._keep(*renewed)
+
+    async def _keep(self, svid: X509Svid, key: ec.EllipticCurvePrivateKey) -> None:
+        # In a thread: a disk may take seconds. Shown it is all the same; a restart signs another one.
+        try:
+            await asyncio.to_thread(self._save, svid, key)
+        except OSError as error:
+            log.warning("server_svid_not_kept", reason=error.strerror or type(error).__name__)
 
     async def _woken(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
@@ -150,7 +158,7 @@ class ServerSvid:
         authority = self._held.svid.authority
         return self._authorities.is_tainted(authority) or authority not in self._authorities.bundle.x509_authorities
 
-    def _renew(self) -> None:
+    def _renew(self) -> tuple[X509Svid, ec.EllipticCurvePrivateKey]:
         authority, now = self._authorities.x509(), self._clock.now()
         key = ec.generate_private_key(ec.SECP256R1())
         leaf = Leaf(
@@ -163,8 +171,8 @@ class ServerSvid:
         chain = authority.issue(leaf, key.public_key())
         svid = verify_x509_svid(chain, self._authorities.bundles, now=now)
         self._held = _Held(TlsIdentity(chain, key), svid, _half_life(svid), authority.id)
-        self._save(svid, key)
         log.info("server_svid_signed", serial=f"{svid.serial:x}", expires_at=str(svid.not_after))
+        return svid, key
 
     def _load(self) -> _Held | None:
         try:

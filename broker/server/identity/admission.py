@@ -13,7 +13,8 @@ from datetime import datetime, timedelta
 from typing import Final
 
 from broker.attestation.contract import AttestedNode, ChallengeWith, Evidence, NodeServerAttestor
-from broker.audit.events import MAX_ITEMS, Event, FieldValue, Record
+from broker.audit.events import Event
+from broker.audit.records import MAX_ITEMS, FieldValue, Record
 from broker.clock import Clock
 from broker.errors import Invalid, NotAttested, Refused, Unavailable
 from broker.registry.entry import Entry

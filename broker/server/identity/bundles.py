@@ -11,7 +11,8 @@ from datetime import UTC, datetime
 from enum import Enum, auto
 from typing import Final
 
-from broker.audit.events import Event, FieldValue, Record
+from broker.audit.events import Event
+from broker.audit.records import FieldValue, Record
 from broker.clock import Clock
 from broker.errors import BrokerError, Conflict, Invalid, NotFound
 from broker.registry.entry import Entry

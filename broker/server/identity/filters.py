@@ -160,6 +160,14 @@ def node_token(text: str) -> str:
         raise _bad_token(text) from None
 
 
+def domain_token(text: str) -> str:
+    """Read the token of a page of bundles or relationships; raises Invalid."""
+    try:
+        return str(TrustDomain(text)) if text else text
+    except Invalid:
+        raise _bad_token(text) from None
+
+
 def _bad_token(text: str) -> Invalid:
     return Invalid(f"could not parse token '{text[:64]}'", code="invalid_page_token", hint="give next_page_token back")
 

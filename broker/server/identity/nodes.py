@@ -11,7 +11,8 @@ from datetime import datetime
 from itertools import islice
 from typing import Final
 
-from broker.audit.events import Event, Record
+from broker.audit.events import Event
+from broker.audit.records import Record
 from broker.clock import Clock
 from broker.errors import BrokerError, Invalid, NotFound, Refused
 from broker.server.identity.changes import GONE, NODE_KIND, node_text

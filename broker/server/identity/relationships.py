@@ -10,7 +10,8 @@ from datetime import datetime
 from functools import partial
 from typing import Final
 
-from broker.audit.events import Event, FieldValue, Record
+from broker.audit.events import Event
+from broker.audit.records import FieldValue, Record
 from broker.clock import Clock
 from broker.errors import BrokerError, Conflict, Invalid, NotFound
 from broker.server.identity.bundles import drop_bundle, put_bundle

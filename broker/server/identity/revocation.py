@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
-from broker.audit.events import Event, FieldValue, Record
+from broker.audit.events import Event
+from broker.audit.records import FieldValue, Record
 from broker.clock import Clock
 from broker.errors import BrokerError, Conflict, Invalid, NotFound, Refused
 from broker.server.authority.authorities import Authorities

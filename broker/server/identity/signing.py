@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Final, TypeVar
 
-from broker.audit.events import Event, FieldValue, Record
+from broker.audit.events import Event
+from broker.audit.records import FieldValue, Record
 from broker.clock import Clock
 from broker.errors import BrokerError, Invalid, NotFound, PolicyDenied
 from broker.registry.entry import MAX_TEXT, Entry
@@ -133,6 +134,11 @@ class Signing:
         self._told: dict[
             str, str
         ] = {}  # by kind: the authority of which it was said that it ends before what it signs would
+
+    @property
+    def trust_domain(self) -> TrustDomain:
+        """Where every SVID's SPIFFE ID lies."""
+        return self._rules.trust_domain
 
     async def x509(self, agent: SpiffeId, requests: Sequence[X509Request]) -> list[SignedX509 | BrokerError]:
         """Sign for an agent, each request with its own outcome; raises Invalid for too many, Unavailable for none at all."""
@@ -279,8 +285,10 @@ def _x509_record(decided: _Decided, actor: str, now: datetime) -> Record:
 
 def _audience(audience: Sequence[str]) -> tuple[str, ...]:
     asked = tuple(dict.fromkeys(audience))
-    if not asked or "" in asked:
-        raise Invalid("a JWT-SVID names at least one audience, none of them empty", code="audience_missing")
+    if not asked:
+        raise Invalid("at least one audience is required", code="audience_missing")
+    if "" in asked:
+        raise Invalid("an audience is empty", code="audience_missing")
     if len(asked) > MAX_AUDIENCES or any(len(one.encode("utf-8", "replace")) > MAX_TEXT for one in asked):
         raise Invalid(f"a JWT-SVID has at most {MAX_AUDIENCES} audiences of {MAX_TEXT} bytes", code="audience_too_many")
     return asked

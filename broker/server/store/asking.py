@@ -24,19 +24,24 @@ class RememberingSql(Sql):
         """Speak through this connection."""
         self._sql = sql
         self._answers: dict[tuple[str, tuple[Value, ...]], Sequence[Row]] = {}
+        self.writes = 0
+        """How many statements were run that may have written something, whatever became of them."""
 
     @override
     def run(self, text: str, values: Sequence[Value] = ()) -> int:
         self._answers.clear()
+        self.writes += 1
         return self._sql.run(text, values)
 
     @override
     def attempt(self, text: str, values: Sequence[Value] = ()) -> int:
         self._answers.clear()
+        self.writes += 1
         return self._sql.attempt(text, values)
 
     @override
     def append(self, text: str, values: Sequence[Value] = (), *, attempt: bool = False) -> int:
+        self.writes += 1
         return self._sql.append(text, values, attempt=attempt)
 
     @override

@@ -24,6 +24,10 @@ RUNS: Final = 2
 """How often a group runs at most: a second loss in a row is an outage, and callers should hear of it."""
 
 
+class EntangledError(Exception):
+    """What an act did cannot be undone alone this time: its group is to run again, and then it can."""
+
+
 class Act:
     """One write: the function, the caller's own mark, and how it went."""
 
@@ -76,7 +80,7 @@ class Bench(Protocol):
         ...
 
     def undo_act(self) -> None:
-        """Undo what the act did, and only that."""
+        """Undo what the act did, and only that; EntangledError where only the whole group can be undone."""
         ...
 
     def commit(self) -> Sequence[Change]:

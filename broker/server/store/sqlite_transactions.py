@@ -3,14 +3,14 @@
 import sqlite3
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from sqlite_utils import Database
 from typing_extensions import override
 
 from broker.errors import Unavailable
 from broker.server.store.asking import RememberingSql
-from broker.server.store.group import Bench
+from broker.server.store.group import Bench, EntangledError
 from broker.server.store.ports import Reader
 from broker.server.store.reading import Snapshots
 from broker.server.store.rows import Change
@@ -19,17 +19,27 @@ from broker.server.store.tables import SqlReader, SqlWriter
 
 T = TypeVar("T")
 
+CAREFUL_GROUPS: Final = 1_000
+"""Groups with savepoints after one that had to run again: whoever provokes that slows others by a thousandth."""
+
 
 class SqliteWriting(Bench):
-    """The one connection that writes. ``check`` raises when the file is not ours any more."""
+    """The one connection that writes. ``check`` raises when the file is not ours any more.
+
+    A savepoint copies every page that its act writes, and nearly no act needs it: one that is refused has seldom written
+    anything before. So a group runs without, and where an act does raise after it wrote, all of it is undone and runs again with them.
+    """
 
     def __init__(self, db: Database, check: Callable[[], None]) -> None:
         """Work on an open, migrated database."""
         self._db = db
         self._execute = db.conn.execute
         self._check = check
-        self._tables = SqlWriter(RememberingSql(SqliteSql(db)))
-        self._kept = 0
+        self._sql = RememberingSql(SqliteSql(db))
+        self._tables = SqlWriter(self._sql)
+        self._kept = self._wrote = 0
+        self._careful = 0
+        self._apart = False
         self._version = self._data_version()
 
     @property
@@ -45,6 +55,8 @@ class SqliteWriting(Bench):
     @override
     def begin(self) -> None:
         self._require_ours()
+        self._apart = self._careful > 0
+        self._careful -= self._apart
         self._execute("BEGIN IMMEDIATE")
         version = self._data_version()
         if version != self._version:
@@ -54,17 +66,23 @@ class SqliteWriting(Bench):
 
     @override
     def begin_act(self) -> None:
-        self._kept = self._tables.pending()
-        self._execute("SAVEPOINT act")
+        self._kept, self._wrote = self._tables.pending(), self._sql.writes
+        if self._apart:
+            self._execute("SAVEPOINT act")
 
     @override
     def keep_act(self) -> None:
-        self._execute("RELEASE act")
+        if self._apart:
+            self._execute("RELEASE act")
 
     @override
     def undo_act(self) -> None:
-        self._execute("ROLLBACK TO act")
-        self._execute("RELEASE act")
+        if self._apart:
+            self._execute("ROLLBACK TO act")
+            self._execute("RELEASE act")
+        elif self._sql.writes != self._wrote:
+            self._careful = CAREFUL_GROUPS
+            raise EntangledError
         self._tables.undo(self._kept)
 
     @override
@@ -89,8 +107,8 @@ class SqliteWriting(Bench):
 
     @override
     def may_repeat(self, error: BaseException) -> bool:
-        # Nobody else writes: what failed once fails again.
-        return False
+        # Nobody else writes: what the storage refuses once it refuses again.
+        return isinstance(error, EntangledError)
 
     @override
     def close(self) -> None:

@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Protocol
 
 from broker.audit.chain import ChainedRecord, ChainHead
-from broker.audit.events import Record
+from broker.audit.records import Record
 from broker.registry.entry import Entry
 from broker.server.store.rows import (
     AdoptedAuthority,
@@ -258,7 +258,14 @@ class TaskWrites(TaskReads, Protocol):
         ...
 
     def cascade(self, task_id: str, cause: Cause, at: datetime) -> int:
-        """End all living descendants of a task (not itself) as ``cascaded`` in one statement; give their number."""
+        """End all living descendants of a task (not itself) as ``cascaded``, or ``expired`` if overdue; give their number.
+
+        Whoever reads them finds them ended. Of a large tree whose root has ended the rows are for :meth:`write_tree_ends`.
+        """
+        ...
+
+    def write_tree_ends(self, limit: int) -> int:
+        """Write up to ``limit`` rows of tasks that ended with their large tree; give their number. No answer changes by it."""
         ...
 
     def bump_epoch(self, root: str) -> int:

@@ -136,7 +136,7 @@ def admit_requester(reader: Reader, actor: Actor, now: datetime) -> Caller:
     Whether it may have anything for that token is the caller's to ask. Only at the HTTPS door.
     """
     _require_svid(reader, actor, now)
-    row = reader.session_by_x5t(actor.x5t)
+    row = _session_of(reader, actor)
     if row is None:
         return Caller(actor, None)
     if row.ended_at is not None or row.spiffe_id != actor.spiffe_id:

@@ -176,7 +176,12 @@ class Bases:
 
 def _holds(caller: Caller, cnf: Confirmation | None) -> bool:
     """Tell whether a workload has what its token is bound to; a token that is bound to nobody is its workload's."""
-    if cnf is None or caller.actor.x5t == cnf.x5t or caller.actor.jkt == cnf.jkt:
+    if cnf is None:
+        return True
+    if cnf.jkt is not None:
+        # As at every verifier: a session that stands beside a key says when it ends, and not who holds it.
+        return caller.actor.jkt == cnf.jkt
+    if caller.actor.x5t == cnf.x5t:
         return True
     return cnf.session is not None and caller.session == cnf.session
 

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Final
 
 from broker.audit.events import Event
 from broker.clock import Clock
@@ -30,6 +31,7 @@ from broker.server.tasks.assertion_requests import (
     OwnTask,
     TransactionRequest,
 )
+from broker.server.tasks.bindings import Bound
 from broker.server.tasks.decision import Grant, Policy, decide_issue
 from broker.server.tasks.exchange import TaskKeys, payload_text
 from broker.server.tasks.ids import Ids
@@ -45,6 +47,9 @@ from broker.spiffe.strictjson import JsonValue
 from broker.tasks import Authority, act_chain
 from broker.tasks.grants import HEADER_TYPES, GrantClaims, GrantFormat
 from broker.tasks.transactions import TOKEN_TYPE, TransactionClaims, lifetime, replace_transaction, verify_transaction
+
+_AS_BROUGHT: Final = Bound(None, ends_with_svid=True)
+"""A token that is brought was bound when it was issued, by certificate or key; what comes of it ends with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,8 +178,11 @@ class Assertions:
         wanted = request.authority
         if basis.ceiling is not None:
             wanted = basis.ceiling if wanted is None else basis.ceiling.narrow(wanted)
-        issue = IssueRequest(basis.resource, basis.lineage[-1].id, scope=request.scope, authority=wanted)
-        return decide_issue(self._policy, basis.admitted, basis.lineage, issue, now=now)
+        actor = basis.admitted.actor
+        jkt = "" if actor.x5t else actor.jkt
+        issue = IssueRequest(basis.resource, basis.lineage[-1].id, scope=request.scope, authority=wanted, jkt=jkt)
+        bound = None if basis.ceiling is None else _AS_BROUGHT
+        return decide_issue(self._policy, basis.admitted, basis.lineage, issue, now=now, bound=bound)
 
     def _permitted(self, basis: Basis, request: AssertionRequest, grant: Grant, now: datetime) -> Decision:
         """Ask the operator's rules last, as the exchange does; raises DeniedByPolicy."""

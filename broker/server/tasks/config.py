@@ -166,6 +166,13 @@ class SubjectIssuer:
                 code="subject_audiences",
                 hint="name what this broker is called in the aud of its tokens",
             )
+        if unknown := self.delegation_clients - self.clients - self.audiences:
+            # Their tokens would be refused before anybody asks what they may do.
+            raise Misconfigured(
+                f"{min(unknown)} makes delegations and is no client of {self.issuer}",
+                code="delegation_client_unknown",
+                hint="name it in clients, too",
+            )
         if _NAMESPACE.fullmatch(self.namespace) is None:
             raise Misconfigured(f"the namespace of {self.issuer} is not short printable text", code="subject_namespace")
 

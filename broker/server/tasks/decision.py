@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 
 from broker.errors import Invalid, InvalidToken, NotFound, PolicyDenied, Refused
 from broker.server.tasks.admission import Admitted, Caller
-from broker.server.tasks.bindings import bind
+from broker.server.tasks.bindings import Bound, bind
 from broker.server.tasks.config import Audience, Audiences, TaskDefaults
 from broker.server.tasks.detail_types import DetailTypes
 from broker.server.tasks.policy.rules import Rules
@@ -59,8 +59,7 @@ def decide_start(
         raise InvalidToken("the user token has expired", code="subject_expired", hint="get a new one from the issuer")
     if isinstance(subject, Subject):
         require_may_act(subject, admitted)
-    ceiling = subject.ceiling
-    authority = request.authority if ceiling is None else ceiling.narrow(request.authority)
+    authority = subject.narrow(request.authority)
     policy.detail_types.require(authority)
     if authority.metered():
         raise unmetered()
@@ -88,9 +87,17 @@ def decide_start(
 
 
 def decide_issue(
-    policy: Policy, admitted: Admitted, lineage: Sequence[Task], request: IssueRequest, *, now: datetime
+    policy: Policy,
+    admitted: Admitted,
+    lineage: Sequence[Task],
+    request: IssueRequest,
+    *,
+    now: datetime,
+    bound: Bound | None = None,
 ) -> Grant:
     """Give what a token of this task may say; ``lineage`` is the task and its ancestors, root first.
+
+    ``bound``: what it is bound to, where that is decided already.
 
     Raises:
         NotFound: there is no such task, or it is another workload's: the answer is the same.
@@ -106,7 +113,8 @@ def decide_issue(
     if request.scope:
         # Of the resource first: an action that only another service offers is not in the scope of this one.
         authority = authority.for_resource(audience.resource).for_scope(request.scope)
-    bound = bind(audience, admitted, request, allow_bearer=policy.defaults.allow_bearer)
+    if bound is None:
+        bound = bind(audience, admitted, request, allow_bearer=policy.defaults.allow_bearer)
     ends = [each.expires_at for each in lineage] + [task.delegation.expires_at]
     if admitted.entry.expires_at is not None:
         ends.append(admitted.entry.expires_at)

@@ -92,6 +92,13 @@ def resolve(
         raise Refused("the subject token is no longer valid", code="subject_ended", hint="get a new one, or a new task")
     mine = admitted.actor.spiffe_id
     if mine == claims.client_id:
+        if claims.cnf is not None and claims.cnf.jkt not in (None, admitted.actor.jkt):
+            # NOTE(security): another process of the workload, or a thief in one, has the token and not its key.
+            raise PolicyDenied(
+                "the subject token is bound to a key that was not proved",
+                code="subject_not_held",
+                hint="send a DPoP proof by that key, or the user's token with the task",
+            )
         wanted: tuple[str, ...] = (claims.task.id,)
     else:
         wanted = writer.open_children(claims.task.id, str(mine))

@@ -5,9 +5,10 @@ after the user signed in; no identity of a workload makes one, whatever token it
 token itself permits. Its end is one row, and a stop that ends its tasks.
 """
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Final
+from typing import Final, TypeVar
 
 from broker.clock import Clock
 from broker.errors import BrokerError, Invalid, InvalidToken, NotFound, PolicyDenied, Refused, Unavailable
@@ -29,6 +30,8 @@ from broker.tasks.standing import AgentPattern, StandingDelegation, read_agents
 from broker.tasks.stop import Stop, StopKind
 from broker.tasks.task import MAX_ACT_DEPTH
 from broker.tasks.texts import ID, check_purpose
+
+T = TypeVar("T")
 
 MAX_LIFE: Final = 366 * 86400
 """Seconds: a year. What nobody has looked at for longer is nobody's wish any more."""
@@ -124,38 +127,47 @@ class Delegations:
             PolicyDenied: the authority reaches beyond the registered audiences, or the token.
             Conflict: too many stand, or the idempotency key was used for another request.
         """
-        check_key(key)
-        user = ""
-        try:
-            subject = await self._subjects.verify(token)
-            user = subject.user
-            self._require_maker(subject, fresh=True)
+
+        async def made(subject: Subject) -> StandingDelegation:
+            check_key(key)
             return await self._store.write(lambda writer: self._create(writer, subject, terms, key))
-        except BrokerError as error:
-            await self._refused(user, error, by)
-            raise
+
+        return await self._as_maker(token, made, by=by, fresh=True)
 
     async def withdraw(self, token: str, delegation_id: str, *, by: str = "") -> StandingDelegation:
         """End one of the user's own, with its tasks; ending it twice is fine. Raises NotFound, and as :meth:`create`."""
-        user = ""
-        try:
-            subject = await self._maker(token)
-            user = subject.user
-            return await self._end(delegation_id, by=user, user=user, issuer=subject.issuer)
-        except BrokerError as error:
-            await self._refused(user, error, by)
-            raise
 
-    async def own(self, token: str, delegation_id: str) -> StandingDelegation:
+        async def ended(subject: Subject) -> StandingDelegation:
+            return await self._end(delegation_id, by=subject.user, user=subject.user, issuer=subject.issuer)
+
+        return await self._as_maker(token, ended, by=by)
+
+    async def own(self, token: str, delegation_id: str, *, by: str = "") -> StandingDelegation:
         """Give one of the user's own; raises NotFound, and as :meth:`create`."""
-        subject = await self._maker(token)
-        found = await self._store.read(lambda reader: reader.delegation(_id(delegation_id)))
-        return _owned(found, subject.user, subject.issuer)
 
-    async def list_own(self, token: str, *, after: str | None = None, limit: int = 100) -> DelegationPage:
+        async def found(subject: Subject) -> StandingDelegation:
+            known = await self._store.read(lambda reader: reader.delegation(_id(delegation_id)))
+            return _owned(known, subject.user, subject.issuer)
+
+        return await self._as_maker(token, found, by=by)
+
+    async def list_own(self, token: str, *, after: str | None = None, limit: int = 100, by: str = "") -> DelegationPage:
         """Give a page of the user's own, oldest first; raises Invalid, and as :meth:`create`."""
-        subject = await self._maker(token)
-        return await self._store.read(lambda reader: reader.list_delegations(subject.user, after=after, limit=limit))
+
+        async def page(subject: Subject) -> DelegationPage:
+            return await self._store.read(
+                lambda reader: reader.list_delegations(subject.user, after=after, limit=limit)
+            )
+
+        return await self._as_maker(token, page, by=by)
+
+    async def refused(self, error: BrokerError, *, user: str = "", by: str = "") -> None:
+        """Record that somebody was refused here; ``user`` empty: it is not known who. A store that is away refused nobody."""
+        if isinstance(error, Unavailable):
+            return
+        now = self._clock.now()
+        who = by or user or "anonymous"
+        await self._refusals.note(lambda _: user_records.delegation_refused(user, error.reason, who, now))
 
     # ---- for operators
 
@@ -178,10 +190,17 @@ class Delegations:
 
     # ---- inside
 
-    async def _maker(self, token: str) -> Subject:
-        subject = await self._subjects.verify(token)
-        self._require_maker(subject, fresh=False)
-        return subject
+    async def _as_maker(self, token: str, act: Callable[[Subject], Awaitable[T]], *, by: str, fresh: bool = False) -> T:
+        """Do what the user of a token asks for; whatever is refused of it is on record."""
+        user = ""
+        try:
+            subject = await self._subjects.verify(token)
+            user = subject.user
+            self._require_maker(subject, fresh=fresh)
+            return await act(subject)
+        except BrokerError as error:
+            await self.refused(error, user=user, by=by)
+            raise
 
     def _require_maker(self, subject: Subject, *, fresh: bool) -> None:
         """Refuse a token that was given to a client which makes no delegations, or long after the sign-in."""
@@ -229,7 +248,7 @@ class Delegations:
         return made
 
     def _made(self, subject: Subject, terms: Terms, now: datetime) -> StandingDelegation:
-        authority = terms.authority if subject.ceiling is None else subject.ceiling.narrow(terms.authority)
+        authority = subject.narrow(terms.authority)
         if authority.metered():
             raise unmetered()
         for location in authority.resources():
@@ -280,13 +299,6 @@ class Delegations:
         if stopped is not None:
             await self._stops.finished(stopped)
         return ended
-
-    async def _refused(self, user: str, error: BrokerError, by: str) -> None:
-        if isinstance(error, Unavailable):
-            return
-        now = self._clock.now()
-        who = by or user or "anonymous"
-        await self._refusals.note(lambda _: user_records.delegation_refused(user, error.reason, who, now))
 
 
 def _owned(found: StandingDelegation | None, user: str, issuer: str) -> StandingDelegation:

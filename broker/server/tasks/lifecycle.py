@@ -33,6 +33,8 @@ RECORDED_EACH: Final = 256
 """Most tasks below an ended one that each get a record of their own; of more, the record of the end says how many."""
 SWEEP_LIMIT: Final = 200
 """Tasks of one sweep: a transaction of some milliseconds, so that others do not wait."""
+ROWS_EACH: Final = 500
+"""Rows of ended trees that one transaction writes down: some milliseconds, too."""
 FORGET_LIMIT: Final = 500
 """Rows of each kind that one sweep forgets: at a sweep a second as many as a busy server makes."""
 TASK_CHANGE: Final = "task"
@@ -266,7 +268,10 @@ class Lifecycle:
         return revoked
 
     async def sweep(self) -> int:
-        """Write down the tasks whose time is over, and forget what nobody can ask for; give how many tasks were found."""
+        """Write down the tasks whose time is over, the rows of trees that ended, and forget what nobody can ask for.
+
+        Gives how many tasks were found whose time was over.
+        """
 
         def act(writer: Writer) -> list[End]:
             now = self._clock.now()
@@ -280,6 +285,10 @@ class Lifecycle:
         found = await self._store.write(making_nothing_due(act))
         for each in found:
             self._counted(each)
+        while (
+            await self._store.write(making_nothing_due(lambda writer: writer.write_tree_ends(ROWS_EACH))) == ROWS_EACH
+        ):
+            pass
         await self._store.write(making_nothing_due(lambda writer: writer.sweep(self._clock.now(), FORGET_LIMIT)))
         return len(found)
 

@@ -4,7 +4,8 @@ import hashlib
 from datetime import datetime
 from typing import Final
 
-from broker.audit.events import Event, FieldValue, Record
+from broker.audit.events import Event
+from broker.audit.records import FieldValue, Record
 from broker.server.store.rows import SessionRow, TokenRow
 from broker.server.tasks.policy.decision import Decision
 from broker.server.tasks.requests import Actor

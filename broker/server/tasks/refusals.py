@@ -13,14 +13,15 @@ from typing import Final
 
 from typing_extensions import override
 
-from broker.audit.events import Event, FieldValue, Record
+from broker.audit.events import Event
+from broker.audit.records import FieldValue, Record
 from broker.clock import Clock
 from broker.errors import BrokerError, Unavailable
 from broker.server.store.ports import Store
 from broker.server.tasks.policy.decision import DeniedByPolicy
-from broker.server.tasks.records import decided
+from broker.server.tasks.records import decided, sha256
 from broker.server.tasks.requests import Actor, Door
-from broker.tasks import NonceWanted
+from broker.tasks import NonceWanted, TaskClaims
 
 PER_SECOND: Final = 50.0
 """Records a second in the long run: a few percent of what the store can write."""
@@ -112,7 +113,25 @@ class Refusals:
     def connection(self, reason: str, address: str) -> None:
         """Record a connection whose certificate was refused before it could ask for anything; does not wait for the store."""
         fields: dict[str, FieldValue] = {"reason": reason, "door": Door.HTTPS.value, "remote": address}
-        writing = asyncio.get_running_loop().create_task(self._record(Event.CONNECTION_REFUSED, STRANGER, "", fields))
+        self._begin(Event.CONNECTION_REFUSED, STRANGER, "", fields)
+
+    def prying(self, event: Event, actor: Actor, claims: TaskClaims) -> None:
+        """Record that a workload came with a token of ours which is not its business; does not wait for the store.
+
+        NOTE(security): the answer is the same as for an unknown token, and comes as fast (SV02).
+        """
+        fields: dict[str, FieldValue] = {
+            "reason": "token_not_own",
+            "door": actor.door.value,
+            "jti_hash": sha256(claims.jti.encode()),
+            "audience": claims.aud.text,
+        }
+        if event is Event.TOKEN_INTROSPECTED:
+            fields["active"] = False
+        self._begin(event, str(actor.spiffe_id), claims.task.id, fields)
+
+    def _begin(self, event: Event, by: str, subject: str, fields: dict[str, FieldValue]) -> None:
+        writing = asyncio.get_running_loop().create_task(self._record(event, by, subject, fields))
         self._writing.add(writing)
         writing.add_done_callback(self._writing.discard)
 

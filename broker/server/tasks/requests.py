@@ -41,7 +41,7 @@ class Door(StrEnum):
 class Actor:
     """The authenticated workload. ``session`` and ``entry_id`` are None where only the certificate is known.
 
-    ``x5t`` is empty, and ``jkt`` is the key of its proof, where it came without a certificate. ``x5t``, ``not_after`` and ``serial`` (lower hex; empty where an older agent did not tell) are of the leaf that it holds now; ``agent`` is the node agent that vouches, None at the HTTPS
+    ``x5t`` is empty where it came without a certificate; ``jkt`` is the key that it has proven, empty for none. ``x5t``, ``not_after`` and ``serial`` (lower hex; empty where an older agent did not tell) are of the leaf that it holds now; ``agent`` is the node agent that vouches, None at the HTTPS
     door.
     """
 

@@ -11,7 +11,7 @@ from datetime import datetime
 from types import MappingProxyType
 from typing import Final
 
-from broker.audit.events import Record
+from broker.audit.records import Record
 from broker.clock import Clock
 from broker.errors import BrokerError, Conflict, Invalid, Refused
 from broker.server.store.ports import Store, Writer

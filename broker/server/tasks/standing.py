@@ -46,10 +46,9 @@ class StandingWord:
         """Until when it stands."""
         return self.standing.expires_at
 
-    @property
-    def ceiling(self) -> Authority:
-        """The most that a task may have."""
-        return self.standing.authority
+    def narrow(self, wanted: Authority) -> Authority:
+        """Give what is wanted, if the user left all of it standing; raises PolicyDenied."""
+        return self.standing.authority.narrow(wanted)
 
     @property
     def max_task_ttl(self) -> int:

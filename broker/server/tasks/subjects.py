@@ -53,7 +53,7 @@ class Subject:
     """A user and the word they gave, verified. Only :class:`Subjects` makes one.
 
     ``user`` is the issuer's namespace and ``sub``; ``ceiling`` is what the token itself limits the delegation to (its own
-    ``authorization_details``), if it does; ``party`` is the client that the token was given to: the one that it names, else
+    ``authorization_details``), if it does; ``scopes`` limit the families of actions that they name; ``party`` is the client that the token was given to: the one that it names, else
     its only audience; ``may_act`` is the one workload that may act on it, if it names one.
     """
 
@@ -69,6 +69,7 @@ class Subject:
     issued_at: datetime
     party: str
     may_act: SpiffeId | None
+    scopes: tuple[str, ...]
     _made_by: object = field(repr=False, compare=False)
     _delegation: Delegation = field(init=False, repr=False, compare=False)
 
@@ -93,6 +94,12 @@ class Subject:
     def max_task_ttl(self) -> None:
         """No limit of a task's life but its own end."""
         return
+
+    def narrow(self, wanted: Authority) -> Authority:
+        """Give what is wanted, if the token permits all of it; raises PolicyDenied."""
+        granted = wanted if self.ceiling is None else self.ceiling.narrow(wanted)
+        granted.require_within(self.scopes)
+        return granted
 
     def delegation(self) -> Delegation:
         """Give the delegation that this token is."""
@@ -237,6 +244,7 @@ def _judge(payload: Mapping[str, JsonValue], issuer: SubjectIssuer, dates: _Date
         issued_at=_moment(dates.issued_at),
         party=party,
         may_act=_may_act(payload["may_act"]) if "may_act" in payload else None,
+        scopes=_scopes(payload.get("scope")),
         _made_by=_VERIFIED,
     )
 
@@ -253,6 +261,19 @@ def _refuse_foreign_kinds(payload: Mapping[str, JsonValue]) -> None:
         raise InvalidToken("the user token is bound to another key", code="subject_bound")
     if "events" in payload:
         raise InvalidToken("a security event is not a user token", code="token_type")
+
+
+def _scopes(value: JsonValue) -> tuple[str, ...]:
+    """Read ``scope`` (RFC 8693 §4.2), or the list that some issuers make of it; no such claim names nothing."""
+    if value is None:
+        return ()
+    listed = value.split(" ") if isinstance(value, str) else value
+    if not isinstance(listed, list):
+        raise InvalidToken("the user token's scope is neither text nor a list", code="token_claim_invalid")
+    # NOTE(security): what we could not compare would limit nothing.
+    if not all(isinstance(scope, str) for scope in listed):
+        raise InvalidToken("a scope of the user token is not text", code="token_claim_invalid")
+    return tuple(str(scope) for scope in listed)
 
 
 def _may_act(value: JsonValue) -> SpiffeId:

@@ -5,6 +5,7 @@ epochs of its line, the user's word and what was stopped, the policy, the worklo
 them that fails gives the same answer, without a reason.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -70,8 +71,12 @@ class TaskTokens:
         )
         return verified.claims
 
-    async def introspect(self, token: str, caller: SpiffeId) -> LiveToken | None:
+    async def introspect(
+        self, token: str, caller: SpiffeId, *, strange: Callable[[TaskClaims], None] | None = None
+    ) -> LiveToken | None:
         """Give the token if it is alive and the caller may know: its own actor, or an introspector of its audience.
+
+        ``strange`` is told of a token of ours that the caller has, and may not ask about.
 
         Raises:
             Unavailable: nobody can tell now.
@@ -82,9 +87,11 @@ class TaskTokens:
             audience = self._audiences.find(claims.aud)
             if claims.cnf is None and not audience.takes_bearer:
                 return None
-            if caller != claims.client_id and caller not in audience.introspectors:
-                return None
         except BrokerError:
+            return None
+        if caller != claims.client_id and caller not in audience.introspectors:
+            if strange is not None:
+                strange(claims)
             return None
         now = self._clock.now()
         alive = await self._store.read(lambda reader: self.is_alive(reader, claims, now))

@@ -2,7 +2,8 @@
 
 from datetime import datetime
 
-from broker.audit.events import Event, FieldValue, Record
+from broker.audit.events import Event
+from broker.audit.records import FieldValue, Record
 from broker.server.tasks.records import sha256
 from broker.tasks.standing import StandingDelegation
 from broker.tasks.stop import Stop, StopKind
@@ -91,5 +92,5 @@ def delegation_ended(delegation: StandingDelegation, by: str, at: datetime, reas
 
 
 def delegation_refused(user: str, code: str, by: str, at: datetime) -> Record:
-    """Record that somebody tried to make or end a delegation and may not."""
+    """Record that somebody tried to make, see or end a delegation and may not."""
     return Record(Event.DELEGATION_REFUSED, at, by, user or "-", {"code": code, "user": user or None})

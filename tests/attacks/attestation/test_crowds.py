@@ -26,7 +26,10 @@ from tests.attacks.attestation.arena import (
 )
 from tests.fakes.running_agent import until
 
-pytestmark = pytest.mark.asyncio(loop_scope="package")
+pytestmark = [
+    pytest.mark.alone("how long others wait is measured"),
+    pytest.mark.asyncio(loop_scope="package"),
+]
 LIMIT = 64 << 20  # bytes
 HUGE = 64 << 30  # bytes, hardly any of them on the disk: more than can be hashed in the time that an attestor has
 TIMES_OUT = 5.0  # seconds until the unix attestor gives a caller up

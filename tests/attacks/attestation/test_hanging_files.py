@@ -25,6 +25,7 @@ from tests.attacks.attestation.hanging_files import OPERATIONS
 from tests.fakes.running_agent import until
 
 pytestmark = [
+    pytest.mark.alone("how long others wait is measured"),
     pytest.mark.asyncio(loop_scope="package"),
     pytest.mark.root("mounts a file system of its own"),
     pytest.mark.skipif(not os.access("/dev/fuse", os.R_OK | os.W_OK), reason="this kernel has no FUSE"),

@@ -16,7 +16,7 @@ import psycopg
 
 from broker._proto.service import Stub
 from broker._proto.spire.api.server.svid.v1 import svid_pb2
-from broker.audit.events import Record
+from broker.audit.records import Record
 from broker.sdk.dpop import ProofKey
 from broker.server.api.grpc import svid
 from broker.server.api.http.clients import JWT_SPIFFE
@@ -25,7 +25,7 @@ from broker.server.task_settings import AudienceSettings, SubjectSettings, TaskS
 from broker.spiffe import SpiffeId
 from broker.transport.tls import client_context, roots_of
 from tests.fakes.oidc import OidcIssuer
-from tests.integration.test_server_identity import DEADLINE, Estate, Node, attested, running
+from tests.integration.identity_rig import DEADLINE, Estate, Node, attested, running
 from tests.integration.test_token_endpoint import ISSUER, TICKETS, TRIAGE, Process, form, process, register
 
 KEYED = "https://keyed.example.org"

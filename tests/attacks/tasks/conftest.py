@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.fakes.oidc import OidcIssuer
-from tests.integration.test_server_identity import Estate
+from tests.integration.identity_rig import Estate
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import grpc.aio
 from broker._proto.broker.server.v1 import feed_pb2, sessions_pb2, tasks_pb2
 from broker._proto.service import Stub
 from broker._proto.spire.api.server.svid.v1 import svid_pb2
-from broker.audit.events import Record
+from broker.audit.records import Record
 from broker.client import Tasks
 from broker.errors import BrokerError
 from broker.sdk.feed import FeedState
@@ -27,7 +27,7 @@ from broker.spiffe.jose import parse_compact
 from broker.transport.rpc_errors import from_rpc_error
 from tests.attacks.tasks.policy_rig import audit_records
 from tests.fakes.oidc import OidcIssuer
-from tests.integration.test_server_identity import DEADLINE, Estate, Node, admin_channel, attested, running
+from tests.integration.identity_rig import DEADLINE, Estate, Node, admin_channel, attested, running
 from tests.integration.test_token_endpoint import (
     DETAILS,
     ISSUER,

@@ -15,7 +15,7 @@ from broker.sdk.feed import FeedState
 from broker.server.api.grpc import feed
 from broker.spiffe.jose import parse_compact
 from broker.tasks import TaskClaims
-from tests.integration.test_server_identity import DEADLINE
+from tests.integration.identity_rig import DEADLINE
 
 
 class Ear:

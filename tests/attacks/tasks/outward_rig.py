@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.serialization import load_der_private_key
 
 from broker._proto.broker.agent.v1 import tasks_pb2
 from broker._proto.service import ServiceBinding, Stub
-from broker.audit.events import Record
+from broker.audit.records import Record
 from broker.client import Entries, Nodes, dial_socket
 from broker.sdk.workload import Workload
 from broker.server.api.grpc import authorities

@@ -11,12 +11,12 @@ import grpc.aio
 
 from broker._proto.broker.server.v1 import policies_pb2, tasks_pb2
 from broker._proto.service import Stub
-from broker.audit.events import Record
+from broker.audit.records import Record
 from broker.server.api.grpc import policies, tasks
 from broker.server.app import Server
 from broker.spiffe import SpiffeId
 from tests.fakes.oidc import OidcIssuer
-from tests.integration.test_server_identity import DEADLINE, Estate, Node, admin_channel, attested, running
+from tests.integration.identity_rig import DEADLINE, Estate, Node, admin_channel, attested, running
 from tests.integration.test_token_endpoint import DETAILS, TICKETS, Process, form, process, register, task_settings
 
 OPEN = '@id("all") permit(principal, action, resource);\n'

@@ -20,7 +20,7 @@ from tests.attacks.tasks.binding_rig import (
     short_directory,
 )
 from tests.fakes.oidc import OidcIssuer
-from tests.integration.test_server_identity import Estate, own_bundle, running
+from tests.integration.identity_rig import Estate, own_bundle, running
 from tests.integration.test_token_endpoint import ISSUER, TICKETS, TRIAGE
 
 ROUNDS = 8
@@ -62,6 +62,25 @@ async def test_a_jwt_svid_comes_with_a_proof_or_not_at_all(at: Desk) -> None:
     assert (thief.status_code, thief.json()["error"]) == (401, "invalid_client")
     assert (await at.refusals("assertion_replayed"))[0].actor == str(TRIAGE)
     assert (await prover.post(nobody, at.asserted(svid))).status_code == 200
+
+
+@pytest.mark.bears("X03", "PB01")
+async def test_a_token_that_is_bound_to_a_key_is_brought_with_a_proof_of_it(at: Desk) -> None:
+    """As the subject of an exchange, too: another process of its own workload has the token, and not the key."""
+    nobody, prover, svid = await at.nobody(), Prover(), await at.jwt_svid()
+    held = (await prover.post(nobody, at.asserted(svid))).json()["access_token"]
+    mine = {"subject_token": held, "subject_token_type": "urn:ietf:params:oauth:token-type:access_token"}
+    asserted, bare = at.asserted(svid, **mine), at.form(**mine)
+    for form in (asserted, bare):
+        del form["purpose"]
+    again = await prover.post(nobody, asserted)
+    assert again.status_code == 200, again.text
+    process = await at.process("ws_1")
+    for answer in (await process.http.post("/token", data=bare), await Prover().post(process.http, bare)):
+        assert (answer.status_code, answer.json()["error"]) == (400, "unauthorized_client")
+    assert [record.actor for record in await at.refusals("subject_not_held")] == [str(TRIAGE)] * 2
+    again = await prover.post(process.http, bare)
+    assert again.status_code == 200, again.text
 
 
 @pytest.mark.bears("SP06")

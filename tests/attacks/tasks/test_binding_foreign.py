@@ -14,7 +14,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from broker._proto.spire.api.types import bundle_pb2
 from broker.client import Bundles, dial_socket
 from broker.clock import SystemClock
-from broker.keys import MemoryKeys
+from broker.keys import Signer
+from broker.keys.local import generated
 from broker.server.task_settings import WitIssuerSettings
 from broker.spiffe import TrustDomain, jose
 from broker.transport.tls import TlsIdentity, client_context, roots_of
@@ -36,7 +37,7 @@ class Partner:
 
     at: Desk
     authority: Authority
-    keys: MemoryKeys
+    jwt: Signer
 
     async def client(self, identity: TlsIdentity) -> httpx2.AsyncClient:
         context = client_context(identity, roots_of(self.at.node.trusted))
@@ -48,15 +49,14 @@ class Partner:
     def jwt_svid(self, sub: str, kid: str = "partner-1", aud: object = None) -> str:
         at = int(SystemClock().now().timestamp())
         payload = {"sub": sub, "aud": aud or [ISSUER], "exp": at + 60, "iat": at}
-        signer = self.keys.signer("partner-1")
-        return jose.sign_compact({"alg": "ES256", "kid": kid, "typ": "JWT"}, payload, signer.sign)
+        return jose.sign_compact({"alg": "ES256", "kid": kid, "typ": "JWT"}, payload, self.jwt.sign)
 
 
 @asynccontextmanager
 async def partnership(directory: Path, oidc: OidcIssuer, **tasks) -> AsyncIterator[Partner]:
     async with desk(directory, oidc, **tasks) as at:
-        authority, keys = Authority("partner.example"), MemoryKeys()
-        public = keys.generate("partner-1").public_key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+        authority, jwt = Authority("partner.example"), generated("partner-1")
+        public = jwt.public_key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
         message = bundle_pb2.Bundle(trust_domain="partner.example")
         message.x509_authorities.add(asn1=authority.certificate.public_bytes(Encoding.DER))
         message.jwt_authorities.add(public_key=public, key_id="partner-1")
@@ -65,7 +65,7 @@ async def partnership(directory: Path, oidc: OidcIssuer, **tasks) -> AsyncIterat
             await Bundles(channel).set_federated(message)
         finally:
             await channel.close()
-        yield Partner(at, authority, keys)
+        yield Partner(at, authority, jwt)
 
 
 @pytest.fixture

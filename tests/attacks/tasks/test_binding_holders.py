@@ -34,7 +34,7 @@ from tests.attacks.tasks import binding_rig
 from tests.attacks.tasks.binding_rig import LOOSE, Desk, Prover, desk, eventually, short_directory
 from tests.fakes.oidc import OidcIssuer
 from tests.fakes.running_agent import serving_agent, until
-from tests.integration.test_server_identity import DEADLINE
+from tests.integration.identity_rig import DEADLINE
 from tests.integration.test_token_endpoint import ISSUER, TICKETS, Process
 
 PATH = "/tickets/4711"

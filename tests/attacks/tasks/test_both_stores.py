@@ -24,7 +24,7 @@ from tests.attacks.tasks.binding_rig import (
 from tests.attacks.tasks.listening import Ear, listening
 from tests.attacks.tasks.test_outward import TABLE
 from tests.fakes.oidc import OidcIssuer
-from tests.integration.test_server_identity import Estate, own_bundle, running
+from tests.integration.identity_rig import Estate, own_bundle, running
 from tests.integration.test_token_endpoint import TRIAGE
 from tests.unit.server.api.http.test_token import FAULTS
 

@@ -18,7 +18,7 @@ from tests.attacks.tasks.binding_rig import LOOSE, Desk, desk, desk_settings, sh
 from tests.attacks.tasks.listening import listening
 from tests.attacks.tasks.userends_rig import RISC, Scene, Work, outcome, playing
 from tests.fakes.oidc import OidcIssuer
-from tests.integration.test_server_identity import DEADLINE, Estate, own_bundle, running
+from tests.integration.identity_rig import DEADLINE, Estate, own_bundle, running
 from tests.integration.test_token_endpoint import TICKETS
 
 Row = Callable[[Scene], Awaitable[Any]]

@@ -22,7 +22,7 @@ from tests.attacks.tasks.life_rig import (
 )
 from tests.fakes.oidc import OidcIssuer
 from tests.fakes.replicas import Replica, replica
-from tests.integration.test_server_identity import Estate, running
+from tests.integration.identity_rig import Estate, running
 from tests.integration.test_token_endpoint import TRIAGE, Process
 
 pytestmark = pytest.mark.timeout(180)

@@ -21,7 +21,7 @@ from broker.server.tasks.policy import cedar
 from broker.spiffe import SpiffeId
 from tests.attacks.tasks.policy_rig import NO_TASKS, NO_TOKENS, OPEN, Rig, rig
 from tests.fakes.oidc import OidcIssuer
-from tests.integration.test_server_identity import DEADLINE, Estate, admin_channel
+from tests.integration.identity_rig import DEADLINE, Estate, admin_channel
 from tests.integration.test_token_endpoint import DETAILS, SERVICE, TICKETS, TRIAGE, Process
 
 EVIL = SpiffeId("spiffe://example.org/triage-evil")

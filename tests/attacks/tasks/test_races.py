@@ -20,14 +20,16 @@ from typing import Any
 import psycopg
 import pytest
 
-from broker.audit.events import Record
+from broker.audit.records import Record
 from broker.client import Tasks
 from broker.errors import BrokerError, Conflict, NotFound, Refused, Unavailable
 from broker.server.authority import plan, rotation
+from broker.server.store.tables import tree_ends
+from broker.server.tasks import lifecycle
 from tests.attacks.tasks.life_rig import Life, hop, inhabited, settings_of
 from tests.attacks.tasks.policy_rig import audit_records
 from tests.fakes.oidc import OidcIssuer
-from tests.integration.test_server_identity import Estate, admin_channel, running
+from tests.integration.identity_rig import Estate, admin_channel, running
 from tests.integration.test_token_endpoint import Process
 
 LONG = int(os.environ.get("BROKER_LONG_RACES", "0"))
@@ -320,7 +322,10 @@ class Tree:
 
 
 @pytest.mark.bears("V03", "V01")
-async def test_a_tree_is_closed_while_fifty_write_in_it(life: Life) -> None:
+async def test_a_tree_is_closed_while_fifty_write_in_it(life: Life, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends by one row, and the rows of its tasks are written while the fifty go on."""
+    monkeypatch.setattr(tree_ends, "WRITTEN_AT_ONCE", 100)
+    monkeypatch.setattr(lifecycle, "ROWS_EACH", 20)
     agents = [await life.agent(hop(depth), f"ws_hop{depth}") for depth in range(DEPTH + 2)]
     user_token = life.oidc.token("alice", lifetime=3600)
     root, beside = [await life.start(agents[0], user_token=user_token, ttl=3000) for _ in range(2)]

@@ -266,7 +266,8 @@ class TestConfusedDeputies:
             scene.door.come_as(AGENT)
             assert_error(await scene.door.token(subject_token=token), 400, "invalid_request")
             made = await scene.delegate(token=scene.user_token(azp=APP, **claims))
-            assert_error(made, 400, "subject_claim")
+            assert_error(made, 401, "subject_claim")
+            assert made.headers["www-authenticate"] == 'Bearer error="invalid_token"'
 
     @pytest.mark.bears("X04")
     async def test_one_users_token_does_not_serve_anothers_task(self, scene: Scene) -> None:
@@ -291,15 +292,42 @@ class TestConfusedDeputies:
     @pytest.mark.bears("RV18")
     async def test_who_signed_out_or_in_long_ago_leaves_nothing_standing(self, scene: Scene) -> None:
         stale = scene.user_token(azp=APP, auth_time=scene.now() - 301)
-        assert_error(await scene.delegate(token=stale), 403, "insufficient_user_authentication")
+        answer = await scene.delegate(token=stale)
+        assert_error(answer, 401, "insufficient_user_authentication")
+        # RFC 9470 §3: what tells the application to have the user sign in anew.
+        assert answer.headers["www-authenticate"] == 'Bearer error="insufficient_user_authentication"'
         unknown = scene.estate.user_token(azp=APP)
-        assert_error(await scene.delegate(token=unknown), 403, "insufficient_user_authentication")
+        assert_error(await scene.delegate(token=unknown), 401, "insufficient_user_authentication")
+        nobody = await scene.door.client.post("/delegations", json={})
+        assert_error(nobody, 401, "invalid_client")
+        assert nobody.headers["www-authenticate"] == "Bearer"
         fresh = scene.user_token(azp=APP)
         await scene.logout(scene.logout_token(sid="s-1"))
         assert_error(await scene.delegate(token=fresh), 403, "user_session_ended")
 
 
 class TestStandingDelegations:
+    async def test_a_task_starts_on_one_at_the_tasks_address_too(self, scene: Scene) -> None:
+        made = (await scene.delegate()).json()
+        asked = {
+            "subject_token": made["id"],
+            "subject_token_type": "urn:broker:token-type:delegation",
+            "purpose": "nightly triage",
+            "authorization_details": made["authorization_details"],
+        }
+        scene.door.come_as(NEIGHBOUR)
+        assert_error(await scene.door.client.post("/tasks", json=asked), 403, "delegation_agent")
+        scene.door.come_as(AGENT)
+        task = await scene.door.client.post("/tasks", json=asked)
+        assert task.status_code == 201, task.text
+        assert task.headers["location"].endswith(f"/tasks/{task.json()['id']}")
+        assert task.json()["user"] == "alice"
+        wider = asked | {"authorization_details": [{"type": "api", "locations": [TICKETS.text], "actions": ["x"]}]}
+        assert_error(await scene.door.client.post("/tasks", json=wider), 403, "invalid_authorization_details")
+        assert_error(
+            await scene.door.client.post("/tasks", json=asked | {"subject_token": "dlg_x"}), 403, "delegation_agent"
+        )
+
     async def test_an_agent_works_on_it_while_the_user_is_away_and_within_it(self, scene: Scene) -> None:
         answer = await scene.delegate(max_task_ttl=600)
         assert answer.status_code == 201
@@ -374,6 +402,37 @@ class TestStandingDelegations:
             assert (ended.status_code, ended.json()["state"]) == (200, "withdrawn")
         assert len(await scene.records(Event.DELEGATION_ENDED)) == 1
         assert_error(await scene.door.client.get("/delegations"), 401, "invalid_client")
+
+    @pytest.mark.bears("RV18")
+    async def test_every_refusal_at_the_address_is_on_record(self, scene: Scene) -> None:
+        """Also of a request that is refused before anybody's token was looked at, and of one that only wanted to see."""
+        client, made = scene.door.client, (await scene.delegate()).json()
+        address = f"/delegations/{made['id']}"
+        user = {"authorization": f"Bearer {scene.user_token(azp=APP)}"}
+        bob = {"authorization": f"Bearer {scene.user_token('bob', azp=APP, sid='s-b')}"}
+        agents = {"authorization": f"Bearer {scene.user_token()}"}
+        json_type = {"content-type": "application/json"}
+        tries = (
+            ("POST", "/delegations", {}, b"{}", "invalid_client"),
+            ("POST", "/delegations", user | json_type, b"{", "invalid_json"),
+            ("POST", "/delegations", user | json_type, b"{}", "invalid_delegation"),
+            ("POST", "/delegations", user, b"{}", "content_type"),
+            ("POST", "/delegations?a=b", user | json_type, b"{}", "parameter_in_query"),
+            ("GET", "/delegations", {}, b"", "invalid_client"),
+            ("GET", "/delegations?a=b", user, b"", "parameter_unknown"),
+            ("GET", "/delegations", agents, b"", "delegation_client"),
+            ("GET", address, {}, b"", "invalid_client"),
+            ("GET", address, bob, b"", "delegation_unknown"),
+            ("DELETE", address, {}, b"", "invalid_client"),
+            ("DELETE", address, bob, b"", "delegation_unknown"),
+        )
+        for method, at, headers, body, code in tries:
+            before = len(await scene.records(Event.DELEGATION_REFUSED))
+            answer = await client.request(method, at, headers=headers, content=body)
+            records = (await scene.records(Event.DELEGATION_REFUSED))[before:]
+            assert [record.fields["code"] for record in records] == [code], (method, at, answer.text)
+            assert answer.status_code in {400, 401, 403, 404}, (method, at)
+        assert (await client.get(address, headers=user)).json()["state"] == made["state"]
 
 
 @pytest.mark.bears("RV22")

@@ -10,7 +10,7 @@ from typing import Any
 import httpx2
 
 from broker._proto.broker.server.v1 import feed_pb2
-from broker.audit.events import Record
+from broker.audit.records import Record
 from broker.errors import BrokerError
 from broker.sdk.feed import FeedState
 from broker.server.api.grpc.feed import _frame

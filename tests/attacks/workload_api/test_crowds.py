@@ -19,6 +19,7 @@ from tests.attacks.workload_api.frames import INITIAL_WINDOW, PREFACE, Connectio
 from tests.attacks.workload_api.rig import JWT, MIB, SCALE, SERVICE, Bystander, Rig, rig, unharmed, wait_for
 from tests.fakes.fake_server import entry_message
 
+pytestmark = pytest.mark.alone("how long others wait is measured")
 X509 = SERVICE + "FetchX509SVID"
 ME = f"unix:uid:{os.geteuid()}"
 SEND_DEADLINE = 3.0

@@ -32,6 +32,7 @@ from tests.attacks.workload_api.frames import (
 )
 from tests.attacks.workload_api.rig import JWT, MIB, SCALE, SERVICE, Bystander, Rig, unharmed, wait_for
 
+pytestmark = pytest.mark.alone("how long others wait is measured")
 GROWTH = 64 * MIB
 SECONDS = SCALE  # of one attack, connection after connection, so that bystanders live through many of them
 BLOCK = request_headers(SERVICE + "FetchX509SVID")

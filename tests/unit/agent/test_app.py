@@ -76,7 +76,7 @@ async def test_run_gives_the_one_error_that_says_what_to_do(signals) -> None:
             trust_bundle_path=server.trust_file(),
             join_token="wrong",
         )
-        with pytest.raises(Refused, match="unknown, expired or used"):
+        with pytest.raises(Refused, match="does not exist or has already been used"):
             await program._run(settings)
     shutil.rmtree(directory)
     assert all(callable(signal.getsignal(number)) for number in program.ENDING)

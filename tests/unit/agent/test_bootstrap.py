@@ -3,6 +3,7 @@
 import asyncio
 import shutil
 import tempfile
+import threading
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from broker.agent.settings import AgentSettings
 from broker.attestation.contract import Evidence
 from broker.errors import BrokerError, Misconfigured, Refused
 from broker.spiffe import SpiffeId, TrustDomain
+from broker.transport.dialer import SpiffeDialer
+from broker.transport.tls import SvidPeer, TlsPeer
 from tests.fakes.fake_server import TD, FakeCa, FakeServer, entry_message
 from tests.fakes.running_agent import ME, serving, until
 
@@ -48,6 +51,32 @@ async def refusal(server: FakeServer, directory: Path, **changed) -> BrokerError
     return error
 
 
+class Seeing(FakeServer):
+    """Remembers who called what is for agents."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.seen: set[type[TlsPeer]] = set()
+
+    def _agents_only(self, peer: TlsPeer) -> None:
+        self.seen.add(type(peer))
+        super()._agents_only(peer)
+
+
+async def test_nothing_is_begun_on_the_connection_by_which_it_joined(directory, monkeypatch) -> None:
+    drop = SpiffeDialer.reconnect
+
+    def drop_later(dialer: SpiffeDialer) -> None:
+        # The channel hears of it by way of a socket: sooner or later than others who run.
+        asyncio.get_running_loop().call_later(0.1, drop, dialer)
+
+    monkeypatch.setattr(SpiffeDialer, "reconnect", drop_later)
+    async with Seeing(directory) as server, serving(server, directory) as running:
+        await until(lambda: running.agent.upstream.lost() == 1)
+        await until(lambda: running.agent.sync.is_online)
+        assert server.seen == {SvidPeer}
+
+
 async def test_a_restart_needs_no_new_token_and_a_second_agent_does(directory) -> None:
     async with FakeServer(directory) as server:
         server.entries["e1"] = entry_message("e1", "/wl/me", [ME])
@@ -65,7 +94,16 @@ async def test_a_refused_token_ends_the_start_with_the_servers_words(directory) 
     async with FakeServer(directory) as server:
         error = await refusal(server, directory, join_token="wrong")
         assert isinstance(error, Refused)
-        assert "unknown, expired or used" in error.message
+        assert "does not exist or has already been used" in error.message
+
+
+async def test_a_token_that_cannot_be_read_is_a_matter_of_settings(directory) -> None:
+    async with FakeServer(directory) as server:
+        error = await refusal(server, directory, join_token=None, join_token_file=directory / "none")
+        assert isinstance(error, Misconfigured)
+        assert (error.reason, server.attestations) == ("attestor_failed", [])
+        assert "cannot be read" in error.message
+        assert "join_token_file" in error.hint
 
 
 async def test_without_any_trust_it_does_not_start(directory) -> None:
@@ -112,6 +150,7 @@ async def test_renewal_at_half_life_with_a_new_key(directory) -> None:
             await until(lambda: server.renewals >= 1)
             server.agent_ttl = timedelta(hours=1)
             await until(lambda: agent.agent.node.tls is not before)
+            await agent.agent.node.settle()
             stored = IdentityFile(directory / "agent" / "private").load(TD)
             assert stored.tls.chain_der == agent.agent.node.tls.chain_der
             assert stored.tls.key.private_numbers() != before.key.private_numbers()
@@ -151,11 +190,13 @@ async def test_a_banned_agent_serves_nobody_and_keeps_no_key(directory, code) ->
         async with serving(server, directory) as agent, agent.workload() as stub:
             call = stub.FetchX509SVID(workload_pb2.X509SVIDRequest(), metadata=(("workload.spiffe.io", "true"),))
             assert (await call.read()).svids
+            await until(lambda: len(agent.agent.svids.spares) == 1)
             server.refuse_agents = Refused("the agent is banned", code=code)
             with pytest.raises(grpc.aio.AioRpcError) as ended:
                 await asyncio.wait_for(call.read(), 5)
             assert ended.value.code() == grpc.StatusCode.PERMISSION_DENIED
             assert IdentityFile(directory / "agent" / "private").load(TD) is None
+            assert len(agent.agent.svids.spares) == 0
             with pytest.raises(grpc.aio.AioRpcError) as refused:
                 await agent.jwt("a")
             assert refused.value.code() == grpc.StatusCode.PERMISSION_DENIED
@@ -272,5 +313,24 @@ async def test_the_bundle_is_followed_and_stored(directory) -> None:
         new = FakeCa()
         server.push_bundles(server.ca.message((new,)))
         await until(lambda: len(agent.agent.node.bundle.x509_authorities) == 2)
+        await agent.agent.node.settle()
         stored = IdentityFile(directory / "agent" / "private").load(TD)
         assert stored.bundle.x509_authorities == (server.ca.root, new.root)
+
+
+async def test_a_slow_disk_does_not_hold_up_the_agent(directory) -> None:
+    async with FakeServer(directory) as server:
+        server.entries["e1"] = entry_message("e1", "/wl/me", [ME])
+        async with serving(server, directory) as agent:
+            await agent.agent.node.settle()
+            file, go = agent.agent.node._store, threading.Event()
+            store = file.store
+            file.store = lambda identity: (go.wait(30), store(identity))
+            new = FakeCa()
+            server.push_bundles(server.ca.message((new,)))
+            await until(lambda: len(agent.agent.node.bundle.x509_authorities) == 2)
+            assert (await agent.x509()).svids
+            assert len(IdentityFile(directory / "agent" / "private").load(TD).bundle.x509_authorities) == 1
+            go.set()
+            await agent.agent.node.settle()
+            assert len(IdentityFile(directory / "agent" / "private").load(TD).bundle.x509_authorities) == 2

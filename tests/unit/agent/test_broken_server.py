@@ -11,9 +11,10 @@ from pathlib import Path
 import grpc
 import pytest
 
-from broker.agent import offline, signing, sync, upstream
+from broker.agent import bootstrap, offline, svids, sync, upstream
 from broker.agent.bootstrap import Condition
-from tests.fakes.fake_server import FakeServer, entry_message
+from broker.transport.tls import server_context
+from tests.fakes.fake_server import SERVER_ID, FakeServer, entry_message
 from tests.fakes.running_agent import ME, estate, serving, until
 
 METHODS = ("GetBundle", "RenewAgent", "BatchNewX509SVID", "NewJWTSVID", "ReportSessions")
@@ -69,7 +70,7 @@ async def test_before_a_server_that_hangs_a_restarted_agent_serves_what_it_kept(
 
 
 @pytest.mark.bears("O06")
-async def test_while_every_call_hangs_the_cached_token_comes_within_a_second_or_two() -> None:
+async def test_while_every_call_hangs_the_cached_token_comes_within_a_second() -> None:
     async with estate() as agent:
         agent.server.jwt_ttl = timedelta(seconds=30)
         first = (await agent.jwt("a")).svids[0].svid
@@ -77,7 +78,8 @@ async def test_while_every_call_hangs_the_cached_token_comes_within_a_second_or_
         agent.agent.svids._clock = _Ahead(agent.agent._clock, timedelta(seconds=16))  # past its half-life
         began = time.monotonic()
         assert (await agent.jwt("a")).svids[0].svid == first
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 5  # a busy machine's second
+        assert svids.JWT_REFRESH < 1
         agent.server.sign_gate.set()
 
 
@@ -92,9 +94,50 @@ class _Ahead:
         return self._clock.monotonic()
 
 
+class Timing(FakeServer):
+    """Remembers how long each caller would wait, by method."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.patience: dict[str, float | None] = {}
+
+
+for _name in METHODS:
+
+    async def _timed(self, request, context, peer, _name=_name):
+        self.patience[_name] = context.time_remaining()
+        return await getattr(FakeServer, _name)(self, request, context, peer)
+
+    setattr(Timing, _name, _timed)
+
+
+async def _attest_timed(self, requests, context, peer):
+    self.patience["AttestAgent"] = context.time_remaining()
+    async for answer in FakeServer.AttestAgent(self, requests, context, peer):
+        yield answer
+
+
+Timing.AttestAgent = _attest_timed  # type: ignore[method-assign]
+
+
 @pytest.mark.bears("O06")
-async def test_no_call_waits_for_more_than_half_a_minute() -> None:
-    assert max(upstream.RPC_TIMEOUT, sync.SILENCE, signing.RPC_TIMEOUT) <= 30
+async def test_no_call_waits_for_more_than_half_a_minute(monkeypatch) -> None:
+    assert max(upstream.RPC_TIMEOUT, sync.SILENCE) <= 30
+    monkeypatch.setattr(bootstrap, "CHECK_EVERY", 0.05)
+    directory = Path(tempfile.mkdtemp(dir="/tmp"))
+    directory.chmod(0o755)
+    try:
+        async with Timing(directory) as server:
+            server.entries["e1"] = entry_message("e1", "/wl/me", [ME])
+            server.agent_ttl = timedelta(seconds=3)
+            async with serving(server, directory, trust_bundle_path=None, insecure_bootstrap=True) as agent:
+                assert (await agent.x509()).svids
+                assert (await agent.jwt("a")).svids
+                await until(lambda: server.patience.keys() >= {*METHODS, "AttestAgent"})
+        # A deadline is rounded up on its way.
+        assert all(seconds is not None and 0 < seconds <= 30.5 for seconds in server.patience.values()), server.patience
+    finally:
+        shutil.rmtree(directory)
 
 
 @pytest.mark.bears("O06")
@@ -116,7 +159,8 @@ async def test_an_agents_own_leaf_for_ten_years_is_not_taken() -> None:
 
 
 @pytest.mark.bears("O06")
-async def test_garbage_in_place_of_http2_is_an_outage_and_no_more() -> None:
+@pytest.mark.parametrize("is_inside", [False, True], ids=["in place of TLS", "in place of HTTP/2"])
+async def test_garbage_is_an_outage_and_no_more(is_inside) -> None:
     async def noise(reader, writer) -> None:
         writer.write(b"\x00\xff" * 4096)
         writer.close()
@@ -126,7 +170,8 @@ async def test_garbage_in_place_of_http2_is_an_outage_and_no_more() -> None:
         await until(agent.agent.svids.spares.kept)
         port = agent.server.port
         await agent.server.listener.stop()
-        other = await asyncio.start_server(noise, "127.0.0.1", port)
+        context = server_context(agent.server.ca.identity(SERVER_ID), [], client="none") if is_inside else None
+        other = await asyncio.start_server(noise, "127.0.0.1", port, ssl=context)
         async with other:
             agent.agent._dialer.reconnect()
             await until(lambda: not agent.agent.sync.is_online)

@@ -1,10 +1,13 @@
 """The security header, and what the public socket is."""
 
+import asyncio
+import os
+
 import pytest
 
 from broker.agent.listener import require_security_header
 from broker.errors import Invalid
-from tests.fakes.running_agent import estate
+from tests.fakes.running_agent import estate, until
 
 WORKLOAD = "/SpiffeWorkloadAPI/FetchX509SVID"
 
@@ -43,3 +46,14 @@ async def test_everybody_may_connect_and_nobody_may_replace_it() -> None:
         assert agent.socket.stat().st_mode & 0o777 == 0o777
         assert agent.socket.parent.stat().st_mode & 0o777 == 0o755
         assert agent.settings.private_dir.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.bears("A22")
+async def test_operators_that_came_and_went_leave_no_descriptor_behind() -> None:
+    async with estate() as agent:
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(5):
+            _, writer = await asyncio.open_unix_connection(agent.settings.admin_socket_path)
+            writer.close()
+            await writer.wait_closed()
+        await until(lambda: len(os.listdir("/proc/self/fd")) <= before)

@@ -133,7 +133,7 @@ async def test_nothing_is_asked_before_its_time() -> None:
 async def test_a_process_that_comes_back_later_is_what_it_is_then() -> None:
     async with labelled(BLUE) as (agent, runtime):
         assert paths(await agent.x509()) == ["blue"]
-        await until(lambda: agent.agent._socket.connections == 0)
+        await until(lambda: agent.agent.doors.public.connections == 0)
         runtime.labels = (GREEN,)
         (session,) = agent.agent.sessions
         session.ask_at = 0.0
@@ -142,14 +142,14 @@ async def test_a_process_that_comes_back_later_is_what_it_is_then() -> None:
         await until(lambda: session.connections == 0)
         runtime.labels = ()
         await asked_anew(agent)
-        assert len(agent.agent.sessions) == 0
+        await until(lambda: len(agent.agent.sessions) == 0)
         await until(lambda: agent.server.causes == ["SESSION_END_SELECTORS_CHANGED"] * 2)
 
 
 async def test_one_without_connections_rests_longer() -> None:
     async with labelled(BLUE) as (agent, runtime):
         await agent.x509()
-        await until(lambda: agent.agent._socket.connections == 0)
+        await until(lambda: agent.agent.doors.public.connections == 0)
         (session,) = agent.agent.sessions
         await until(lambda: session.connections == 0)
         session.ask_at = SystemClock().monotonic() - 1
@@ -202,7 +202,7 @@ async def test_a_runtime_that_says_no_is_believed_at_once() -> None:
         with pytest.raises(grpc.aio.AioRpcError):
             await asyncio.wait_for(stream.read(), 10)
         await until(lambda: agent.server.causes == ["SESSION_END_ATTESTATION_REFUSED"])
-        await until(lambda: agent.agent._socket.connections == 0)
+        await until(lambda: agent.agent.doors.public.connections == 0)
 
 
 def test_what_is_known_to_be_wrong_comes_before_what_is_not_known() -> None:
@@ -236,11 +236,14 @@ async def test_a_session_that_ends_while_it_is_asked_about_is_let_go_once() -> N
         runtime.gate.clear()
         asking = asyncio.create_task(asked_anew(agent))
         await until(lambda: runtime.asked == 2)
+        waiting = asyncio.create_task(agent.agent.workloads.attest_again(session))
         await held.act()
         await until(lambda: session.is_ended)
         os.fstat(session.process._dir)  # still this process's: the attestors are looking through it
         runtime.gate.set()
         await asking
+        await waiting
+        assert runtime.asked == 2  # nobody is asked through descriptors that are another's by now
         with pytest.raises(grpc.aio.AioRpcError):
             await stream.read()
         await until(lambda: len(os.listdir("/proc/self/fd")) < before)
@@ -272,7 +275,7 @@ async def test_an_idle_stream_ends_when_its_process_becomes_another_program() ->
             await asyncio.wait_for(stream.read(), 10)
         assert ended.value.code() in {grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAVAILABLE}
         await until(lambda: agent.server.causes == ["SESSION_END_PROCESS_CHANGED"])
-        await until(lambda: agent.agent._socket.connections == 0)
+        await until(lambda: agent.agent.doors.public.connections == 0)
         assert len(agent.agent.sessions) == 0
 
 
@@ -289,7 +292,7 @@ async def test_an_idle_connection_ends_when_its_process_changes_its_user() -> No
         stream.cancel()  # no stream is left, and the connection stands
         await held.act()
         await until(lambda: agent.server.causes == ["SESSION_END_PROCESS_CHANGED"])
-        await until(lambda: agent.agent._socket.connections == 0)
+        await until(lambda: agent.agent.doors.public.connections == 0)
 
 
 @pytest.mark.root("a control group of one's own")

@@ -86,6 +86,7 @@ async def test_the_end_of_the_process_is_the_end_of_the_session(sleeper) -> None
         sleeper.kill()
         assert await bell.wait(5)
     assert session.is_ended
+    assert not session.bells
     assert estate.ended == [identity]
     with pytest.raises(NotAttested):
         estate.sessions.check(session)
@@ -107,6 +108,40 @@ def opened_and_closed(pid: int):
     process = opened(pid)
     process.close()
     return process.facts
+
+
+async def test_a_process_that_is_described_otherwise_by_now_finds_no_session(sleeper, monkeypatch) -> None:
+    estate = Estate()
+    session, again = estate.sessions.start(opened(sleeper.pid), SELECTORS), opened(sleeper.pid)
+    monkeypatch.setattr(Process, "still_same", changed)
+    assert estate.sessions.of(again) is None
+    assert session.is_ended
+    again.close()
+
+
+def changed(process: Process) -> None:
+    raise NotAttested("changed", code="process_changed")
+
+
+async def test_of_two_attestations_of_one_process_the_later_one_holds(sleeper) -> None:
+    """Its rights changed between two connections: each was asked about by itself, and only one can be looked after."""
+    estate = Estate()
+    first, second = (estate.sessions.start(opened(sleeper.pid), SELECTORS) for _ in range(2))
+    assert (first.is_ended, second.is_ended, list(estate.sessions)) == (True, False, [second])
+    estate.sessions.end_all()
+
+
+async def test_an_ended_session_is_never_looked_at_again(sleeper, monkeypatch) -> None:
+    """The numbers of its descriptors may be another process's by now."""
+    estate = Estate()
+    session = estate.sessions.start(opened(sleeper.pid), SELECTORS)
+    estate.sessions.end(session, SessionEnd.SELECTORS_CHANGED)
+    monkeypatch.setattr(Process, "still_same", lambda self: None)
+    monkeypatch.setattr(Process, "still_there", lambda self: None)
+    for fully in (None, True, False):
+        with pytest.raises(NotAttested) as refused:
+            estate.sessions.check(session, fully=fully)
+        assert refused.value.reason == "session_ended"
 
 
 async def test_the_full_check_comes_once_a_second(sleeper, monkeypatch) -> None:

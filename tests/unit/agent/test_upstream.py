@@ -5,11 +5,16 @@ import pytest
 
 from broker.agent import upstream as module
 from broker.agent.upstream import answered, answered_once_more
-from broker.errors import Refused, Unavailable
+from broker.errors import BrokerError, Refused, Unavailable
+from broker.transport.grpc_status import DETAILS_KEY, status_code, status_details
 
 
-def failure(code: grpc.StatusCode):
-    return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), details="words")
+def failure(code: grpc.StatusCode, *told: tuple[str, bytes]):
+    return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(*told), details="words")
+
+
+def failure_of(error: BrokerError):
+    return failure(status_code(error), (DETAILS_KEY, status_details(error)))
 
 
 class Calls:
@@ -33,6 +38,15 @@ async def test_errors_are_ours() -> None:
     ]:
         with pytest.raises(kind, match="words"):
             await answered(Calls(failure(code))())
+
+
+async def test_who_is_no_agent_to_the_server_has_no_identity_at_this_moment() -> None:
+    with pytest.raises(Unavailable, match="no identity") as away:
+        await answered(Calls(failure_of(Refused("the caller may not", code="access_denied")))())
+    assert (away.value.reason, bool(away.value.hint)) == ("agent_unidentified", True)
+    with pytest.raises(Refused) as banned:
+        await answered(Calls(failure_of(Refused("banned", code="agent_banned")))())
+    assert banned.value.reason == "agent_banned"
 
 
 async def test_once_more_and_not_twice(monkeypatch) -> None:

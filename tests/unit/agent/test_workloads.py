@@ -9,8 +9,10 @@ from pathlib import Path
 import grpc
 import pytest
 
+from broker._proto.service import Stub
 from broker._proto.spiffe import workload_pb2
 from broker.agent import workloads as module
+from broker.agent.listener import WORKLOAD
 from broker.attestation.contract import AttestorFailed
 from broker.errors import NotAttested
 from broker.spiffe import Selector
@@ -77,8 +79,8 @@ async def test_a_stream_ends_when_its_process_does_and_the_server_is_told() -> N
         await until(lambda: len(agent.server.ended) == 1, 2)
         assert asyncio.get_running_loop().time() - began < 1
         assert not agent.server.sessions
-        await until(lambda: agent.agent._socket.connections == 0)
-        assert len(agent.agent._socket._denials) == 0  # a process that ends is not a process that was refused
+        await until(lambda: agent.agent.doors.public.connections == 0)
+        assert len(agent.agent.doors.public._denials) == 0  # a process that ends is not a process that was refused
 
 
 @pytest.mark.bears("A05")
@@ -114,6 +116,24 @@ async def test_a_stream_ends_when_its_process_becomes_another_program() -> None:
         await until(lambda: len(agent.server.ended) == 1)
 
 
+@pytest.mark.bears("A05")
+async def test_what_a_process_became_is_told_nothing_of_others_either() -> None:
+    async with (
+        estate() as agent,
+        held_connection(agent.socket, agent.directory / "r", "exec", SLEEP, "60") as held,
+        relayed(held) as channel,
+    ):
+        token = (await agent.jwt_by(channel, "a")).svids[0].svid
+        ask = workload_pb2.ValidateJWTSVIDRequest(svid=token, audience="a")
+        validate = Stub(channel, WORKLOAD).ValidateJWTSVID
+        assert (await validate(ask, metadata=HEADER, timeout=10)).spiffe_id == "spiffe://example.org/wl/me"
+        await held.act()
+        await until(lambda: os.readlink(f"/proc/{held.pid}/exe") == SLEEP)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await validate(ask, metadata=HEADER, timeout=10)
+        assert refused.value.code() in REFUSED
+
+
 @needs_root
 @pytest.mark.bears("A11")
 async def test_a_process_that_changed_its_user_is_refused() -> None:
@@ -144,7 +164,7 @@ async def test_a_process_that_changed_may_come_back_as_what_it_is() -> None:
             await call(b"", metadata=HEADER).read()
         assert refused.value.code() == grpc.StatusCode.PERMISSION_DENIED
         # A client would refuse to give up on this connection: it is closed, and the next one is attested anew.
-        await until(lambda: agent.agent._socket.connections == 0)
+        await until(lambda: agent.agent.doors.public.connections == 0)
         await until(lambda: len(agent.server.ended) == 1)
 
 
@@ -271,6 +291,8 @@ async def test_many_calls_of_one_connection_attest_once() -> None:
         agent.agent.workloads._attestors = (Counting(),)
         request = workload_pb2.JWTSVIDRequest(audience=["a"])
         await asyncio.gather(*(stub.FetchJWTSVID(request, metadata=HEADER) for _ in range(20)))
+        (session,) = agent.agent.sessions
+        assert session.connections == 1
         await agent.x509()  # another connection of the same process
         assert asked == [os.getpid()]
 
@@ -279,7 +301,7 @@ async def test_many_calls_of_one_connection_attest_once() -> None:
 async def test_no_descriptor_is_left_behind() -> None:
     async with estate() as agent:
         await agent.x509()
-        await until(lambda: agent.agent._socket.connections == 0)
+        await until(lambda: agent.agent.doors.public.connections == 0)
         before = len(os.listdir("/proc/self/fd"))
         for act in ("exit", "stay"):
             for n in range(5):
@@ -291,7 +313,7 @@ async def test_no_descriptor_is_left_behind() -> None:
         _, writer = await asyncio.open_unix_connection(agent.socket)
         writer.close()
         await writer.wait_closed()
-        await until(lambda: agent.agent._socket.connections == 0 and len(agent.agent.sessions) == 1)
+        await until(lambda: agent.agent.doors.public.connections == 0 and len(agent.agent.sessions) == 1)
         await until(lambda: len(os.listdir("/proc/self/fd")) <= before)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -207,3 +208,25 @@ def test_this_machine_can_be_asked() -> None:
     assert b" / " in node.mountinfo()
     assert b":/" in node.cgroup_of(os.getpid())
     assert reason(lambda: require_member(found(SCOPE), os.getpid(), node)) == "container_mismatch"
+
+
+MOUNTS = """
+import subprocess, sys
+from broker.attestation.containers import OwnMounts
+asked = OwnMounts()
+first = asked()
+assert asked() is first, "read again, though nothing has changed"
+for _ in range(2):
+    subprocess.run(["mount", "-t", "tmpfs", "here", sys.argv[1]], check=True)
+    assert asked().count(b" - tmpfs here ") == first.count(b" - tmpfs here ") + 1
+    assert asked() is asked()
+    subprocess.run(["umount", sys.argv[1]], check=True)
+    assert asked() == first
+"""
+
+
+def test_own_mounts_are_read_again_when_they_change(tmp_path: Path) -> None:
+    apart = ["unshare", "-Urm"]
+    if (probe := subprocess.run([*apart, "true"], capture_output=True, check=False)).returncode:
+        pytest.skip(f"no user namespaces here: {probe.stderr.decode().strip()}")
+    subprocess.run([*apart, sys.executable, "-c", MOUNTS, str(tmp_path)], check=True)

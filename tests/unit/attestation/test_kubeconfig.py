@@ -1,7 +1,6 @@
 """Kubeconfigs as tools write them: the ones that can be followed, and each way in which one cannot."""
 
 import base64
-import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,13 +8,11 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from broker.attestation.kubeconfig import MAX_DEPTH, MAX_KUBECONFIG, _parsed, read_kubeconfig
+from broker.attestation.kubeconfig import MAX_DEPTH, MAX_KUBECONFIG, read_kubeconfig
 from broker.attestation.kubernetes import Fault, Server
 from broker.attestation.pods import KubernetesObject
-from broker.attestation.runtime_socket import Deadline
+from broker.attestation.reads import Deadline
 from broker.clock import SystemClock
 from tests.fakes.kubelet import TOKEN, FakeAuthority, FakeKubernetes
 
@@ -226,31 +223,6 @@ def test_a_file_that_is_not_there(tmp_path) -> None:
         with pytest.raises(Fault) as fault:
             read_kubeconfig(path, MAX_ANSWER)
         assert fault.value.kind == "credentials" and str(path) not in fault.value.what
-
-
-VALUE = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**40), 2**40) | st.text(max_size=12),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
-    max_leaves=12,
-)
-
-
-@settings(deadline=None)
-@given(VALUE)
-def test_what_can_be_written_is_read_as_it_was(value) -> None:
-    assert _parsed(yaml.dump(value, Dumper=_Plain).encode()) == value
-
-
-class _Plain(yaml.SafeDumper):
-    def ignore_aliases(self, data: object) -> bool:
-        return True
-
-
-@settings(deadline=None)
-@given(st.binary(max_size=200))
-def test_any_bytes_are_read_or_refused(data) -> None:
-    with contextlib.suppress(ValueError, TypeError):
-        _parsed(data)
 
 
 def test_another_authority_is_not_believed(kube, tmp_path) -> None:

@@ -20,7 +20,7 @@ from broker.attestation.kubernetes import (
     trusting_the_public,
 )
 from broker.attestation.pods import KubernetesObject
-from broker.attestation.runtime_socket import Deadline
+from broker.attestation.reads import Deadline
 from broker.clock import SystemClock
 from broker.errors import Invalid
 from tests.fakes.kubelet import TOKEN, FakeAuthority, FakeKubernetes

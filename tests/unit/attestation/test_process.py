@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,16 @@ def test_reads_a_file_whole_however_long(tmp_path: Path, size: int) -> None:
         os.close(directory)
 
 
+def test_what_is_too_long_to_be_read_whole_is_not_read_in_part(tmp_path: Path) -> None:
+    (tmp_path / "status").write_bytes(bytes(module.MAX_PROC_FILE))
+    directory = os.open(tmp_path, os.O_RDONLY)
+    try:
+        with pytest.raises(NotAttested, match="too long"):
+            module._read_single(directory, "status", 1)
+    finally:
+        os.close(directory)
+
+
 def test_a_dead_process_is_refused(sleeper) -> None:
     process = opened(sleeper.pid)
     sleeper.kill()
@@ -95,6 +106,19 @@ def test_a_dead_process_is_refused(sleeper) -> None:
     for check in (process.still_same, process.still_there, process.snapshot):
         with pytest.raises(NotAttested):
             check()
+    process.close()
+
+
+def test_a_readable_pidfd_refuses_whatever_proc_says(sleeper) -> None:
+    process = opened(sleeper.pid)
+    with subprocess.Popen(["/bin/true"]) as other:
+        pidfd = os.pidfd_open(other.pid)
+    gone = replace(process, pidfd=pidfd)
+    for check in (gone.still_same, gone.still_there):
+        with pytest.raises(NotAttested) as refused:
+            check()
+        assert refused.value.reason == "process_gone"
+    os.close(pidfd)
     process.close()
 
 
@@ -165,17 +189,42 @@ def test_a_caller_outside_the_pid_namespace_is_refused(sleeper) -> None:
 @pytest.mark.bears("A12")
 def test_an_unmapped_user_is_nobody_in_particular(sleeper, monkeypatch) -> None:
     monkeypatch.setattr(module, "is_in_user_namespace", lambda: True)
+    assert module.OVERFLOW_ID == 65534
+    # Whoever runs the tests may be nobody: another number stands for it.
+    nobody = os.geteuid() + 1
+    monkeypatch.setattr(module, "OVERFLOW_ID", nobody)
     with pytest.raises(NotAttested, match="user namespace"):
-        opened(sleeper.pid, uid=65534)
+        opened(sleeper.pid, uid=nobody)
+    opened(sleeper.pid).close()
+
+
+@pytest.mark.bears("A12")
+@needs_root
+@pytest.mark.skipif(module.is_in_user_namespace(), reason="a user namespace, where not every user has a number")
+def test_where_every_user_has_a_number_nobody_is_one_of_them() -> None:
+    with subprocess.Popen(["/bin/sleep", "60"], user=65534) as nobody:
+        try:
+            opened(nobody.pid, uid=65534).close()
+        finally:
+            nobody.kill()
+
+
+CHANGES_ITS_RIGHTS = """
+import os, sys
+sys.stdin.readline()
+getattr(os, sys.argv[1])(4001)
+print("changed", flush=True)
+sys.stdin.readline()
+"""
 
 
 @pytest.mark.bears("A11")
 @needs_root
-def test_a_setuid_after_connect_is_seen() -> None:
+@pytest.mark.parametrize("change", ["setuid", "setgid"])
+def test_other_rights_after_connect_are_seen(change: str) -> None:
     child = subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", "import os,sys,time; sys.stdin.readline(); os.setuid(4001); print('x',flush=True); time.sleep(60)"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-    )  # fmt: skip
+        [sys.executable, "-I", "-S", "-c", CHANGES_ITS_RIGHTS, change], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
     with child:
         process = opened(child.pid)
         child.stdin.write(b"\n")

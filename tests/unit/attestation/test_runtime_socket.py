@@ -1,18 +1,22 @@
 """What is taken from a runtime's socket, and what ends the conversation."""
 
+import asyncio
 import json
 import os
+import socket
+import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from itertools import repeat
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from broker.attestation.contract import AttestorFailed
-from broker.attestation.runtime_socket import MAX_ANSWER, Deadline, NotThere, RuntimeSocket
-from broker.clock import SystemClock
+from broker.attestation.runtime_socket import MAX_ANSWER, NotThere, RuntimeSocket
 from tests.fakes.runtime import FakeRuntime, answer, chunked, inspected
 
 GOOD = json.dumps(inspected("0" * 64, Labels={"a": "b" * 3000})).encode()
@@ -31,15 +35,25 @@ def runtime(shared):
     shared.requests.clear()
 
 
-def get(runtime: FakeRuntime, seconds: float = 5.0, *, gone: bool = False, prefix: str = "") -> bytes:
-    deadline = Deadline(SystemClock().monotonic() + seconds, lambda: gone)
-    return RuntimeSocket(str(runtime.path), os.geteuid(), prefix).get("/containers/x/json", deadline)
+def get(runtime: FakeRuntime, seconds: float = 5.0, *, prefix: str = "") -> bytes:
+    return asyncio.run(asked(RuntimeSocket(str(runtime.path), os.geteuid(), prefix), seconds))
 
 
-def reason(runtime: FakeRuntime, **options) -> str:
+async def asked(runtime: RuntimeSocket, seconds: float = 5.0) -> bytes:
+    async with asyncio.timeout(seconds):
+        return await runtime.get("/containers/x/json")
+
+
+def reason(runtime: FakeRuntime) -> str:
     with pytest.raises(AttestorFailed) as refused:
-        get(runtime, **options)
+        get(runtime)
     return refused.value.reason
+
+
+def is_late(runtime: FakeRuntime, seconds: float) -> bool:
+    with pytest.raises(TimeoutError):
+        get(runtime, seconds)
+    return True
 
 
 def test_an_answer(runtime) -> None:
@@ -75,17 +89,80 @@ def test_an_answer_has_a_limit(runtime, frame) -> None:
 def test_a_deadline_holds_for_the_whole(runtime) -> None:
     started = time.monotonic()
     runtime.hang()
-    assert reason(runtime, seconds=0.1) == "attestor_timeout"
+    assert is_late(runtime, 0.1)
     runtime.drip(iter([b"HTTP/1.1 200 OK\r\n\r\n", *repeat(b" ", 1000)]), 0.02)
-    assert reason(runtime, seconds=0.2) == "attestor_timeout"
+    assert is_late(runtime, 0.2)
     runtime.drip(iter([b"HTTP/1.1 200 OK\r\n", *repeat(b"A: b\r\n", 1000)]), 0.02)
-    assert reason(runtime, seconds=0.2) == "attestor_timeout"
+    assert is_late(runtime, 0.2)
     assert time.monotonic() - started < 3
 
 
-def test_nobody_waits_any_more(runtime) -> None:
-    assert reason(runtime, gone=True) == "attestor_timeout"
-    assert runtime.requests == []
+def test_what_nobody_waits_for_any_more_is_hung_up() -> None:
+    with listening() as (path, listener):
+
+        async def given_up() -> None:
+            asking = asyncio.create_task(asked(RuntimeSocket(str(path), os.geteuid())))
+            loop = asyncio.get_running_loop()
+            accepted, _ = await loop.sock_accept(listener)
+            with accepted:
+                assert await loop.sock_recv(accepted, 1024)
+                asking.cancel()
+                assert await loop.sock_recv(accepted, 1024) == b""
+            assert asking.cancelled()
+
+        asyncio.run(given_up())
+
+
+def test_a_runtime_whose_queue_is_full_is_waited_for() -> None:
+    with listening(queue=0) as (path, listener), socket.socket(socket.AF_UNIX) as before:
+        before.connect(str(path))
+
+        async def waited() -> bytes:
+            asking = asyncio.create_task(asked(RuntimeSocket(str(path), os.geteuid())))
+            await asyncio.sleep(0)
+            loop = asyncio.get_running_loop()
+            for reply in (b"", answer(GOOD)):
+                accepted, _ = await loop.sock_accept(listener)
+                with accepted:
+                    await loop.sock_sendall(accepted, reply)
+            return await asking
+
+        assert asyncio.run(waited()) == GOOD
+
+
+def test_only_the_first_answer_counts(runtime) -> None:
+    runtime.fault(answer(GOOD) + answer(b"{}", "500 Later"))
+    assert get(runtime) == GOOD
+    runtime.fault(answer(b"{}", "500 First") + answer(GOOD))
+    assert reason(runtime) == "runtime_answer"
+    runtime.fault(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\n" + answer(GOOD))
+    assert reason(runtime) == "runtime_answer"
+
+
+@pytest.mark.parametrize(
+    ("raw", "code"),
+    [
+        (b"", "runtime_unreachable"),
+        (b"HTTP/1.1 200 OK\r\n", "runtime_unreachable"),
+        (answer(GOOD)[:-1], "runtime_unreachable"),
+        (chunked(GOOD)[:-5], "runtime_unreachable"),
+        (b"HTTP/1.1 100 Continue\r\n\r\n", "runtime_unreachable"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n{}", "runtime_unreachable"),
+    ],
+    ids=["nothing", "half a head", "a length", "chunks", "continue", "two lengths"],
+)
+def test_an_answer_that_is_cut_short_is_none(runtime, raw: bytes, code: str) -> None:
+    runtime.fault(raw)
+    assert reason(runtime) == code
+
+
+@contextmanager
+def listening(queue: int = 8) -> Iterator[tuple[Path, socket.socket]]:
+    with tempfile.TemporaryDirectory(dir="/tmp") as directory, socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"{directory}/s")
+        listener.listen(queue)
+        listener.setblocking(False)
+        yield Path(directory) / "s", listener
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -108,6 +108,8 @@ async def test_without_container_selectors_the_pod_is_enough(case) -> None:
     case.kube.pods = [pod(UID, "", containerStatuses=[status("", state="waiting")])]
     found = await case.selectors(disable_container_selectors=True)
     assert {"k8s:ns:shop", f"k8s:pod-uid:{UID}"} <= found and not [one for one in found if "container" in one]
+    case.kube.pods = [pod(UID, "", containerStatuses=[status(ID, state="waiting")])]
+    assert await case.selectors(disable_container_selectors=True) == found
     case.kube.pods = []
     assert await case.refusal(disable_container_selectors=True) == "pod_not_listed"
 

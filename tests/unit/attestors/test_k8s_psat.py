@@ -143,11 +143,13 @@ async def test_only_allowed_labels_become_selectors(case) -> None:
     assert {str(one) for one in node.selectors} == SELECTORS | labels
 
 
-async def test_a_token_that_newer_api_servers_bind_to_its_node(case) -> None:
+@pytest.mark.parametrize("name", ["node-name", "node-uid"])
+async def test_a_token_that_newer_api_servers_bind_to_its_node(case, name: str) -> None:
     case.extra.update({f"{EXTRA}node-name": ["node-1"], f"{EXTRA}node-uid": [NODE_UID]})
     await case.node_of()
-    case.extra[f"{EXTRA}node-uid"] = ["another"]
-    assert await case.refusal() == "node_mismatch"
+    for others in (["another"], [*case.extra[f"{EXTRA}{name}"], "another"], [""]):
+        case.extra[f"{EXTRA}{name}"] = others
+        assert await case.refusal() == "node_mismatch"
 
 
 async def test_a_review_and_objects_as_kubernetes_writes_them(case) -> None:

@@ -1,14 +1,18 @@
-"""Whole lists of pods as kubelets answer them, of three runtimes: which selectors each process in them gets."""
+"""Whole lists of pods as kubelets answer them: which selectors each process in them gets.
+
+Three runtimes' made by hand to their shapes, and what a real kubelet said of one.
+"""
 
 import re
 
 import pytest
 
 from attestors.workload.k8s import K8sAttestor, K8sSettings
+from broker.attestation.cgroups import parse_cgroups
 from broker.attestation.contract import AttestorFailed
 from broker.attestation.kubernetes import Surroundings
 from broker.attestation.testing import check_selectors
-from tests.fakes.kubelet import FakeKubernetes, recording
+from tests.fakes.kubelet import FakeKubernetes, recorded_cgroup, recording
 from tests.fakes.runtime import FakeMachine
 
 CHECKOUT, SHIPPER = "c7761e58-969f-4edd-a981-86641b2021e8", "f9c7af7e-bcbf-498b-af5f-37361d1b168b"
@@ -199,3 +203,111 @@ async def test_docker_and_an_image_that_no_registry_knows(ask) -> None:
 @pytest.mark.parametrize("name", ["containerd", "crio", "docker"])
 async def test_a_process_of_the_host_is_in_none_of_them(ask, name) -> None:
     assert await ask(name, "/system.slice/kubelet.service") == set()
+
+
+# --- a real kubelet's (tests/fakes/recordings/kubelet)
+
+WEB_UID, ORDERS_UID = "f187c76cd7877af5eadd89b892e1d8c9", "f47f5825-cc35-47e6-b7ed-6491e78feb62"
+ORDERS_IMAGE, PROXY_IMAGE = (
+    ("registry.example/shop/orders:1.4.2", "registry.example/shop/orders@sha256:10a6b85058e87ec83d654eee4ab0940f5b497a34f6e6f4f71d8b7b52ac0f8bc9"),
+    ("registry.example/shop/proxy:0.9", "registry.example/shop/proxy@sha256:4241095a8c89f6151819a4bfa8ae3522e5e5003b948d7cf483e242203066df40"),
+)  # fmt: skip
+# An image that was loaded from a file and has no digest of a registry: the runtime's own name for its content.
+MIGRATE_IMAGE = (
+    "registry.example/shop/migrate:1.4.2",
+    "sha256:9ff6e7983f0db1020595163737cbc4c714789b6773a21b45fb3fbfec979f028a",
+)
+OF_BOTH = {
+    "ns:shop",
+    "node-name:worker-7",
+    "pod-image-count:2",
+    "pod-init-image-count:2",
+    *(f"pod-image:{image}" for image in ORDERS_IMAGE),
+    *(f"pod-init-image:{image}" for image in MIGRATE_IMAGE + PROXY_IMAGE),
+}
+OF_WEB = OF_BOTH | {
+    f"pod-uid:{WEB_UID}",
+    "pod-name:web-worker-7",
+    "pod-label:app.kubernetes.io/name:web",
+    "pod-label:tier:front",
+}
+OF_ORDERS = OF_BOTH | {
+    f"pod-uid:{ORDERS_UID}",
+    "pod-name:orders-5d9f7c6b8-k2x7q",
+    "sa:orders",
+    "pod-label:app.kubernetes.io/name:orders",
+    "pod-label:pod-template-hash:5d9f7c6b8",
+    "pod-label:tier:backend",
+    "pod-owner:ReplicaSet:orders-5d9f7c6b8",
+    "pod-owner-uid:ReplicaSet:4b4e4d0e-5d0b-4a44-93bb-5f1f3ab1c2d7",
+    *(f"pod-image:{image}" for image in PROXY_IMAGE),
+}
+
+
+def in_container(name: str) -> str:
+    """The place in which the kernel had that container's process, in all of its hierarchies."""
+    (path,) = {one.path for one in parse_cgroups(recorded_cgroup(name))}
+    return path
+
+
+def container(name: str, images: tuple[str, ...]) -> set[str]:
+    return {f"container-name:{name}", *(f"container-image:{image}" for image in images)}
+
+
+@pytest.mark.parametrize(
+    ("moment", "process", "of_pod", "name", "images"),
+    [
+        ("static-running", "web-main", OF_WEB, "main", ORDERS_IMAGE),
+        ("static-running", "web-helper", OF_WEB, "helper", ORDERS_IMAGE),
+        ("static-running", "web-proxy", OF_WEB, "proxy", PROXY_IMAGE),
+        ("static-restarted", "web-helper-again", OF_WEB, "helper", ORDERS_IMAGE),
+        ("bound-running", "orders-main", OF_ORDERS, "main", ORDERS_IMAGE),
+        ("bound-running", "orders-helper", OF_ORDERS, "helper", PROXY_IMAGE),
+        ("bound-running", "orders-proxy", OF_ORDERS, "proxy", PROXY_IMAGE),
+        ("bound-debugged", "orders-helper-again", OF_ORDERS, "helper", PROXY_IMAGE),
+        ("bound-terminating", "orders-main", OF_ORDERS, "main", ORDERS_IMAGE),  # it ends; it has not ended
+    ],
+)
+async def test_processes_that_a_real_kubelet_ran(ask, moment, process, of_pod, name, images) -> None:
+    assert await ask(f"kubelet/{moment}", in_container(process)) == of_pod | container(name, images)
+
+
+@pytest.mark.parametrize("moment", ["static-running", "static-removed", "bound-waiting", "bound-ended"])
+async def test_a_real_kubelets_static_pod_beside_an_api_server_and_without(ask, moment) -> None:
+    found = await ask(f"kubelet/{moment}", in_container("log-shipper"))
+    assert {one for one in found if "image" not in one} == {
+        "ns:kube-system",
+        "node-name:worker-7",
+        "pod-uid:26e12ccd32e23e1596f46e6b4b0f600a",
+        "pod-name:log-shipper-worker-7",
+        "pod-label:component:log-shipper",
+        "container-name:shipper",
+    }
+
+
+async def test_older_kubelets_repeat_the_service_account_of_a_static_pods_file(ask) -> None:
+    assert {"ns:batch", "sa:admin"} <= await ask("kubelet/static-account", in_container("refused"))
+
+
+@pytest.mark.parametrize(
+    ("moment", "process", "code"),
+    [
+        ("static-waiting", "web-migrate", "container_not_listed"),
+        ("static-waiting", "web-main", "container_not_listed"),
+        ("static-running", "web-migrate", "container_not_running"),
+        ("static-running", "web-sandbox", "container_not_listed"),
+        ("static-running", "crash", "container_not_running"),
+        ("static-running", "orders-main", "pod_not_listed"),
+        ("static-restarted", "web-helper", "container_not_listed"),
+        ("static-removed", "web-main", "pod_not_listed"),
+        ("bound-waiting", "orders-main", "container_not_listed"),
+        ("bound-running", "report", "container_not_running"),
+        ("bound-running", "orders-sandbox", "container_not_listed"),
+        ("bound-debugged", "orders-debugger", "container_ephemeral"),
+        ("bound-debugged", "orders-helper", "container_not_listed"),
+        ("bound-terminating", "orders-debugger", "container_ephemeral"),
+        ("bound-ended", "orders-main", "container_not_running"),
+    ],
+)
+async def test_processes_that_a_real_kubelet_does_not_call_running(ask, moment, process, code) -> None:
+    assert await refusal(ask, f"kubelet/{moment}", in_container(process)) == code

@@ -108,6 +108,7 @@ def test_versions_of_control_groups() -> None:
         (f"1:name=systemd:{ORDERS}\n0::/system.slice/other.service\n", "unit_ambiguous"),
         (f"1:name=systemd:{ORDERS}\n0::/user.slice/user-1.slice/user@1.service\n", "unit_ambiguous"),
         (f"0::/../..{ORDERS}\n", "cgroup_namespace"),
+        ("0::/..\n", "cgroup_namespace"),
         ("0::nonsense\n", "cgroup_unreadable"),
     ],
 )

@@ -6,7 +6,6 @@ import datetime as dt
 import hashlib
 import json
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,30 +14,21 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_der_public_key
 from cryptography.x509.oid import ExtendedKeyUsageOID
-from pydantic import ValidationError
 
 from attestors.node import tpm as module
 from attestors.node.tpm import TpmAgent, TpmServer, TpmServerSettings, TpmSettings
 from broker.attestation import certificate_files
 from broker.attestation.base64_json import MAX_MESSAGE
 from broker.attestation.contract import AttestedNode, AttestorFailed, Evidence
-from broker.errors import Misconfigured, NotAttested, Unavailable
+from broker.errors import NotAttested, Unavailable
 from broker.spiffe import Selector
+from tests.fakes.costs import Costs
 from tests.fakes.node_pki import Certified, ec_key, root, rsa_key
 from tests.fakes.software_tpm import GOOD, SoftwareTpm, ak_area, sized
+from tests.unit.attestors.tpm_maker import ECC_KEY, EK, ISSUER, KEY, MAKER, ek_certificate
 from tests.unit.server.authority.world import StandingClock
 
-MAKER = root("TPM Maker Root")
-ISSUER = MAKER.authority("TPM Maker Issuing 3")
-KEY, ECC_KEY = rsa_key(), ec_key()
-EK = x509.ExtendedKeyUsage([x509.ObjectIdentifier("2.23.133.8.1")])
 VECTORS = json.loads((Path(__file__).parents[1] / "attestation" / "tpm_vectors.json").read_text())
-MAX_CPU = 2.0  # seconds (I12): far from what an attack on the verifier costs, and far from a busy machine's noise
-
-
-def ek_certificate(key=KEY, issuer: Certified = ISSUER, **more: Any) -> Certified:
-    usage = "key_encipherment" if isinstance(key, rsa.RSAPrivateKey) else "key_agreement"
-    return issuer.node("unknown", key=key, **({"usage": usage, "extra": (EK,)} | more))
 
 
 def tpm(key=KEY, **more: Any) -> SoftwareTpm:
@@ -158,7 +148,7 @@ async def test_either_or_both(server, tmp_path) -> None:
     either = server(ISSUER, listed=(bare.pub_hash,))
     await attested(either, certified)
     await attested(either, bare)
-    both = TpmServer(either._settings.model_copy(update={"accept": "both"}))
+    both = TpmServer(TpmServerSettings(**either._settings.model_dump() | {"accept": "both"}))
     assert await refused(both, of(certified)) == "ek_not_listed"
     assert await refused(both, of(bare)) == "ek_certificate_missing"
     (tmp_path / "hashes" / certified.pub_hash).touch()
@@ -246,24 +236,22 @@ async def test_kinds_of_endorsement_key(server, key) -> None:
 
 
 @pytest.mark.bears("I12")
-async def test_an_rsa_key_of_16384_bits_costs_little(server) -> None:
+async def test_an_rsa_key_of_16384_bits_is_refused_unused(server, monkeypatch) -> None:
     public = rsa.RSAPublicNumbers(65537, (1 << 16384) - 1).public_key()
     der = public.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-    judge = server()
-    before = time.process_time()
-    assert await refused(judge, evidence(ek_public=der, ak_public=sized(ak_area()))) == "ek_key"
-    assert time.process_time() - before < MAX_CPU
+    monkeypatch.setattr(module, "make_credential", never)
+    assert await refused(server(), evidence(ek_public=der, ak_public=sized(ak_area()))) == "ek_key"
 
 
 @pytest.mark.bears("I12")
-async def test_a_whole_attestation_costs_little(server) -> None:
+async def test_a_whole_attestation_costs_little(server, monkeypatch) -> None:
     """Also where many authorities of one name have to be tried."""
     same = [root("TPM Maker", rsa_key()) for _ in range(3)]
     judge = server(*same)
     given = of(tpm(issuer=root("TPM Maker", rsa_key())))
-    before = time.process_time()
+    costs = Costs.of(given.payload, monkeypatch)
     assert await refused(judge, given) == "ek_certificate_untrusted"
-    assert time.process_time() - before < MAX_CPU
+    assert costs == Costs(json=1, certificates=1, signatures=len(same))
 
 
 # ---- who does not: the evidence
@@ -485,53 +473,3 @@ async def test_a_tpm_that_hangs_stops_nobody_else(monkeypatch) -> None:
     finally:
         go_on.set()
         running.cancel()
-
-
-# ---- settings
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"accept": "both", "ca_path": "/x"},
-        {"accept": "both", "hash_path": "/x"},
-        {"accept": "none", "hash_path": "/x"},
-        {"hash_paths": "/x"},
-    ],
-)
-def test_settings_of_the_server(settings) -> None:
-    with pytest.raises(ValidationError):
-        TpmServerSettings(**settings)
-
-
-@pytest.mark.parametrize("settings", [{"tcti": ""}, {"ek": "rsa-1024"}, {"device": "/dev/tpm0"}])
-def test_settings_of_the_agent(settings) -> None:
-    with pytest.raises(ValidationError):
-        TpmSettings(**settings)
-
-
-def test_files_that_stop_the_server(tmp_path) -> None:
-    (tmp_path / "empty").mkdir()
-    for name, content in {"leaf.pem": ek_certificate().pem, "text": b"x", "half.pem": MAKER.pem[:200]}.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / name).write_bytes(content)
-    for name in ("empty", "leaf.pem", "text", "half.pem", "missing"):
-        with pytest.raises(Misconfigured):
-            TpmServer(TpmServerSettings(ca_path=tmp_path / name))
-    with pytest.raises(Misconfigured):
-        TpmServer(TpmServerSettings(hash_path=tmp_path / "missing"))
-    (tmp_path / "large").write_bytes(bytes(certificate_files.MAX_FILE + 1))
-    with pytest.raises(Misconfigured):
-        TpmServer(TpmServerSettings(ca_path=tmp_path / "large"))
-
-
-def test_a_directory_as_volumes_leave_it(tmp_path, monkeypatch) -> None:
-    (tmp_path / "..data").mkdir()
-    (tmp_path / ".keep").touch()
-    (tmp_path / "maker.crt").write_bytes(MAKER.der)
-    (tmp_path / "bundle.pem").write_bytes(MAKER.pem + ISSUER.pem)
-    assert len(certificate_files.read_authorities(tmp_path)) == 3
-    monkeypatch.setattr(certificate_files, "MAX_FILES", 1)
-    with pytest.raises(Misconfigured):
-        certificate_files.read_authorities(tmp_path)

@@ -123,6 +123,38 @@ async def test_a_digest_is_remembered_until_the_file_changes(me, monkeypatch) ->
 
 
 @pytest.mark.bears("A07")
+async def test_what_a_process_became_is_not_hashed_for_what_it_was() -> None:
+    script = "echo x; read y; exec sleep 60"
+    with (running := Running("/bin/sh", "-c", script, stdin=subprocess.PIPE)) as process:
+        running.child.stdin.write(b"\n")
+        running.child.stdin.flush()
+        while process.snapshot().exe == process.facts.exe:
+            await asyncio.sleep(0.01)
+        with pytest.raises(AttestorFailed, match="changed while it was looked at"):
+            await selectors(process, discover_workload_path=True)
+
+
+@pytest.mark.bears("A07")
+async def test_a_file_that_changes_while_it_is_hashed_has_no_digest(tmp_path, monkeypatch) -> None:
+    path, real = copied(tmp_path, "victim"), module._hash
+
+    def hashed(fd: int, size: int, stop) -> str:
+        digest = real(fd, size, stop)
+        if changes:
+            path.chmod(changes.pop())
+        return digest
+
+    with (running := run_copy(path)):
+        process, changes = await settled(path, running), [0o700]
+        monkeypatch.setattr(module, "_hash", hashed)
+        attestor = UnixAttestor(UnixSettings(discover_workload_path=True))
+        with pytest.raises(AttestorFailed, match="while it was hashed"):
+            await attestor.attest(process)
+        found = {str(one) for one in await attestor.attest(process)}
+        assert f"unix:sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}" in found
+
+
+@pytest.mark.bears("A07")
 async def test_a_description_that_takes_too_long_refuses_its_caller(me, monkeypatch) -> None:
     monkeypatch.setattr(module, "ATTEST_TIMEOUT", 0.05)
     monkeypatch.setattr(module, "_account", lambda uid, gids: asyncio.run(asyncio.sleep(0.3)))

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.bench.__main__ import ALONE, IN_HOUSE, Run
-from tests.bench.measure import Item, at_least, result, within
+from tests.bench.measure import Item, at_least, at_most, result, within
 from tests.bench.verifying import verify_cold
 
 MEMBERS = {"name", "value", "unit", "limit", "ratio", "budget", "met"}
@@ -32,6 +32,12 @@ def test_a_share_of_the_limit(value: float, met: bool) -> None:
 @pytest.mark.parametrize(("value", "met"), [(4.9, True), (5, False)])
 def test_a_fixed_bound(value: float, met: bool) -> None:
     assert within("one", value, "ms", 1, 5).met is met
+
+
+@pytest.mark.parametrize(("value", "met"), [(200, True), (201, False)])
+def test_so_many_times_the_limit(value: float, met: bool) -> None:
+    item = at_most("one", value, "ms", 100, 2)
+    assert (item.met, item.budget) == (met, "<= 2 x the limit")
 
 
 def test_without_a_limit_there_is_no_ratio() -> None:

@@ -6,7 +6,18 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from broker.cli.options import DURATION, SELECTOR, SPIFFE_ID, Settings, Verb, noun, option, settings, socket_path
+from broker.cli.options import (
+    DURATION,
+    LIFETIME,
+    SELECTOR,
+    SPIFFE_ID,
+    Settings,
+    Verb,
+    noun,
+    option,
+    settings,
+    socket_path,
+)
 from broker.cli.output import Format
 from broker.errors import Invalid
 
@@ -17,6 +28,7 @@ THING = noun("thing", "A thing.")
 @option("--spiffe-id", spire=["spiffeID"], type=SPIFFE_ID)
 @option("--selector", spire=["selector"], type=SELECTOR, multiple=True)
 @option("--ttl", spire=["ttl"], type=DURATION, default=7)
+@option("--life", type=LIFETIME, default=0)
 @option("--admin", spire=["admin"], is_flag=True)
 def make(**given: object) -> None:
     here = settings()
@@ -62,6 +74,7 @@ def test_help_shows_only_ours() -> None:
         ["-o", "json", "-q", "--socket", "/s", "--timeout", "2m", "make"],
         ["make", "-o", "json", "-q", "-socketPath", "/s", "--timeout", "120"],
         ["-q", "make", "-ojson", "--socketPath=/s", "--timeout=120s"],
+        ["make", "-q", "-output", "json", "-socketPath", "/s", "-timeout", "120s"],
     ],
 )
 def test_everywhere(arguments: list[str]) -> None:
@@ -80,6 +93,13 @@ def test_durations(text: str, seconds: int) -> None:
 def test_no_durations(text: str) -> None:
     with pytest.raises(click.UsageError):
         run("make", "--ttl", text)
+
+
+def test_no_lifetime_is_not_the_default_one() -> None:
+    assert (run("make")["life"], run("make", "--life", "1s")["life"]) == (0, 1)
+    for text in ("0", "0s", "0h0m"):
+        with pytest.raises(click.UsageError):
+            run("make", "--life", text)
 
 
 @pytest.mark.parametrize(("name", "text"), [("--spiffe-id", "https://a"), ("--selector", "no-colon")])

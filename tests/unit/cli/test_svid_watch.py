@@ -99,6 +99,31 @@ async def test_a_command_that_fails_or_hangs_is_told_of(tmp_path: Path, monkeypa
     assert "takes longer" in said[2]
 
 
+async def test_who_is_cancelled_when_the_command_ends_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def over(command: object) -> Ended:
+        return Ended(asyncio.current_task())
+
+    monkeypatch.setattr(svid_reload, "_started", over)
+    plan = ReloadPlan(each_time=["a command"])
+    changing = asyncio.create_task(Reload(plan, print).changed())
+    await asyncio.wait((changing,), timeout=10)
+    assert changing.cancelled()
+
+
+class Ended:
+    """A command that ends in the moment in which who waits for it is cancelled."""
+
+    returncode: int | None = 0
+
+    def __init__(self, waiting: asyncio.Task[None]) -> None:
+        self.waiting = waiting
+
+    async def wait(self) -> int:
+        ended = asyncio.get_running_loop().create_future()
+        asyncio.get_running_loop().call_soon(lambda: (ended.set_result(0), self.waiting.cancel()))
+        return await ended
+
+
 async def test_the_program_is_started_once_then_signalled_and_ended(tmp_path: Path) -> None:
     file = tmp_path / "said"
     script = f"trap 'echo usr1 >> {file}' USR1; echo up >> {file}; while :; do sleep 0.02; done"

@@ -9,7 +9,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from broker.cli.main import main
 from broker.clock import SystemClock
-from broker.keys import MemoryKeys
+from broker.keys.local import generated
 from broker.spiffe import SpiffeId
 from broker.spiffe.jose import sign_compact
 from broker.tasks import Authority, Confirmation, Delegation, Resource, issue_claims, start_task
@@ -24,7 +24,7 @@ DETAILS = [{"type": "api", "locations": [AUDIENCE], "actions": ["ticket.read"]}]
 def signed(tmp_path: Path) -> tuple[str, str]:
     """A token that holds, as ``@FILE``, and the file of the keys."""
     now = SystemClock().now().replace(microsecond=0)
-    signer = MemoryKeys().generate("k1")
+    signer = generated("k1")
     agent = SpiffeId("spiffe://example.org/agent")
     authority = Authority.parse(DETAILS)
     delegation = Delegation(

@@ -86,6 +86,25 @@ def test_a_leaf_that_is_gone_leaves_no_parent_behind() -> None:
     assert scope.ids == frozenset()
 
 
+def test_a_leaf_that_comes_with_an_end_is_looked_at_then() -> None:
+    soon = NOW + timedelta(seconds=5)
+    tree = EntryTree()
+    scope = AgentScope(AGENT, NODE, tree, NOW)
+    leaf = entry("leaf", expires_at=soon)
+    tree.add(leaf)
+    assert scope.apply(None, leaf, tree, NOW) is Effect.ADDED
+    assert scope.next_change_at == soon
+
+
+def test_an_entry_that_others_hang_below_already_asks_for_a_walk_when_it_comes() -> None:
+    low, top = entry("low", parent=AT + "/top"), entry("top", spiffe_id="/top")
+    tree = EntryTree([low])
+    scope = AgentScope(AGENT, NODE, tree, NOW)
+    assert not scope.ids
+    tree.add(top)
+    assert scope.apply(None, top, tree, NOW) is Effect.RECOMPUTE
+
+
 def test_parents_and_aliases_ask_for_a_walk() -> None:
     alias = entry("alias", "x509pop:cluster:blue", parent=SERVER, spiffe_id="/blue")
     tree = EntryTree([entry("top", spiffe_id="/top"), entry("low", parent=AT + "/top", spiffe_id="/low")])

@@ -47,6 +47,25 @@ def test_all_of_an_entrys_selectors_are_needed() -> None:
     }
 
 
+def by_the_kernel(selector: Selector) -> bool:
+    return selector.type == "unix"
+
+
+def test_an_entry_that_only_the_workload_vouches_for_is_not_earned_by_its_word() -> None:
+    entries = [entry("weak", "env:A"), entry("strong", "env:A", "unix:uid:1")]
+    held = selectors("env:A", "unix:uid:1")
+    index = EntryIndex(entries, vouched=by_the_kernel)
+    for issued in (match(entries, held, NOW, by_the_kernel).issued, index.match(held, NOW)):
+        assert [each.id for each in issued] == ["strong"]
+    # One whom the operator trusts for it may stand for them.
+    assert {each.id for each in index.match(held, NOW, are_vouched=True)} == {"weak", "strong"}
+    # What is changed under its id is judged anew.
+    index.add(entry("weak", "env:A", "unix:uid:1", spiffe_id="/other"))
+    assert {each.id for each in index.match(held, NOW)} == {"weak", "strong"}
+    index.add(entry("strong", "env:A"))
+    assert [each.id for each in index.match(held, NOW)] == ["weak"]
+
+
 @pytest.mark.bears("A17")
 @pytest.mark.parametrize("held", [(), ("unix:uid:10",), ("unix:uid:1000 ",), ("unix:UID:1000",), ("unixx:uid:1000",)])
 def test_nothing_like_a_selector_is_that_selector(held: tuple[str, ...]) -> None:
@@ -126,12 +145,17 @@ def test_an_index_looks_at_few_entries() -> None:
     assert [each.id for each in index.match(held, NOW)] == ["e107"]
 
 
-@pytest.mark.parametrize("count", [100, 10_000])
-def test_a_change_costs_the_same_in_a_large_index(count: int) -> None:
-    index = EntryIndex(entry(f"e{n}", "k8s:ns:prod", f"k8s:sa:s{n}") for n in range(count))
+def test_a_change_costs_the_same_in_a_large_index() -> None:
     changed = entry("e7", "k8s:ns:prod", "k8s:sa:other")
-    started = time.process_time()
-    for _ in range(100):
-        index.add(changed)
-    # 100 changes of an index that is linear in 10,000 entries would need seconds.
-    assert time.process_time() - started < 0.5
+
+    def quickest(count: int) -> float:
+        index = EntryIndex(entry(f"e{n}", "k8s:ns:prod", f"k8s:sa:s{n}") for n in range(count))
+        took = []
+        for _ in range(100):
+            began = time.thread_time()
+            index.add(changed)
+            took.append(time.thread_time() - began)
+        return min(took)  # of the others some had the collector or another program in them
+
+    # Of two hundred times as many entries; the clock may not be finer than some microseconds.
+    assert quickest(20_000) < 20 * quickest(100) + 0.0001

@@ -2,13 +2,14 @@
 
 import json
 from datetime import timedelta
+from typing import Any
 
 import pytest
 
 from broker._proto.broker.server.v1 import feed_pb2
 from broker.errors import BrokerError, InvalidSvid, InvalidToken, PolicyDenied, Refused, Unavailable
 from broker.sdk.feed import Risk
-from broker.spiffe import TrustDomain
+from broker.spiffe import BundleSet, TrustDomain
 from broker.spiffe.jose import b64url_decode, b64url_encode
 from broker.tasks import Authority as Authority_
 from broker.tasks import BindingMatch
@@ -158,6 +159,11 @@ def test_a_token_of_ours_without_a_claim_is_refused(world: World, claim: str) ->
     assert refused(world, world.key.token(payload)).reason == "token_claim_missing"
 
 
+def test_text_that_is_no_token_is_refused_as_one(world: World) -> None:
+    for text in ("", "..", "\ud800.a.b", "x" * 100_000):
+        assert isinstance(refused(world, text), InvalidToken)
+
+
 def test_a_changed_claim_breaks_the_signature(world: World) -> None:
     head, body, signature = world.token().split(".")
     payload = json.loads(b64url_decode(body)) | {"sub": "usr_2"}
@@ -264,13 +270,17 @@ def test_remembering_the_right_holder_lets_no_other_in(world: World) -> None:
         assert refused(world, token, {"extensions": {"broker.peer": Anonymous()}}).reason == "binding_missing"
 
 
-def test_a_transaction_is_accepted_while_its_task_lives(world: World) -> None:
+def transaction(world: World) -> tuple[TransactionClaims, str]:
     at = world.clock.now()
-    first = TransactionClaims(
+    claims = TransactionClaims(
         iss=ISSUER, aud=TrustDomain("example.org"), iat=int(at.timestamp()), exp=int(at.timestamp()) + 30, jti="jti_9", txn="txn_9", sub="usr_1", scope="ticket.read", act=(AGENT,),
         authorization_details=Authority_.parse([{"type": "api", "locations": [TICKETS.text], "actions": ["ticket.read"]}]), task="tsk_1", root="tsk_1", epoch=0, txn_path=(AGENT,),
     )  # fmt: skip
-    token = world.key.token(first.to_payload(), typ="txntoken+jwt")
+    return claims, world.key.token(claims.to_payload(), typ="txntoken+jwt")
+
+
+def test_a_transaction_is_accepted_while_its_task_lives(world: World) -> None:
+    first, token = transaction(world)
     assert world.verifier.verify_transaction(token, "example.org").claims == first
     for wrong, domain in ((world.token(), "example.org"), (token, "example.com")):
         with pytest.raises(InvalidToken):
@@ -282,3 +292,59 @@ def test_a_transaction_is_accepted_while_its_task_lives(world: World) -> None:
     world.clock.step(4)
     with pytest.raises(Unavailable):
         world.verifier.verify_transaction(token, "example.org")
+
+
+@pytest.mark.parametrize(("kind", "name"), [("user", "usr_1"), ("agent", str(AGENT))])
+def test_a_stop_of_its_user_or_agent_reaches_a_transaction(world: World, kind: str, name: str) -> None:
+    first, token = transaction(world)
+    world.hear(frame(2, kind=kind, name=name, not_before=first.iat))
+    world.verifier.verify_transaction(token, "example.org")
+    # No frame of its task comes: of a user's many tasks this one tells of all.
+    world.hear(frame(3, kind=kind, name=name, not_before=first.iat + 1))
+    with pytest.raises(Refused) as stopped:
+        world.verifier.verify_transaction(token, "example.org")
+    assert stopped.value.reason == f"{kind}_stopped"
+
+
+@pytest.mark.bears("RV10")
+@pytest.mark.parametrize(
+    ("members", "code"),
+    [
+        ({"kind": "user", "name": "usr_1"}, "user_stopped"),
+        ({"kind": "user", "name": "usr_1", "sid": "s-1"}, "user_stopped"),
+        ({"kind": "agent", "name": str(AGENT)}, "agent_stopped"),
+        ({"kind": "audience", "name": TICKETS.text}, "audience_stopped"),
+    ],
+)
+def test_a_stop_reaches_what_was_issued_before_it_and_never_less(world: World, members: Any, code: str) -> None:
+    token, later = world.token(extra={"sid": "s-1"}), int(world.clock.now().timestamp()) + 1
+    world.verifier.verify_now(token, world.identity.chain_der)
+    other = {**members, "sid": "s-2"} if "sid" in members else {**members, "name": members["name"] + "x"}
+    for seq, told in enumerate(({**members, "not_before": later - 1}, {**other, "not_before": later}), 2):
+        world.hear(frame(seq, **told))
+        world.verifier.verify_now(token, world.identity.chain_der)
+    world.hear(frame(4, **members, not_before=later))
+    assert refused(world, token).reason == code
+    # An older word that comes late takes nothing back.
+    world.hear(frame(5, **members, not_before=later - 1))
+    assert refused(world, token).reason == code
+
+
+def test_a_leaf_that_has_expired_is_nobodys_however_well_it_was_known() -> None:
+    world = World()
+    world.identity = world.authority.issue(AGENT.path, lifetime=timedelta(seconds=60))
+    world.hear(snapshot(world.key))
+    token, shown = world.token(), {"extensions": {"broker.peer": SvidPeer(world.svid())}}
+    for connection in (world.identity.chain_der, shown):
+        world.verifier.verify_now(token, connection)
+    world.clock.step(61)
+    world.hear(heartbeat())
+    for connection in (world.identity.chain_der, shown):
+        assert refused(world, token, connection).reason == "svid_expired"
+
+
+def test_a_certificate_that_was_known_is_judged_anew_under_other_bundles(world: World) -> None:
+    token = world.token()
+    world.verifier.verify_now(token, world.identity.chain_der)
+    world.workload._bundles = BundleSet.of(Authority("example.org").bundle)
+    assert isinstance(refused(world, token), InvalidSvid)

@@ -69,10 +69,10 @@ class World:
         return verify_x509_svid(chain, self.workload.bundles, now=self.clock.now())
 
     def token(self, **members) -> str:
-        now = self.clock.now()
+        now, extra = self.clock.now(), members.pop("extra", {})
         started = task(now=now, delegation=delegation(expires_at=now + timedelta(hours=2)), **members.pop("task", {}))
         cnf = members.pop("cnf", Confirmation(self.svid().x5t, "ws_1"))
-        return self.key.token(claims(started, now=now, cnf=cnf, **members).to_payload() | members.pop("extra", {}))
+        return self.key.token(claims(started, now=now, cnf=cnf, **members).to_payload() | extra)
 
 
 class _NoChannel:

@@ -149,6 +149,7 @@ def test_an_empty_bundle_is_valid_and_holds_nothing() -> None:
         {"kty": "AKP"},
         {"crv": "secp256k1"},
         {"kty": "OKP", "crv": "Ed25519"},
+        {"crv": ["P-256"]},
         {"alg": "HS256"},
         {"alg": "ECDH-ES"},
         {"key_ops": ["sign"]},

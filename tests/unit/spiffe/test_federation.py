@@ -89,6 +89,7 @@ def test_redirects() -> None:
     [
         "127.0.0.1", "10.1.2.3", "192.168.0.1", "172.16.5.5", "169.254.169.254", "0.0.0.0", "100.64.0.1", "::1", "::",
         "fe80::1", "fc00::1", "::ffff:127.0.0.1", "::ffff:169.254.169.254", "not an address", "",
+        "64:ff9b::169.254.169.254", "64:ff9b:1::10.0.0.1", "2002:a01:203::1", "::10.1.2.3", "::ffff:0:10.1.2.3", "fec0::1",
     ],
 )  # fmt: skip
 def test_a_redirect_does_not_lead_into_our_network(address: str) -> None:
@@ -100,6 +101,8 @@ def test_a_redirect_does_not_lead_into_our_network(address: str) -> None:
 def test_a_redirect_may_lead_into_the_world() -> None:
     assert is_reachable(web(), "https://cdn.other.test/", "93.184.216.34")
     assert is_reachable(web(), "https://cdn.other.test/", "2606:2800:220:1::1")
+    # By a translator: a network without IPv4 has no other way.
+    assert is_reachable(web(), "https://cdn.other.test/", "64:ff9b::93.184.216.34")
 
 
 def bundle(authority: Authority = ONE, sequence: int | None = None, hint: int | None = None) -> Bundle:

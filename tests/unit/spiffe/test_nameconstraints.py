@@ -151,3 +151,14 @@ def test_names_beyond_ascii_are_refused_not_folded() -> None:
     limits = x509.NameConstraints([URI("k8s.org")], None)
     with pytest.raises(InvalidSvid):
         nameconstraints.check(limits, [URI._init_without_validation("spiffe://\u212a8s.org/a")], EMPTY)
+
+
+@pytest.mark.parametrize("kind", [DNS, URI])
+@pytest.mark.parametrize("limit", ["example..org", "exa mple.org", "https://example.org", "example.org:443"])
+def test_a_constraint_that_cannot_be_read_permits_nothing(kind: Any, limit: str) -> None:
+    """What it was to exclude is not known."""
+    names = [URI("spiffe://other.org/web"), DNS("web.other.org")]
+    for constraints in (x509.NameConstraints(None, [kind(limit)]), x509.NameConstraints([kind("other.org"), kind("web.other.org"), kind(limit)], None)):  # fmt: skip
+        with pytest.raises(InvalidSvid) as caught:
+            nameconstraints.check(constraints, names, EMPTY)
+        assert caught.value.reason == "svid_name_constraints"

@@ -7,7 +7,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from broker.errors import InvalidBundle, InvalidSvid
-from broker.keys import MemoryKeys
+from broker.keys.local import generated
 from broker.server.authority.crl import CrlIssuer, sign_crl
 from broker.server.authority.profile import Leaf
 from broker.server.authority.x509 import X509Authority
@@ -75,18 +75,22 @@ def test_only_the_named_leaf_is_refused():
 
 @pytest.mark.bears("2.5")
 def test_an_authority_below_the_bundle_is_believed_where_it_stands_in_the_path():
-    top, below_key, other_key = authority(), MemoryKeys().generate("below"), MemoryKeys().generate("other")
+    top, below_key, other_key = authority(), generated("below"), generated("other")
     root = x509.load_der_x509_certificate(root_der(top.signer))
     life = top.validity(NOW, timedelta(hours=2))
     chain = top.certify(DOMAIN, below_key.public_key, 77, life)
     below = X509Authority.of("below", chain[0], below_key, is_root=False)
     key = ec.generate_private_key(ec.SECP256R1()).public_key()
-    leaf = below.issue(Leaf(SpiffeId("spiffe://example.org/a"), 11, below.validity(NOW, timedelta(hours=1))), key)
+    leaf, other = (
+        below.issue(Leaf(SpiffeId("spiffe://example.org/a"), serial, below.validity(NOW, timedelta(hours=1))), key)
+        for serial in (11, 12)
+    )
     issuing = CrlIssuer("below", x509.load_der_x509_certificate(chain[0]), below_key)
     stranger = CrlIssuer("below", issuing.certificate, other_key)  # says that it is that authority
     for signer, is_refused in ((issuing, True), (stranger, False)):
         found = read_crls([sign_crl(signer, [revoked(11)], None, NOW).der], [root])
         bundles = BundleSet.of(Bundle(DOMAIN, (root,)).with_revoked(found))
+        assert verify_x509_svid(other, bundles, now=NOW).serial == 12
         if is_refused:
             with pytest.raises(InvalidSvid) as refused:
                 verify_x509_svid(leaf, bundles, now=NOW)

@@ -126,6 +126,14 @@ def test_without_a_subject_the_names_are_critical(judge: Judge) -> None:
     assert judge.leaf(subject=None, san_critical=True).id.path == "/web"
 
 
+@pytest.mark.bears("PB15")
+def test_a_common_name_claims_no_other_id(judge: Judge) -> None:
+    for other in ("spiffe://example.org/admin", "SPIFFE://example.org/web", "spiffe://example.org/web/"):
+        assert judge.refused("spiffe://example.org/web", subject=other) == "svid_subject"
+    for same in ("spiffe://example.org/web", "web.example.org", "CN of anything"):
+        assert judge.leaf("spiffe://example.org/web", subject=same).id.path == "/web"
+
+
 @pytest.mark.bears("X5-05", "X5-06", "X5-07")
 def test_an_authority_may_be_an_svid_but_without_a_path(judge: Judge) -> None:
     def under(uri: str) -> X509Svid:

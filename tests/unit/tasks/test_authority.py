@@ -179,6 +179,7 @@ def test_details_come_from_parsing_only() -> None:
         (detail(locations=["https://x/a"]), detail(locations=["https://x/a/b"]), True),
         (detail(locations=["https://x/a"]), detail(locations=["https://x/ab"]), False),
         (detail(locations=["https://x/a"]), detail(locations=["https://x"]), False),
+        (detail(locations=["https://x/a"]), detail(locations=["https://x/a/b", "https://y/a"]), False),
         (detail(actions=["inv.*"]), detail(actions=["inv.read", "inv.pay.big"]), True),
         (detail(actions=["inv.*"]), detail(actions=["inv"]), False),
         (detail(actions=["inv.*"]), detail(actions=["invoice.read"]), False),
@@ -302,6 +303,15 @@ def test_a_wider_or_odd_scope_is_refused(scope: str) -> None:
     assert refused.value.reason == "invalid_scope"
 
 
+@pytest.mark.parametrize("scope", ["ticket.read\n", 'ticket.re"ad', "ticket.", "ticket.read " * 64 + "ticket.read"])
+def test_a_family_of_actions_takes_no_odd_scope_for_one_of_its_own(scope: str) -> None:
+    wide = authority(detail(actions=["ticket.*"]))
+    assert wide.for_scope("ticket.read").scope() == "ticket.read"
+    with pytest.raises(PolicyDenied) as refused:
+        wide.for_scope(scope)
+    assert refused.value.reason == "invalid_scope"
+
+
 @pytest.mark.bears("TX12")
 def test_a_resource_takes_the_details_that_concern_it() -> None:
     wide = authority(
@@ -331,6 +341,7 @@ def test_a_limit_that_nobody_judges_allows_nothing() -> None:
     limited = authority(detail(constraints={"tenant": "a"}, datatypes=["mail"]))
     assert not limited.permits("ticket.read", tickets)
     assert not limited.permits("ticket.read", tickets, enforced=["tenant"])
+    assert not limited.permits("ticket.read", tickets, enforced=["datatypes"])
     assert limited.permits("ticket.read", tickets, enforced=["tenant", "datatypes"])
     assert limited.require("ticket.read", tickets, enforced=["tenant", "datatypes"]).constraints == {"tenant": "a"}
     with pytest.raises(PolicyDenied) as refused:

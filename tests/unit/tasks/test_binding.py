@@ -1,10 +1,14 @@
+from datetime import timedelta
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from broker.errors import Invalid, InvalidToken, Refused
 from broker.spiffe import SpiffeId
-from broker.tasks import BindingMatch, Confirmation, PeerEvidence, check_binding
+from broker.tasks import Accepted, BindingMatch, Confirmation, PeerEvidence, check_binding
+from broker.tasks.binding import WINDOW_SKEW
+from broker.tasks.dpop import ShownProof, shown
 from tests.unit.tasks.world import AGENT, X5T, svid
 
 OTHER = "B" * 42 + "w"
@@ -99,3 +103,62 @@ def test_no_certificate_is_another_answer() -> None:
     with pytest.raises(Refused) as refused:
         check_binding(Confirmation(X5T), AGENT, None)
     assert refused.value.reason == "binding_missing"
+
+
+def code(*args: Any, **shown_with: Any) -> str:
+    try:
+        return check_binding(*args, **shown_with).value
+    except Refused as error:
+        return error.reason
+
+
+def proof() -> ShownProof:
+    return shown(ec.generate_private_key(ec.SECP256R1()).public_key(), "jti", "GET:https://x", 2_000_000_000)
+
+
+@pytest.mark.bears("PB02")
+def test_a_key_is_proven_and_by_no_other_key() -> None:
+    mine, other, held = proof(), proof(), PeerEvidence.from_svid(svid())
+    cnf = Confirmation(jkt=mine.jkt)
+    assert code(cnf, AGENT, None, proof=mine) == "dpop"
+    assert code(cnf, AGENT, None, proof=other) == "binding_mismatch"
+    assert code(cnf, AGENT, held) == "dpop_required"
+    # With a certificate beside the key both are asked for.
+    both = Confirmation(held.x5t, jkt=mine.jkt)
+    assert code(both, AGENT, held, proof=mine) == "dpop"
+    assert code(both, AGENT, PeerEvidence.from_svid(svid()), proof=mine) == "binding_mismatch"
+    assert code(both, AGENT, None, proof=mine) == "binding_missing"
+    # A session that the token names is no key.
+    named = Confirmation(session="ws_1", jkt=mine.jkt)
+    assert code(named, AGENT, held.of_session("ws_1")) == "dpop_required"
+
+
+def test_a_proof_for_a_token_that_names_no_key_is_refused() -> None:
+    held = PeerEvidence.from_svid(svid())
+    assert code(Confirmation(held.x5t), AGENT, held, proof=proof()) == "dpop_unexpected"
+    assert code(None, AGENT, None, proof=proof(), accepted=Accepted(bearer=True)) == "dpop_unexpected"
+
+
+def test_a_token_that_is_bound_to_nobody_counts_where_it_was_published_only() -> None:
+    assert code(None, AGENT, None) == "binding_missing"
+    assert code(None, AGENT, PeerEvidence.from_svid(svid()), accepted=Accepted(window=True)) == "binding_missing"
+    assert code(None, AGENT, None, accepted=Accepted(bearer=True)) == "bearer"
+
+
+def test_a_later_leaf_counts_within_the_window_of_a_token_that_says_so() -> None:
+    first, later = svid(), PeerEvidence.from_svid(svid())
+    window, exact, takes = Confirmation(first.x5t, window=True), Confirmation(first.x5t), Accepted(window=True)
+    second = timedelta(seconds=1)
+
+    def shown_in(begin: timedelta, end: timedelta, cnf: Confirmation = window, accepted: Accepted = takes) -> str:
+        life = (later.not_before + begin, later.not_before + end)
+        return code(cnf, AGENT, later, life=life, accepted=accepted)
+
+    assert shown_in(-second, second) == "window"
+    assert shown_in(WINDOW_SKEW, WINDOW_SKEW + second) == "window"
+    assert shown_in(WINDOW_SKEW + second, WINDOW_SKEW + 2 * second) == "binding_mismatch"
+    assert shown_in(-2 * second, -second) == "binding_mismatch"
+    assert shown_in(-second, second, accepted=Accepted(bearer=True)) == "binding_mismatch"
+    assert shown_in(-second, second, cnf=exact) == "binding_mismatch"
+    assert code(window, AGENT, later, accepted=takes) == "binding_mismatch"
+    assert code(window, SpiffeId("spiffe://example.org/b"), later, life=None, accepted=takes) == "binding_mismatch"

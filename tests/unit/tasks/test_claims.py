@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from broker.errors import Invalid, InvalidToken, PolicyDenied, Refused
-from broker.spiffe import strictjson
-from broker.tasks import Cause, Resource, State, TaskClaims, end
+from broker.spiffe import SpiffeId, strictjson
+from broker.tasks import MAX_ACT_DEPTH, Cause, Resource, State, TaskClaims, end
+from broker.tasks.actors import read_act
 from broker.tasks.claims import FATES, MAX_TTL, purpose_hash
 from tests.unit.tasks.test_lineage import agent, family
 from tests.unit.tasks.world import (
@@ -349,3 +350,20 @@ def test_claims_that_contradict_each_other_cannot_be_made() -> None:
     for changes in ({"client_id": agent(1)}, {"act": ()}, {"exp": made.iat}, {"scope": "x"}, {"act": (AGENT, AGENT)}):
         with pytest.raises(InvalidToken):
             replace(made, **changes)
+
+
+@pytest.mark.bears("AC02", "AC03")
+@pytest.mark.parametrize("act", [[AGENT, agent(1), AGENT], [AGENT, *map(agent, range(MAX_ACT_DEPTH))]])
+def test_a_chain_that_its_hop_agrees_with_is_judged_all_the_same(act: list[SpiffeId]) -> None:
+    leaf, root = family(2)
+    made = claims(leaf, [root])
+    with pytest.raises(InvalidToken):
+        replace(made, act=tuple(act), client_id=AGENT, task=replace(made.task, hop=len(act)))
+    with pytest.raises(InvalidToken):
+        TaskClaims.parse(payload(act=nested(*map(str, act)), task=reference(hop=len(act), parent="tsk_0")))
+
+
+def test_a_chain_is_read_no_deeper_than_it_can_be() -> None:
+    assert len(read_act(nested(*(str(agent(n)) for n in range(MAX_ACT_DEPTH))))) == MAX_ACT_DEPTH
+    with pytest.raises(InvalidToken):
+        read_act(nested(*(str(agent(n)) for n in range(MAX_ACT_DEPTH + 1))))

@@ -17,7 +17,7 @@ from broker.sdk.dpop import ProofKey
 from broker.spiffe import jose
 from broker.spiffe.jose import b64url_decode, b64url_encode
 from broker.tasks import Expected, NonceWanted, Resource, ShownProof, verify_proof
-from broker.tasks.dpop import MAX_JTI, PROOF_LEEWAY, PROOF_SECONDS, token_hash
+from broker.tasks.dpop import MAX_JTI, MAX_PROOF, PROOF_LEEWAY, PROOF_SECONDS, token_hash
 from tests.unit.tasks.world import NOW
 
 URL = "https://broker.example.org:8443/token"
@@ -199,12 +199,24 @@ def test_a_proof_is_of_this_minute() -> None:
         refused(proof(iat=iat))
 
 
+def test_a_proof_that_has_dates_is_held_to_them() -> None:
+    """RFC 7519 §4.1.4, §4.1.5: no proof needs them, and what says that it is over is over."""
+    judged(proof(exp=AT - PROOF_LEEWAY, nbf=AT + PROOF_LEEWAY))
+    for dates in ({"exp": AT - PROOF_LEEWAY - 1}, {"nbf": AT + PROOF_LEEWAY + 1}, {"exp": str(AT + 60)}, {"nbf": True}):
+        refused(proof(**dates))
+
+
 @pytest.mark.bears("X06")
 def test_it_is_remembered_for_longer_than_anybody_takes_it() -> None:
     newest = judged(proof(iat=AT + PROOF_LEEWAY))
     last = NOW + timedelta(seconds=PROOF_LEEWAY + PROOF_SECONDS + PROOF_LEEWAY)
     judged(proof(iat=AT + PROOF_LEEWAY), now=last)
     assert newest.expires_at >= last + timedelta(seconds=PROOF_LEEWAY), "another replica's clock may be behind"
+
+
+def test_a_proof_is_small() -> None:
+    judged(proof(more="x" * 2000))
+    assert "longer than" in refused(proof(more="x" * MAX_PROOF))
 
 
 def test_it_is_for_this_token() -> None:

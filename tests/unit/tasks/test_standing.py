@@ -36,6 +36,9 @@ def test_another_trust_domain_is_another() -> None:
     whole = AgentPattern("spiffe://example.org/*")
     assert whole.covers(SpiffeId("spiffe://example.org/any"))
     assert not whole.covers(SpiffeId("spiffe://example.org.evil.example/any"))
+    for text in ("spiffe://example.org", "example.org/*", "spiffe://example.org/a/*/b", "*"):
+        with pytest.raises(Invalid):
+            AgentPattern(text)
 
 
 def test_it_comes_back_as_it_was_and_carries_no_session() -> None:
@@ -44,6 +47,7 @@ def test_it_comes_back_as_it_was_and_carries_no_session() -> None:
     assert StandingDelegation.of(terms, id="dlg_1", issuer=MADE.issuer, user="alice", **times) == MADE
     carried = MADE.delegation()
     assert (carried.standing, carried.session, carried.max_hops, carried.given_at) == ("dlg_1", None, 2, NOW)
+    assert carried.issued_at == MADE.created_at
     assert Delegation.parse(strictjson.loads(strictjson.canonical(carried.to_json()))) == carried
 
 

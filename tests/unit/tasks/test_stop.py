@@ -79,6 +79,18 @@ def test_a_session_that_ended_never_goes_on_and_standing_words_do() -> None:
     assert not concerns(replace(STOP, name="bob"), WORD)
 
 
+def test_every_stop_that_can_concern_a_word_is_looked_up() -> None:
+    assert names_of(WORD) == (
+        (StopKind.USER, "alice"),
+        (StopKind.SESSIONS, "alice"),
+        (StopKind.SESSION, f"{ISSUER} s-1"),
+    )
+    assert names_of(replace(WORD, session=None)) == ((StopKind.USER, "alice"), (StopKind.SESSIONS, "alice"))
+    assert names_of(STANDING) == ((StopKind.USER, "alice"), (StopKind.DELEGATION, "dlg_1"))
+    # A session is its issuer's: another issuer's of the same name is another.
+    assert session_name(ISSUER, "s-1") != session_name("https://other.example.org", "s-1")
+
+
 def test_no_token_is_issued_that_would_be_dead() -> None:
     stop = replace(STOP, kind=StopKind.AGENT, name="spiffe://example.org/a", tokens_from=int(NOW.timestamp()) + 1)
     assert code(stop) == "stopped_just_now"

@@ -10,7 +10,7 @@ from broker.errors import Conflict, Invalid, Refused
 from broker.spiffe import SpiffeId
 from broker.tasks import Cause, State, Task, activate, effective_state, end, require_active, suspend
 from broker.tasks.task import TERMINAL
-from tests.unit.tasks.world import HOUR, NOW, delegation, task
+from tests.unit.tasks.world import AGENT, HOUR, NOW, delegation, task
 
 LATER = NOW + timedelta(minutes=1)
 OVER = NOW + HOUR
@@ -166,6 +166,9 @@ def test_suspend_and_resume() -> None:
         {"state": State.REVOKED},
         {"state": State.REVOKED, "ended_at": NOW},
         {"ended_at": NOW},
+        {"supersedes": "tsk_0"},
+        {"history": (AGENT,)},
+        {"supersedes": "tsk_0", "history": (AGENT,) * 8},
         {"delegation": delegation(user="usr_2")},
     ],
 )

@@ -1,5 +1,6 @@
 """Transaction tokens, as pure rules: what is read back, and what a replacement may never do."""
 
+import json
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -8,20 +9,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.errors import InvalidToken, PolicyDenied, Refused
-from broker.keys import MemoryKeys
+from broker.errors import Invalid, InvalidToken, PolicyDenied, Refused
+from broker.keys.local import generated
 from broker.spiffe import SpiffeId, TrustDomain, jose
 from broker.spiffe.strictjson import JsonValue
 from broker.tasks import Authority
-from broker.tasks.context import extend, read_context
+from broker.tasks.context import MAX_MEMBERS, extend, read_context
 from broker.tasks.transactions import MAX_PATH, TransactionClaims, replace_transaction, verify_transaction
 
 NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
 ISSUER = "https://broker.example.org"
 AGENT, GATEWAY, BILLING = (SpiffeId(f"spiffe://example.org/{name}") for name in ("triage", "gateway", "billing"))
 DETAIL = {"type": "api", "locations": ["https://tickets.example.org"], "actions": ["ticket.read", "ticket.write"]}
-KEYS = MemoryKeys()
-SIGNER = KEYS.generate("one")
+SIGNER = generated("one")
 PUBLIC = {"one": SIGNER.public_key}
 DOMAIN = TrustDomain("example.org")
 
@@ -73,6 +73,8 @@ def test_another_type_is_refused(typ: str | None) -> None:
         {"aud": "example.com"}, {"aud": ["example.org"]}, {"aud": "https://tickets.example.org"}, {"iss": ISSUER + "/"}, {"exp": "1"}, {"exp": True}, {"iat": 1.5}, {"sub": ""},
         {"sub": 7}, {"txn": "a b"}, {"jti": None}, {"scope": "ticket.read"}, {"scope": 1}, {"req_wl": str(AGENT)}, {"req_wl": "gateway"}, {"act": {"sub": str(AGENT), "exp": 1}},
         {"task": {"id": "tsk_1", "root": "tsk_1"}}, {"task": {"id": "tsk_1", "root": "tsk_1", "epoch": -1}}, {"task": "tsk_1"}, {"authorization_details": []}, {"authorization_details": "[]"},
+        {"authorization_details": json.dumps([DETAIL])}, {"task": {"id": "tsk_1", "root": "tsk_1", "epoch": 0, "parent": "tsk_0"}}, {"exp": int(NOW.timestamp())},
+        {"chain_metadata": {"hop_count": 3, "txn_path": [str(GATEWAY), str(BILLING), str(GATEWAY)]}},
         {"chain_metadata": {"hop_count": 2, "txn_path": [str(GATEWAY)]}}, {"chain_metadata": {"hop_count": 1, "txn_path": [1]}}, {"chain_metadata": {"hop_count": 1, "txn_path": ["x"]}}, {"chain_metadata": []},
         {"tctx": []}, {"tctx": {"a": {"b": 1}}}, {"rctx": {"a": None}},
     ],
@@ -148,6 +150,14 @@ def test_a_truth_is_not_a_number_in_a_context() -> None:
     with pytest.raises(PolicyDenied):
         extend(read_context({"a": True}), {"a": 1})
     assert dict(extend(read_context({"a": True}), {"a": True, "b": 0})) == {"a": True, "b": 0}
+
+
+def test_a_context_stays_small_also_by_small_steps() -> None:
+    full = read_context({f"m{number}": number for number in range(MAX_MEMBERS)})
+    assert len(extend(full, {"m0": 0})) == MAX_MEMBERS
+    for grown in (lambda: extend(full, {"more": 1}), lambda: read_context({**full, "more": 1})):
+        with pytest.raises(Invalid):
+            grown()
 
 
 ACTIONS = ["ticket.read", "ticket.write", "ticket.close"]

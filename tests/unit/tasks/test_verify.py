@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from broker.errors import BrokerError, Invalid, InvalidToken
 from broker.spiffe.jose import b64url_decode, b64url_encode
 from broker.tasks import LEEWAY, VerifiedToken, verify_task_token
-from broker.tasks.verify import unverified_confirmation
+from broker.tasks.verify import BEARER_SECONDS, unverified_confirmation
 from tests.unit.tasks.test_lineage import agent, family
 from tests.unit.tasks.world import AGENT, ISSUER, NOW, TICKETS, X5T, TokenKey, claims, task
 
@@ -259,3 +259,11 @@ def test_the_holder_reads_its_own_binding_without_a_verdict() -> None:
     for wrong in ("", "a.b.c", KEY.token({"cnf": {}})):
         with pytest.raises(InvalidToken):
             unverified_confirmation(wrong)
+
+
+def test_a_token_that_is_bound_to_nobody_is_one_where_it_was_published_and_for_a_minute() -> None:
+    minute = claims(task(), cnf=None, ttl=timedelta(seconds=BEARER_SECONDS)).to_payload()
+    assert refusal(KEY.token(minute)) == "token_claim_missing"
+    assert verify(KEY.token(minute), bearer=True).claims.cnf is None
+    assert refusal(KEY.token(minute | {"exp": minute["exp"] + 1}), bearer=True) == "token_cnf"
+    assert verify(KEY.token(PAYLOAD), bearer=True).claims.cnf is not None, "a binding is none the less one"

@@ -11,6 +11,7 @@ from broker.sdk.dpop import ProofKey
 from broker.spiffe import TrustDomain, jose
 from broker.spiffe.jose import b64url_encode
 from broker.tasks import Resource
+from broker.tasks.dpop import PROOF_LEEWAY
 from broker.tasks.wit import ProvenWit, read_wit_keys, verify_wit
 from tests.unit.tasks.world import NOW, TokenKey
 
@@ -51,6 +52,8 @@ def test_a_workload_with_its_proof() -> None:
     found = shown(wit())
     assert str(found.id) == "spiffe://example.org/agent"
     assert found.proof.jkt == HOLDER.jkt
+    # Remembered for longer than any replica takes it, whose clock may be behind by as much as ours is ahead.
+    assert int(found.proof.expires_at.timestamp()) == AT + 30 + 2 * PROOF_LEEWAY
     with pytest.raises(TypeError):
         ProvenWit(found.id, NOW, found.proof, object())
 
@@ -69,6 +72,7 @@ def test_a_workload_with_its_proof() -> None:
         {"exp": AT - 31},
         {"exp": None},
         {"nbf": AT + 31},
+        {"iat": AT + 31},
         {"cnf": None},
         {"cnf": {}},
         {"cnf": {"jwk": HOLDER._jwk}},

@@ -14,8 +14,10 @@ def test_a_name_is_random_and_finds_its_caller_until_it_is_forgotten() -> None:
     assert re.fullmatch(r"[0-9a-f]{32}", name)
     assert name != index.admit("agent")
     assert index.of(f"unix-abstract:{name}") == "agent"
+    assert index.is_open(f"unix-abstract:{name}")
     index.forget(name)
     index.forget(name)
+    assert not index.is_open(f"unix-abstract:{name}")
     with pytest.raises(NotAttested):
         index.of(f"unix-abstract:{name}")
     assert len(index) == 1

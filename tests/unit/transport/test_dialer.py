@@ -6,7 +6,7 @@ import ssl
 import stat
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +43,7 @@ class Server:
     alpn: tuple[str, ...] = ("h2",)
     port: int = 0
     connections: int = 0
+    open: Callable[[], int] = lambda: 0
 
     def context(self) -> ssl.SSLContext:
         self.connections += 1
@@ -70,7 +71,7 @@ async def served(directory: Path) -> AsyncIterator[Server]:
     )  # fmt: skip
     await backend.start()
     await listener.start()
-    one.port = listener.port
+    one.port, one.open = listener.port, lambda: listener.connections
     try:
         yield one
     finally:
@@ -126,6 +127,9 @@ async def test_any_other_server_is_unavailable_with_its_reason(short: Path, iden
         async with dialer as channel:
             await unavailable(channel)
             assert words in str(dialer.last_error)
+            async with asyncio.timeout(5):
+                while one.open():  # it is not held on to either
+                    await asyncio.sleep(0.01)
 
 
 async def test_a_refused_server_is_not_dialled_in_a_hot_loop(short: Path) -> None:
@@ -164,9 +168,16 @@ async def test_first_contact_by_the_unsafe_door_only_while_there_is_no_bundle(sh
             assert (await call(channel)).svids
             assert seen == [one.identity.chain_der[0]]
             bundles = BundleSet.of(A.bundle)
-            one.identity = B.issue("/spire/server")
-            dialer.reconnect()
-            await unavailable(channel)
+            # Neither another authority's server nor another workload of ours.
+            for other, words in (
+                (A.issue("/spire/agent"), "server_unexpected"),
+                (B.issue("/spire/server"), "does not verify"),
+            ):
+                one.identity = other
+                dialer.reconnect()
+                async with asyncio.timeout(10):
+                    while words not in str(dialer.last_error):
+                        await unavailable(channel)
             assert len(seen) == 1
 
 
@@ -214,12 +225,15 @@ async def test_a_connection_ends_with_the_servers_svid(short: Path, monkeypatch:
 
 
 async def test_a_server_that_comes_later_is_found(short: Path) -> None:
+    told: list[str] = []
     nobody = SpiffeDialer(
         "127.0.0.1:9", identity=lambda: None, bundles=lambda: BundleSet.of(A.bundle), expect=SERVER_ID,
-        clock=HandClock(),
+        clock=HandClock(), on_failed=told.append,
     )  # fmt: skip
     async with nobody as channel:
         await unavailable(channel)
+        await unavailable(channel)
+        assert told == [nobody.last_error]  # once for each reason
         assert "ConnectionRefused" in str(nobody.last_error)
         async with served(short) as one:
             nobody._port = one.port  # the server came up

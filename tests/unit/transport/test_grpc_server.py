@@ -138,6 +138,26 @@ async def test_the_access_table_decides_by_the_caller(short: Path) -> None:
         await stub.FetchX509SVID(workload_pb2.X509SVIDRequest()).read()
 
 
+@pytest.mark.parametrize("asked_each", [(), (STREAM,)])
+async def test_the_table_is_asked_again_for_each_message_where_messages_are_requests(
+    short: Path, asked_each: tuple[str, ...]
+) -> None:
+    asked = 0
+
+    def once(caller: str) -> None:
+        nonlocal asked
+        asked += 1
+        if asked > 1:
+            raise Refused(f"{caller} is banned by now", code="agent_banned")
+
+    async with called(short, WhoAmI(), access={STREAM: once}, asked_each=asked_each) as stub:
+        stream = stub.FetchX509SVID(workload_pb2.X509SVIDRequest())
+        if asked_each:
+            assert from_rpc_error(await failure(stream.read())).reason == "agent_banned"
+        else:
+            assert (await stream.read()).svids
+
+
 async def test_preflight_sees_metadata_before_anything_else(short: Path) -> None:
     def header(path: str, metadata: Any) -> None:
         if [value for key, value in metadata if key == "workload.spiffe.io"] != ["true"]:

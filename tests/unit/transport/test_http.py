@@ -130,6 +130,51 @@ async def test_what_is_too_large_or_no_http_is_refused(request_: bytes, status: 
         assert (await one.ask(close(GET))).startswith(b"HTTP/1.1 200")
 
 
+@pytest.mark.bears("X08")
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (b"GET / HTTP/1.1\r\n", b"400"),
+        (b"GET / HTTP/1.1\r\nhost: x\r\nhost: x\r\n", b"400"),
+        (b"GET / HTTP/1.0\r\nhost: x\r\nhost: y\r\n", b"400"),
+        (b"GET / HTTP/1.1\r\nhost: a b\r\n", b"400"),
+        (b"GET / HTTP/1.1\r\nhost: user@x\r\n", b"400"),
+        (b"GET / HTTP/1.1\r\nhost: x/y\r\n", b"400"),
+        (b"GET / HTTP/2.0\r\nhost: x\r\n", b"505"),
+        (b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: gzip, chunked\r\n", b"400"),
+        (b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: identity, chunked\r\n", b"400"),
+        (b"POST / HTTP/1.0\r\nhost: x\r\ntransfer-encoding: chunked\r\n", b"400"),
+    ],
+    ids=["no host", "two", "two, old", "space", "user", "path", "version", "two codings", "identity", "old coding"],
+)
+async def test_a_head_that_another_program_may_read_otherwise_is_refused(head: bytes, status: bytes) -> None:
+    async with served() as one:
+        answer = await one.ask(head + b"\r\n0\r\n\r\n")
+        assert answer.split(b" ")[1:2] == [status]
+        assert b"\r\nconnection: close\r\n" in answer
+        assert one.scopes == []
+
+
+@pytest.mark.parametrize("host", [b"x", b"localhost:8443", b"[::1]:8443", b"10.0.0.1:", b""])
+async def test_hosts_that_are_taken(host: bytes) -> None:
+    async with served() as one:
+        assert (await one.ask(close(GET.replace(b"x", host)))).startswith(b"HTTP/1.1 200")
+        assert (await one.ask(b"GET / HTTP/1.0\r\n\r\n")).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.bears("PB14", "X08")
+async def test_a_trailer_is_no_header() -> None:
+    trailers = b"x-forwarded-client-cert: By=spiffe://a/b\r\nauthorization: Bearer x\r\nhost: y\r\n"
+    head = b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\nconnection: close\r\n\r\n"
+    async with served() as one:
+        answer = await one.ask(head + b"3\r\nabc\r\n0\r\n" + trailers + b"\r\n")
+        assert answer.startswith(b"HTTP/1.1 200")
+        assert one.bodies == [b"abc"]
+        assert {name for name, _ in one.scopes[0]["headers"]} == {b"host", b"transfer-encoding", b"connection"}
+        many = b"x: " + b"y" * MAX_HEAD_BYTES + b"\r\n"
+        assert (await one.ask(head + b"3\r\nabc\r\n0\r\n" + many + b"\r\n")).split(b" ")[1:2] in ([b"431"], [])
+
+
 @pytest.mark.parametrize("chunked", [False, True])
 async def test_a_body_too_large_is_refused_while_it_arrives(chunked: bool) -> None:
     size = MAX_BODY_BYTES + 70_000

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from broker.errors import Refused, Unavailable
+from broker.errors import Refused
 from broker.transport import splice as splice_module
-from broker.transport.splice import Backend, Splice
+from broker.transport.backend import Backend
+from broker.transport.splice import Splice
 
 NAME = "ab" * 16
 MIB = 1024 * 1024
@@ -254,36 +255,3 @@ async def test_a_reader_that_never_reads_stops_the_sender(short: Path) -> None:
             while back.is_reading():
                 await asyncio.sleep(0.005)
         assert front.get_write_buffer_size() <= splice_module.HIGH_WATER + splice_module.CHUNK
-
-
-async def test_nobody_behind_it_is_unavailable(short: Path) -> None:
-    backend = Backend(short / "nobody")
-    with pytest.raises(Unavailable):
-        await backend.join(Splice(backend.buffer, lambda _: None), NAME)
-
-
-async def test_a_full_queue_of_the_backend_is_waited_for(short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(splice_module, "DIAL_DEADLINE", 0.3)
-    with socket.socket(socket.AF_UNIX) as listening:
-        listening.bind(str(short / "s"))
-        listening.listen(0)
-        fillers = []
-        while True:
-            filler = socket.socket(socket.AF_UNIX)
-            filler.setblocking(False)
-            fillers.append(filler)
-            if filler.connect_ex(str(short / "s")):
-                break
-        backend = Backend(short / "s")
-        with pytest.raises(Unavailable):
-            await backend._dial(NAME)
-
-        async def make_place() -> None:
-            await asyncio.sleep(0.02)
-            listening.accept()[0].close()
-
-        place = asyncio.create_task(make_place())
-        dialled = await backend._dial(NAME)
-        await place
-        for sock in (dialled, *fillers):
-            sock.close()

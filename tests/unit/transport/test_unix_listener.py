@@ -1,16 +1,12 @@
 """The identifying Unix listener with a real gRPC server behind it and real processes before it."""
 
 import asyncio
-import json
 import os
-import resource
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +14,15 @@ import grpc
 import grpc.aio
 import pytest
 
-from broker._proto.service import Stub, handler
+from broker._proto.service import Context, Stub
 from broker._proto.spiffe import workload_pb2
 from broker.errors import BrokerError, Misconfigured, Refused
 from broker.transport import unix_listener as module
-from broker.transport.acceptor import RESERVED_FDS, connection_room
 from broker.transport.callers import CallerIndex
-from broker.transport.flood import RESET_BURST
-from broker.transport.grpc_server import CallGuard, PrivateGrpcServer
 from broker.transport.peercred import KernelPeer
-from broker.transport.unix_listener import FDS_PER_CONNECTION, UnixListener
-from tests.unit.transport.services import STREAM, UNARY, WORKLOAD, WhoAmI
-
-ASK = workload_pb2.JWTSVIDRequest(audience=["x"])
-WATCH = workload_pb2.X509SVIDRequest()
-SOURCES = Path(__file__).parents[3]
+from broker.transport.unix_listener import UnixListener
+from tests.unit.transport.services import WORKLOAD, WhoAmI
+from tests.unit.transport.unix_house import ASK, WATCH, connect, house, run
 
 CLIENT = """
 import grpc, os, sys
@@ -42,62 +32,6 @@ from tests.unit.transport.services import WORKLOAD
 with grpc.insecure_channel("unix:" + sys.argv[1]) as channel:
     print(Stub(channel, WORKLOAD).FetchJWTSVID(workload_pb2.JWTSVIDRequest(), timeout=10).svids[0].spiffe_id)
 """
-
-
-@dataclass
-class House:
-    path: Path
-    service: WhoAmI = field(default_factory=WhoAmI)
-    refusals: list[str] = field(default_factory=list)
-    closed: list[int] = field(default_factory=list)
-    index: CallerIndex[int] = field(default_factory=CallerIndex)
-    listener: UnixListener[int] = field(init=False)
-
-    async def until(self, condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(10):
-            while not condition():
-                await asyncio.sleep(0.005)
-
-    def channel(self) -> grpc.aio.Channel:
-        return grpc.aio.insecure_channel(f"unix:{self.path}", options=[("grpc.use_local_subchannel_pool", 1)])
-
-
-@asynccontextmanager
-async def house(
-    directory: Path, admit: Callable[[KernelPeer], int] = lambda peer: peer.pid, **options: Any
-) -> AsyncIterator[House]:
-    """Callers are known by their pid."""
-    one = House(directory / "api.sock")
-    guard = CallGuard(one.index, {UNARY: lambda _: None, STREAM: lambda _: None})
-    server = PrivateGrpcServer(directory / "private" / "s", [handler(WORKLOAD, one.service, guard)])
-    one.listener = UnixListener(
-        one.path,
-        mode=0o777,
-        backend=server.path,
-        index=one.index,
-        admit=admit,
-        on_closed=one.closed.append,
-        on_refusal=lambda error, _: one.refusals.append(error.reason),
-        **options,
-    )
-    await server.start()
-    await one.listener.start()
-    try:
-        yield one
-    finally:
-        await one.listener.stop()
-        await server.stop(0)
-
-
-async def run(*argv: str) -> str:
-    process = await asyncio.create_subprocess_exec(*argv, stdout=subprocess.PIPE, cwd=SOURCES)
-    out, _ = await process.communicate()
-    assert process.returncode == 0
-    return out.decode().strip()
-
-
-async def connect(path: Path) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    return await asyncio.open_unix_connection(path)
 
 
 async def test_each_process_is_known_by_its_own_pid(short: Path) -> None:
@@ -178,6 +112,52 @@ async def test_drop_ends_a_stream_and_stop_ends_all(short: Path) -> None:
             await again.read()
 
 
+class Kept(WhoAmI):
+    """Keeps the contexts of its calls; unary ones wait for the gate, too."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        super().__init__(error)
+        self.contexts: list[Context] = []
+
+    async def FetchJWTSVID(self, request: Any, context: Context, caller: Any) -> workload_pb2.JWTSVIDResponse:
+        self.contexts.append(context)
+        await self.gate.wait()
+        return await super().FetchJWTSVID(request, context, caller)
+
+    async def FetchX509SVID(
+        self, request: Any, context: Context, caller: Any
+    ) -> AsyncIterator[workload_pb2.X509SVIDResponse]:
+        self.contexts.append(context)
+        async for response in super().FetchX509SVID(request, context, caller):
+            yield response
+
+
+@pytest.mark.bears("A22")
+@pytest.mark.parametrize("ends", [False, True], ids=["open", "ended"])
+@pytest.mark.parametrize("error", [None, Refused("no")], ids=["answered", "refused"])
+@pytest.mark.parametrize("method", ["FetchJWTSVID", "FetchX509SVID"])
+async def test_no_status_is_sent_to_a_connection_that_has_ended(
+    short: Path, method: str, error: BrokerError | None, ends: bool
+) -> None:
+    """What grpcio fails to send it never frees: some hundred bytes for each process that died with a call open."""
+    service = Kept(error)
+    async with house(short, service=service) as one, one.channel() as channel:
+        call = getattr(Stub(channel, WORKLOAD), method)(ASK if method == "FetchJWTSVID" else WATCH)
+        await one.until(lambda: bool(service.contexts))
+        if method == "FetchX509SVID":
+            await call.read()
+        if ends:
+            one.listener.drop(lambda _: True)
+        service.gate.set()  # in the same moment: gRPC itself has not heard of the end
+        with suppress(grpc.aio.AioRpcError):
+            assert await (call if method == "FetchJWTSVID" else call.read())
+        if ends:
+            await one.until(lambda: call.done() and service.streams == 0)
+            assert not service.contexts[0].done()
+        else:
+            await one.until(service.contexts[0].done)
+
+
 async def test_who_is_not_admitted_is_closed_and_told_of(short: Path) -> None:
     def nobody(peer: KernelPeer) -> int:
         raise Refused("not today", code="not_today")
@@ -250,154 +230,6 @@ async def test_garbage_is_closed_without_a_word(short: Path, caplog: pytest.LogC
         async with one.channel() as channel:
             assert (await Stub(channel, WORKLOAD).FetchJWTSVID(ASK)).svids
     assert [record for record in caplog.records if record.levelname not in {"DEBUG", "INFO"}] == []
-
-
-@pytest.mark.bears("W07")
-async def test_rapid_reset_is_cut_and_bystanders_are_served(short: Path) -> None:
-    settings = b"\0\0\0\4\0\0\0\0\0"
-    headers = b"\x83\x86\x84\x41\x01x"  # POST, http, /, authority x
-
-    def reset(stream: int) -> bytes:
-        number = stream.to_bytes(4, "big")
-        head = len(headers).to_bytes(3, "big") + b"\x01\x04" + number + headers
-        return head + b"\0\0\4\3\0" + number + b"\0\0\0\x08"
-
-    async with house(short) as one, one.channel() as channel:
-        stub = Stub(channel, WORKLOAD)
-        await stub.FetchJWTSVID(ASK)
-        reader, writer = await connect(one.path)
-        writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + settings)
-        slowest = 0.0
-        for stream in range(1, 2 * 4 * RESET_BURST, 2):
-            if writer.transport.is_closing():
-                break
-            writer.write(reset(stream))
-            if stream % 401 == 0:
-                began = time.monotonic()
-                await stub.FetchJWTSVID(ASK)
-                slowest = max(slowest, time.monotonic() - began)
-        async with asyncio.timeout(10):
-            try:
-                while await reader.read(65536):
-                    pass
-            except ConnectionError:
-                pass
-        await one.until(lambda: "http2_flood" in one.refusals)
-        assert slowest < 1  # it is the very process that attacks; others are looked at in tests/attacks/workload_api
-        writer.close()
-
-
-@pytest.mark.bears("W10")
-async def test_a_thousand_silent_connections_do_not_keep_an_honest_caller_waiting(short: Path) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 1000 * (FDS_PER_CONNECTION + 1) + 2 * RESERVED_FDS
-    if hard < wanted:
-        pytest.skip(f"needs {wanted} descriptors")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted * 2), hard))
-    idle: list[socket.socket] = []
-    try:
-        async with house(short) as one, one.channel() as channel:
-            stub = Stub(channel, WORKLOAD)
-            await stub.FetchJWTSVID(ASK)
-            for turn in range(1000):
-                sock = socket.socket(socket.AF_UNIX)
-                sock.setblocking(False)
-                idle.append(sock)
-                while sock.connect_ex(str(one.path)):
-                    await asyncio.sleep(0.001)
-                if turn % 100 == 0:
-                    await asyncio.sleep(0)
-            await one.until(lambda: one.listener.connections == 1001)
-            times = []
-            for _ in range(100):
-                began = time.monotonic()
-                await stub.FetchJWTSVID(ASK)
-                times.append(time.monotonic() - began)
-            async with one.channel() as fresh:
-                began = time.monotonic()
-                await Stub(fresh, WORKLOAD).FetchJWTSVID(ASK)
-                assert time.monotonic() - began < 0.5
-            assert sorted(times)[95] < 0.1
-            for sock in idle:
-                sock.close()
-            await one.until(lambda: one.listener.connections <= 1)
-    finally:
-        for sock in idle:
-            sock.close()
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
-EXHAUSTED = """
-import asyncio, json, resource, sys, time
-from pathlib import Path
-resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
-from tests.unit.transport import test_unix_listener as t
-from broker.transport import acceptor, unix_listener
-
-async def main():
-    if sys.argv[2] == "starved":
-        # As if descriptors were taken behind the listener's back: its own count says there is room.
-        unix_listener.connection_room = lambda wanted, each: wanted
-    async with t.house(Path(sys.argv[1])) as one:
-        print("up", flush=True)
-        loop = asyncio.get_running_loop()
-        while line := (await loop.run_in_executor(None, sys.stdin.readline)).strip():
-            if line == "cpu":
-                before = time.process_time()
-                await asyncio.sleep(1)
-                print(json.dumps([time.process_time() - before, one.listener.connections]), flush=True)
-
-asyncio.run(main())
-"""
-
-
-@pytest.mark.bears("W11")
-@pytest.mark.parametrize("how", ["counted", "starved"])
-async def test_few_descriptors_neither_spin_nor_crash_and_service_comes_back(short: Path, how: str) -> None:
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", EXHAUSTED, str(short), how,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=SOURCES,
-    )  # fmt: skip
-    assert process.stdin
-    assert process.stdout
-    assert await process.stdout.readline() == b"up\n"
-    path = short / "api.sock"
-    async with grpc.aio.insecure_channel(f"unix:{path}") as channel:
-        stub = Stub(channel, WORKLOAD)
-        await stub.FetchJWTSVID(ASK)
-        idle = []
-        for _ in range(300):
-            sock = socket.socket(socket.AF_UNIX)
-            sock.setblocking(False)
-            sock.connect_ex(str(path))
-            idle.append(sock)
-        process.stdin.write(b"cpu\n")
-        spent, connections = json.loads(await process.stdout.readline())
-        assert spent < 0.5
-        assert 0 < connections < 256
-        assert (await stub.FetchJWTSVID(ASK, timeout=5)).svids  # the one connected before is still served
-        for sock in idle:
-            sock.close()
-    began = time.monotonic()
-    async with grpc.aio.insecure_channel(f"unix:{path}") as channel:
-        while True:
-            try:
-                await Stub(channel, WORKLOAD).FetchJWTSVID(ASK, timeout=2, wait_for_ready=True)
-                break
-            except grpc.aio.AioRpcError:
-                assert time.monotonic() - began < 5
-    process.stdin.write(b"\n")
-    _, errors = await process.communicate()
-    assert process.returncode == 0
-    assert b"Traceback" not in errors
-
-
-def test_room_follows_the_limit_of_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (RESERVED_FDS + 40, 0))
-    assert connection_room(100, 4) == 10
-    assert connection_room(3, 4) == 3
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (10, 0))
-    assert connection_room(100, 4) == 1
 
 
 async def test_a_bad_place_is_refused_before_anything_listens(short: Path) -> None:

@@ -18,6 +18,7 @@ from broker.server.api.rate_limits import Limits
 from broker.server.authority.upstream import PublicJwtKey
 from broker.server.identity.bundles import Bundles, DeletionMode, PublishedBundle
 from broker.server.identity.downstream import Downstream
+from broker.server.identity.filters import domain_token
 from broker.spiffe import TrustDomain
 
 BINDING: Final = ServiceBinding.of(bundle_pb2.DESCRIPTOR, "Bundle")
@@ -63,7 +64,8 @@ class Bundle:
         self, request: bundle_pb2.ListFederatedBundlesRequest, context: Context, caller: Caller
     ) -> bundle_pb2.ListFederatedBundlesResponse:
         """List federated bundles by trust domain."""
-        page = self._bundles.find(request.page_size, request.page_token)
+        size = max(0, request.page_size)
+        page = self._bundles.find(size, domain_token(request.page_token) if size else "")
         return bundle_pb2.ListFederatedBundlesResponse(
             bundles=[_shown(one, request) for one in page.items], next_page_token=page.next
         )

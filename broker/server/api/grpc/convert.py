@@ -102,37 +102,44 @@ def apply_mask(message: Any, mask: Any) -> Any:
 # ---- entries
 
 
-def entry_of(message: entry_pb2.Entry, entry_id: str, now: datetime) -> Entry:
+def entry_of(message: entry_pb2.Entry, entry_id: str, now: datetime, home: TrustDomain) -> Entry:
     """Read a new entry; raises Invalid. Its id is the message's own, or the given one."""
     return Entry(
         id=message.id or entry_id,
         created_at=now.replace(microsecond=0),
-        **entry_edits(message, None),
+        **entry_edits(message, None, home),
     )
 
 
-def registered_entry_of(message: RegisteredEntry, entry_id: str, now: datetime) -> Entry:
+def registered_entry_of(message: RegisteredEntry, entry_id: str, now: datetime, home: TrustDomain) -> Entry:
     """Read a new entry with the fields that SPIRE's message lacks; raises Invalid."""
     return Entry(
         id=message.entry.id or entry_id,
         created_at=now.replace(microsecond=0),
-        **registered_entry_edits(message, None),
+        **registered_entry_edits(message, None, home),
     )
 
 
-def entry_edits(message: entry_pb2.Entry, mask: entry_pb2.EntryMask | None) -> dict[str, Any]:
-    """Give the fields of an entry that an update names, or all without a mask; raises Invalid."""
-    return {
+def entry_edits(message: entry_pb2.Entry, mask: entry_pb2.EntryMask | None, home: TrustDomain) -> dict[str, Any]:
+    """Give the fields of an entry that an update names, or all without a mask; raises Invalid, also for IDs not of this home."""
+    edits = {
         name: read(message)
         for name, read in _ENTRY_READERS.items()
         if mask is None or getattr(mask, _MASKED_BY.get(name, name))
     }
+    for name, judged, what in _PLACES:
+        if name in edits:
+            with reading(what):
+                judged(edits[name], home)
+    return edits
 
 
-def registered_entry_edits(message: RegisteredEntry, mask: RegisteredEntryMask | None) -> dict[str, Any]:
+def registered_entry_edits(
+    message: RegisteredEntry, mask: RegisteredEntryMask | None, home: TrustDomain
+) -> dict[str, Any]:
     """Give the same of an entry with our fields; raises Invalid."""
     ours = {name: read(message) for name, read in _OUR_READERS.items() if mask is None or getattr(mask, name)}
-    return entry_edits(message.entry, None if mask is None else mask.entry) | ours
+    return entry_edits(message.entry, None if mask is None else mask.entry, home) | ours
 
 
 def entry_message(entry: Entry) -> entry_pb2.Entry:
@@ -194,9 +201,11 @@ def _federates_with(message: entry_pb2.Entry) -> frozenset[TrustDomain]:
         return frozenset(TrustDomain(text.removeprefix("spiffe://")) for text in message.federates_with)
 
 
+_PARENT, _OWN = "invalid parent ID", "invalid spiffe ID"
+_PLACES: Final = (("parent_id", identities.member, _PARENT), ("spiffe_id", identities.workload, _OWN))
 _ENTRY_READERS: Final[Mapping[str, Callable[[entry_pb2.Entry], Any]]] = {
-    "parent_id": lambda message: _id(message, "parent_id", "invalid parent ID"),
-    "spiffe_id": lambda message: _id(message, "spiffe_id", "invalid spiffe ID"),
+    "parent_id": lambda message: _id(message, "parent_id", _PARENT),
+    "spiffe_id": lambda message: _id(message, "spiffe_id", _OWN),
     "selectors": _entry_selectors,
     "x509_svid_ttl": lambda message: message.x509_svid_ttl,
     "jwt_svid_ttl": lambda message: message.jwt_svid_ttl,

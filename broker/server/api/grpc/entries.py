@@ -10,11 +10,12 @@ from broker.clock import Clock
 from broker.registry.entry import Entry as RegistryEntry
 from broker.server.api.access import Caller, name_of
 from broker.server.api.grpc.convert import registered_entry_edits, registered_entry_message, registered_entry_of
-from broker.server.api.grpc.entry import attempt, entry_filter, new_entry_id, status_of
+from broker.server.api.grpc.entry import attempt, edit_by, entry_filter, new_entry_id, status_of
 from broker.server.api.grpc.paging import pages
 from broker.server.identity.entries import Edit, Similar
 from broker.server.identity.entries import Entries as EntryCases
 from broker.server.identity.filters import EntryFilter, entry_order, entry_token
+from broker.spiffe import TrustDomain
 
 BINDING: Final = ServiceBinding.of(entries_pb2.DESCRIPTOR, "Entries")
 
@@ -30,8 +31,10 @@ class Entries:
         self, request: entries_pb2.BatchCreateEntryRequest, context: Context, caller: Caller
     ) -> entries_pb2.BatchCreateEntryResponse:
         """Create entries, each with its own status; one that is there already is shown."""
-        now = self._clock.now()
-        drafts = [attempt(partial(registered_entry_of, message, new_entry_id(), now)) for message in request.entries]
+        now, home = self._clock.now(), self._entries.trust_domain
+        drafts = [
+            attempt(partial(registered_entry_of, message, new_entry_id(), now, home)) for message in request.entries
+        ]
         results = []
         for outcome in await self._entries.create(drafts, name_of(caller)):
             result = entries_pb2.BatchCreateEntryResponse.Result(status=status_of(outcome))
@@ -45,8 +48,8 @@ class Entries:
         self, request: entries_pb2.BatchUpdateEntryRequest, context: Context, caller: Caller
     ) -> entries_pb2.BatchUpdateEntryResponse:
         """Change the fields that the mask names, or all without a mask."""
-        mask = request.input_mask if request.HasField("input_mask") else None
-        edits = [(message.entry.id, attempt(partial(_edit, message, mask))) for message in request.entries]
+        mask, home = request.input_mask if request.HasField("input_mask") else None, self._entries.trust_domain
+        edits = [(message.entry.id, attempt(partial(_edit, message, mask, home))) for message in request.entries]
         results = []
         for outcome in await self._entries.update(edits, name_of(caller)):
             result = entries_pb2.BatchUpdateEntryResponse.Result(status=status_of(outcome))
@@ -82,6 +85,7 @@ class Entries:
         return replace(wanted, owner=message.owner) if message.HasField("owner") else wanted
 
 
-def _edit(message: entries_pb2.RegisteredEntry, mask: entries_pb2.RegisteredEntryMask | None) -> Edit:
-    changes = registered_entry_edits(message, mask)
-    return lambda entry: replace(entry, **changes)
+def _edit(
+    message: entries_pb2.RegisteredEntry, mask: entries_pb2.RegisteredEntryMask | None, home: TrustDomain
+) -> Edit:
+    return edit_by(registered_entry_edits(message, mask, home))

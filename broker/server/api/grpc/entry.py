@@ -1,10 +1,10 @@
 """``spire.api.server.entry.v1.Entry``: SPIRE's API of registration entries, for operators and for SPIRE's agents."""
 
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from broker._proto.service import Context, ServiceBinding
 from broker._proto.spire.api.server.entry.v1 import entry_pb2
@@ -73,8 +73,8 @@ class Entry:
         self, request: entry_pb2.BatchCreateEntryRequest, context: Context, caller: Caller
     ) -> entry_pb2.BatchCreateEntryResponse:
         """Create entries, each with its own status; one that is there already is shown."""
-        now = self._clock.now()
-        drafts = [attempt(partial(convert.entry_of, message, new_entry_id(), now)) for message in request.entries]
+        now, home = self._clock.now(), self._entries.trust_domain
+        drafts = [attempt(partial(convert.entry_of, message, new_entry_id(), now, home)) for message in request.entries]
         results = []
         for outcome in await self._entries.create(drafts, name_of(caller)):
             result = entry_pb2.BatchCreateEntryResponse.Result(status=status_of(outcome))
@@ -88,8 +88,8 @@ class Entry:
         self, request: entry_pb2.BatchUpdateEntryRequest, context: Context, caller: Caller
     ) -> entry_pb2.BatchUpdateEntryResponse:
         """Change the fields that the mask names, or all without a mask."""
-        mask = request.input_mask if request.HasField("input_mask") else None
-        edits = [(message.id, attempt(partial(_edit, message, mask))) for message in request.entries]
+        mask, home = request.input_mask if request.HasField("input_mask") else None, self._entries.trust_domain
+        edits = [(message.id, attempt(partial(_edit, message, mask, home))) for message in request.entries]
         results = []
         for outcome in await self._entries.update(edits, name_of(caller)):
             status = status_of(outcome)
@@ -160,6 +160,16 @@ def attempt(read: Callable[[], T]) -> T | BrokerError:
         return error
 
 
+def edit_by(changes: Mapping[str, Any]) -> Edit:
+    """Make an edit of these fields; what they make of the entry may be Invalid."""
+
+    def edited(entry: RegistryEntry) -> RegistryEntry:
+        with reading("failed to convert entry"):
+            return replace(entry, **changes)
+
+    return edited
+
+
 def status_of(outcome: RegistryEntry | Similar | BrokerError) -> status_pb2.Status:
     """Write one item's status."""
     if isinstance(outcome, Similar):
@@ -208,9 +218,8 @@ def _revision(entry: RegistryEntry) -> entry_pb2.EntryRevision:
     )
 
 
-def _edit(message: types_pb2.Entry, mask: types_pb2.EntryMask | None) -> Edit:
-    changes = convert.entry_edits(message, mask)
-    return lambda entry: replace(entry, **changes)
+def _edit(message: types_pb2.Entry, mask: types_pb2.EntryMask | None, home: TrustDomain) -> Edit:
+    return edit_by(convert.entry_edits(message, mask, home))
 
 
 def _shown(entry: RegistryEntry, request: object) -> types_pb2.Entry:

@@ -1,7 +1,6 @@
 """``broker.server.v1.Feed``: the revocation feed for node agents and for services with an SVID of ours."""
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import fields
 from typing import Final
@@ -51,9 +50,10 @@ class Feed:
                         # Who has stopped speaking may still listen; who spoke nonsense is told so.
                         acks.result()
             finally:
+                # Not awaited itself: a cancellation of this call would look like its end.
                 acks.cancel()
-                with contextlib.suppress(asyncio.CancelledError, Exception):
-                    await acks
+                await asyncio.wait((acks,))
+                _ = acks.cancelled() or acks.exception()
 
     async def FindLeaf(  # noqa: N802 - the RPC's name
         self, request: feed_pb2.FindLeafRequest, context: Context, caller: Caller

@@ -1,15 +1,15 @@
 """``spire.api.server.svid.v1.SVID``: signing for agents' workloads, servers below, and operators."""
 
-from collections.abc import Sequence
 from datetime import timedelta
 from typing import Final
 
 from broker._proto.service import Context, ServiceBinding
 from broker._proto.spire.api.server.svid.v1 import svid_pb2
 from broker.errors import BrokerError, Invalid
+from broker.registry.entry import checked_dns_names
 from broker.server.api.access import Caller, agent_of, name_of
 from broker.server.api.grpc.convert import error_status, jwt_message, ok_status, x509_message
-from broker.server.api.grpc.identities import id_in, reading
+from broker.server.api.grpc.identities import id_in, reading, workload
 from broker.server.api.rate_limits import Limits
 from broker.server.authority.csr import requested_names
 from broker.server.identity.downstream import Downstream
@@ -32,7 +32,11 @@ class Svid:
         """Sign for an operator: here, and only here, the request's names count."""
         if not request.csr:
             raise Invalid("missing CSR", code="csr_size")
-        spiffe_id, dns_names = requested_names(request.csr)
+        spiffe_id, asked = requested_names(request.csr)
+        with reading("CSR URI SAN is invalid"):
+            spiffe_id = workload(spiffe_id, self._signing.trust_domain)
+        with reading("CSR DNS name is invalid"):
+            dns_names = checked_dns_names(asked)
         svid = await self._signing.mint_x509(spiffe_id, request.csr, dns_names, _ttl(request.ttl), name_of(caller))
         return svid_pb2.MintX509SVIDResponse(svid=x509_message(svid))
 
@@ -41,8 +45,7 @@ class Svid:
     ) -> svid_pb2.MintJWTSVIDResponse:
         """Sign a JWT-SVID for an operator."""
         with reading("invalid SPIFFE ID"):
-            spiffe_id = id_in(request, "id")
-        _require_audience(request.audience)
+            spiffe_id = workload(id_in(request, "id"), self._signing.trust_domain)
         svid = await self._signing.mint_jwt(spiffe_id, request.audience, _ttl(request.ttl), name_of(caller))
         return svid_pb2.MintJWTSVIDResponse(svid=jwt_message(svid))
 
@@ -92,11 +95,6 @@ def _request(params: svid_pb2.NewX509SVIDParams) -> X509Request | Invalid:
     if not params.csr:
         return Invalid("missing CSR", code="csr_size")
     return X509Request(params.entry_id, params.csr)
-
-
-def _require_audience(audience: Sequence[str]) -> None:
-    if not audience:
-        raise Invalid("at least one audience is required", code="audience_missing")
 
 
 def _ttl(seconds: int) -> timedelta | None:

@@ -3,8 +3,10 @@
 An agent vouches: which process asks is its word, taken only for entries that it may serve. Nothing here decides.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Final
 
 from broker._proto.broker.server.v1 import sessions_pb2, tasks_pb2
@@ -14,6 +16,7 @@ from broker.clock import Clock
 from broker.errors import Invalid
 from broker.server.api.access import Caller, agent_of, name_of
 from broker.server.api.grpc.task_formats import read_assertion, written_assertion
+from broker.server.api.grpc.token_streams import TokenStreams
 from broker.server.store.ports import Reader, Store
 from broker.server.store.rows import TaskFilter
 from broker.server.tasks.assertions import Assertions
@@ -44,6 +47,10 @@ BINDING: Final = ServiceBinding.of(tasks_pb2.DESCRIPTOR, "Tasks")
 MAX_PAGE: Final = 500
 """Tasks in one answer: the largest ones still fit into 4 MiB."""
 DEFAULT_PAGE: Final = 100
+WORKLOADS_KEPT: Final = 2_048
+"""Workloads whose description is not read twice, for each of them says it again with every token: those of a hundred nodes."""
+WORKLOAD_BYTES: Final = 1_024
+"""Longest description that is kept: usual ones have a third of that."""
 
 
 class Tasks:
@@ -71,6 +78,7 @@ class Tasks:
         self._feed = feed
         self._refusals = refusals
         self._supervisor = supervisor
+        self._streams = TokenStreams(self._issue)
 
     # ---- for node agents
 
@@ -96,6 +104,17 @@ class Tasks:
         self, request: tasks_pb2.IssueTokenRequest, context: Context, caller: Caller
     ) -> tasks_pb2.IssuedToken:
         """Issue a token of a task of that very workload."""
+        return await self._issue(request, caller)
+
+    async def IssueTokens(  # noqa: N802 - the RPC's name
+        self, requests: AsyncIterator[tasks_pb2.IssueTokensRequest], context: Context, caller: Caller
+    ) -> AsyncIterator[tasks_pb2.IssueTokensResponse]:
+        """Issue tokens for many workloads of one agent, each as if it were asked for alone."""
+        async with aclosing(self._streams.serve(requests, caller)) as answers:
+            async for answer in answers:
+                yield answer
+
+    async def _issue(self, request: tasks_pb2.IssueTokenRequest, caller: Caller) -> tasks_pb2.IssuedToken:
         actor = _vouched(request.workload, caller)
         async with self._refusals.recorded(Event.TOKEN_REFUSED, actor, ""):
             if not request.task_id:
@@ -291,7 +310,13 @@ class Tasks:
 
 def _vouched(workload: sessions_pb2.WorkloadSession, caller: Caller) -> Actor:
     """Read whom a node agent speaks for; raises Refused for another caller, Invalid for half a workload."""
-    agent = agent_of(caller)
+    told, agent = workload.SerializeToString(), agent_of(caller).id
+    return _known_actor(told, agent) if len(told) <= WORKLOAD_BYTES else _actor(told, agent)
+
+
+def _actor(told: bytes, agent: SpiffeId) -> Actor:
+    """Read an agent's words of a workload; whether they are true, and still, is judged with each request."""
+    workload = sessions_pb2.WorkloadSession.FromString(told)
     if ID.fullmatch(workload.id) is None or THUMBPRINT.fullmatch(workload.x5t) is None or not workload.entry_id:
         raise Invalid("the workload's session, entry or certificate is missing or malformed", code="workload_missing")
     if workload.run and ID.fullmatch(workload.run) is None:
@@ -307,10 +332,13 @@ def _vouched(workload: sessions_pb2.WorkloadSession, caller: Caller) -> Actor:
         door=Door.AGENT,
         session=workload.id,
         entry_id=workload.entry_id,
-        agent=agent.id,
+        agent=agent,
         serial=workload.serial_number,
         run=workload.run,
     )
+
+
+_known_actor = lru_cache(maxsize=WORKLOADS_KEPT)(_actor)
 
 
 def _change(request: tasks_pb2.ChangeOwnTaskRequest | tasks_pb2.ChangeTaskRequest, reason: str = "") -> ChangeRequest:

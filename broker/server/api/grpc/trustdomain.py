@@ -13,6 +13,7 @@ from broker.errors import BrokerError, Invalid
 from broker.server.api.access import Caller, name_of
 from broker.server.api.grpc import convert
 from broker.server.api.grpc.bundle import attempt, status_of
+from broker.server.identity.filters import domain_token
 from broker.server.identity.polling import Polling
 from broker.server.identity.relationships import Edit, Federation, Relationships
 from broker.spiffe import SpiffeId, TrustDomain
@@ -35,7 +36,8 @@ class TrustDomains:
         self, request: trustdomain_pb2.ListFederationRelationshipsRequest, context: Context, caller: Caller
     ) -> trustdomain_pb2.ListFederationRelationshipsResponse:
         """List relationships by trust domain."""
-        page = self._relationships.find(request.page_size, request.page_token)
+        size = max(0, request.page_size)
+        page = self._relationships.find(size, domain_token(request.page_token) if size else "")
         return trustdomain_pb2.ListFederationRelationshipsResponse(
             federation_relationships=[_shown(one, request) for one in page.items], next_page_token=page.next
         )

@@ -23,6 +23,7 @@ DPOP_HEADER: Final = "dpop"
 WIT_HEADER: Final = "workload-identity-token"
 WPT_HEADER: Final = "workload-proof-token"
 PARAMETERS: Final = frozenset({"client_assertion", "client_assertion_type"})
+_HOW: Final = "call over mutual TLS with the X.509-SVID of the Workload API, or with a JWT-SVID and a DPoP proof"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,10 @@ async def authenticate(request: Request, form: Form, clients: Clients, endpoint:
     proof, NonceWanted.
     """
     asserted = any(form.get(name) is not None for name in PARAMETERS)
+    if "authorization" in request.headers:
+        if asserted or has_wit(request):
+            raise Invalid("the client authenticates in more than one way", code="two_authentications")
+        raise Refused("no secret and no token authenticates a client here", code="invalid_client", hint=_HOW)
     if has_wit(request):
         if asserted or DPOP_HEADER in request.headers:
             raise Invalid("the client authenticates in more than one way", code="two_authentications")
@@ -88,7 +93,7 @@ async def authenticate(request: Request, form: Form, clients: Clients, endpoint:
     raise Refused(
         "the connection has no client certificate",
         code="invalid_client",
-        hint="call over mutual TLS with the X.509-SVID of the Workload API, or with a JWT-SVID and a DPoP proof",
+        hint=_HOW,
     )
 
 

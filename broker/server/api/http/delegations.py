@@ -4,13 +4,15 @@ The caller is the user's application. A certificate does not help: an agent that
 """
 
 import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import Final
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from broker.errors import Invalid, Refused
+from broker.errors import BrokerError, Invalid, Refused
 from broker.server.api.http import shapes
 from broker.server.api.http.description import Answer, Operation, Parameter, described
 from broker.server.api.http.errors import NO_STORE
@@ -45,8 +47,9 @@ _SHOWN: Final = {200: Answer("the delegation", {_JSON: shapes.DELEGATION})}
 )
 async def create(request: Request, services: HttpServices) -> Response:
     """Make one."""
-    token, terms = _bearer(request), Terms.parse(await _json(request))
-    made = await services.delegations.create(token, terms, by=_by(request), key=idempotency_key(request))
+    async with _recorded(request, services):
+        token, terms, key = _bearer(request), Terms.parse(await _json(request)), idempotency_key(request)
+    made = await services.delegations.create(token, terms, by=_by(request), key=key)
     headers = {**NO_STORE, "location": f"{services.issuer}/delegations/{made.id}"}
     return JSONResponse(shown(made, services.clock.now()), status_code=201, headers=headers)
 
@@ -62,10 +65,12 @@ async def create(request: Request, services: HttpServices) -> Response:
 )
 async def list_own(request: Request, services: HttpServices) -> Response:
     """Give a page of the user's own."""
-    names = request.query_params.keys()
-    if not set(names) <= {"after"} or len(request.query_params.multi_items()) > 1:
-        raise Invalid("a parameter is not known here", code="parameter_unknown")
-    page = await services.delegations.list_own(_bearer(request), after=request.query_params.get("after"), limit=PAGE)
+    async with _recorded(request, services):
+        names = request.query_params.keys()
+        if not set(names) <= {"after"} or len(request.query_params.multi_items()) > 1:
+            raise Invalid("a parameter is not known here", code="parameter_unknown")
+        token, after = _bearer(request), request.query_params.get("after")
+    page = await services.delegations.list_own(token, after=after, limit=PAGE, by=_by(request))
     now = services.clock.now()
     body: dict[str, JsonValue] = {"delegations": [shown(one, now) for one in page.delegations]}
     if page.next is not None:
@@ -78,7 +83,9 @@ async def list_own(request: Request, services: HttpServices) -> Response:
 )
 async def show(request: Request, services: HttpServices) -> Response:
     """Give one."""
-    found = await services.delegations.own(_bearer(request), _id(request))
+    async with _recorded(request, services):
+        token = _bearer(request)
+    found = await services.delegations.own(token, _id(request), by=_by(request))
     return JSONResponse(shown(found, services.clock.now()), headers=NO_STORE)
 
 
@@ -93,7 +100,9 @@ async def show(request: Request, services: HttpServices) -> Response:
 )
 async def withdraw(request: Request, services: HttpServices) -> Response:
     """End one; ending it twice is fine."""
-    ended = await services.delegations.withdraw(_bearer(request), _id(request), by=_by(request))
+    async with _recorded(request, services):
+        token = _bearer(request)
+    ended = await services.delegations.withdraw(token, _id(request), by=_by(request))
     return JSONResponse(shown(ended, services.clock.now()), headers=NO_STORE)
 
 
@@ -115,6 +124,16 @@ def shown(delegation: StandingDelegation, now: datetime) -> dict[str, JsonValue]
         "ended_at": None if delegation.ended_at is None else _time(delegation.ended_at),
         "cause": None if delegation.cause is None else delegation.cause.value,
     }
+
+
+@asynccontextmanager
+async def _recorded(request: Request, services: HttpServices) -> AsyncIterator[None]:
+    """Around the reading of a request: that it is refused before anything was asked is on record, too."""
+    try:
+        yield
+    except BrokerError as error:
+        await services.delegations.refused(error, by=_by(request))
+        raise
 
 
 def _bearer(request: Request) -> str:

@@ -6,17 +6,19 @@ the number is shown.
 
 import functools
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Final, TypeAlias
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Match, Route
 
 from broker.errors import (
     BrokerError,
     Conflict,
     Invalid,
+    InvalidToken,
     NotFound,
     PolicyDenied,
     Refused,
@@ -34,6 +36,9 @@ NO_STORE: Final[Mapping[str, str]] = {"cache-control": "no-store", "pragma": "no
 DPOP_NONCE: Final = "dpop-nonce"
 """The nonce for the next proof (RFC 9449 §8)."""
 RETRY_SECONDS: Final = "1"
+_SCHEMES: Final = frozenset({"basic", "bearer", "dpop"})
+_CERTIFICATE: Final = "ClientCertificate"
+"""Named in a 401 to who sent no ``Authorization``: no scheme is registered for mutual TLS, and RFC 9110 §15.5.2 demands one."""
 
 # RFC 6749 §5.2 allows these characters in a description.
 _UNFIT: Final = re.compile(r"[^\x20-\x21\x23-\x5b\x5d-\x7e]")
@@ -48,6 +53,8 @@ _OAUTH_CODES: Final[Mapping[str, _Answer]] = {
     "dpop_required": (400, "invalid_target"),
     "bearer_not_allowed": (400, "invalid_target"),
     "dpop_missing": (401, "invalid_client"),
+    # RFC 8705 §2: a certificate that is not the one expected for the client_id.
+    "client_mismatch": (401, "invalid_client"),
     "assertion_replayed": (401, "invalid_client"),
     "invalid_wit": (401, "invalid_client"),
     "invalid_wpt": (401, "invalid_client"),
@@ -76,6 +83,10 @@ _OAUTH: Final[tuple[tuple[type[BrokerError], _Answer], ...]] = (
     (Unavailable, (503, "temporarily_unavailable")),
     (Invalid, (400, "invalid_request")),
 )
+_BEARER_CODES: Final[Mapping[str, str]] = {
+    "invalid_client": "",  # no token at all
+    "insufficient_user_authentication": "insufficient_user_authentication",
+}
 _PLAIN: Final[tuple[tuple[type[BrokerError], int], ...]] = (
     (PolicyDenied, 403),
     (Refused, 403),
@@ -98,12 +109,40 @@ def plain(handler: Handler) -> Handler:
     return _guarded(handler, _plain_answer)
 
 
+def bearer(handler: Handler) -> Handler:
+    """Answer as :func:`plain` where a user's token opens the door, with the challenge of RFC 6750 §3 and RFC 9470 §3."""
+
+    @functools.wraps(handler)
+    async def challenged(request: Request) -> Response:
+        try:
+            return await handler(request)
+        except BrokerError as error:
+            lacking = _BEARER_CODES.get(error.reason, "invalid_token" if isinstance(error, InvalidToken) else None)
+            if lacking is None:
+                raise
+            answer = _shown(request, error, 401, error.reason)
+            answer.headers["www-authenticate"] = f'Bearer error="{lacking}"' if lacking else "Bearer"
+            return answer
+
+    return plain(challenged)
+
+
 async def on_http_exception(request: Request, error: Exception) -> Response:
     """Answer what the router refuses: an unknown path, another method."""
     assert isinstance(error, HTTPException)
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
     headers = {**NO_STORE, **(error.headers or {})}
+    if error.status_code == 405:
+        headers["Allow"] = ", ".join(_methods(request))
     return JSONResponse({"error": code}, status_code=error.status_code, headers=headers)
+
+
+def _methods(request: Request) -> Sequence[str]:
+    """Give what may be asked at an address, of every route that leads there (RFC 9110 §15.5.6)."""
+    routes = [
+        one for one in request.app.routes if isinstance(one, Route) and one.matches(request.scope)[0] != Match.NONE
+    ]
+    return sorted({method for route in routes for method in route.methods or ()})
 
 
 def _guarded(handler: Handler, answer: Callable[[BrokerError], _Answer]) -> Handler:
@@ -112,7 +151,7 @@ def _guarded(handler: Handler, answer: Callable[[BrokerError], _Answer]) -> Hand
         try:
             return await handler(request)
         except BrokerError as error:
-            return _shown(error, *answer(error))
+            return _shown(request, error, *answer(error))
         except Exception as error:  # noqa: BLE001 - the edge: a defect is shown as a number and nothing else
             reference = new_reference()
             log.error(  # noqa: TRY400 - a traceback may show what the caller sent
@@ -137,13 +176,21 @@ def _plain_answer(error: BrokerError) -> _Answer:
     return next((status for kind, status in _PLAIN if isinstance(error, kind)), 500), error.reason
 
 
-def _shown(error: BrokerError, status: int, code: str) -> Response:
+def _challenge(request: Request) -> str:
+    """Name how to authenticate: by the scheme that the client tried (RFC 6749 §5.2), else by a certificate."""
+    tried = request.headers.get("authorization", "").partition(" ")[0]
+    return f'{tried if tried.lower() in _SCHEMES else _CERTIFICATE} realm="broker"'
+
+
+def _shown(request: Request, error: BrokerError, status: int, code: str) -> Response:
     body = {"error": code, "error_description": _UNFIT.sub(" ", error.message), "error_code": error.reason}
     if error.hint:
         body["hint"] = error.hint
     headers = dict(NO_STORE)
     if isinstance(error, NonceWanted):
         headers[DPOP_NONCE] = error.nonce
+    if status == 401:
+        headers["www-authenticate"] = _challenge(request)
     if status == 503:
         headers["retry-after"] = RETRY_SECONDS
     return JSONResponse(body, status_code=status, headers=headers)

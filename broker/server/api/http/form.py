@@ -79,7 +79,7 @@ async def read_form(
 
 async def read_body(request: Request) -> bytes:
     """Read at most ``MAX_BODY`` bytes; raises Invalid beyond, or for a body that is encoded further."""
-    if request.headers.get("content-encoding", "identity") != "identity":
+    if any(coding != "identity" for coding in request.headers.getlist("content-encoding")):
         raise Invalid("a content encoding is not accepted", code="content_encoding")
     chunks: list[bytes] = []
     size = 0

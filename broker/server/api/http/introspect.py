@@ -10,11 +10,12 @@ from typing import Final
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from broker.audit.events import Event
 from broker.server.api.http import shapes
 from broker.server.api.http.description import Answer, Operation, Parameter, Vocabulary, described
 from broker.server.api.http.errors import NO_STORE
 from broker.server.api.http.form import read_form
-from broker.server.api.http.peers import CLIENT_AUTHENTICATION, check_client, svid_of
+from broker.server.api.http.peers import CLIENT_AUTHENTICATION, check_client, known_actor
 from broker.server.api.http.services import HttpServices
 from broker.server.tasks.bindings import token_type
 from broker.spiffe import SpiffeId, jose
@@ -46,16 +47,21 @@ _OPERATION: Final = Operation(
 @described(_OPERATION)
 async def introspect(request: Request, services: HttpServices) -> Response:
     """Tell whether a token is alive, and what it says."""
-    caller = svid_of(request, services)
-    form = await read_form(request, allowed=ALLOWED)
-    check_client(form, caller.id)
-    live = await services.tokens.introspect(form.require("token"), caller.id)
+    actor = await known_actor(request, services, Event.TOKEN_REFUSED)
+    caller = actor.spiffe_id
+    async with services.refusals.recorded(Event.TOKEN_REFUSED, actor, ""):
+        form = await read_form(request, allowed=ALLOWED)
+        check_client(form, caller)
+        token = form.require("token")
+    live = await services.tokens.introspect(
+        token, caller, strange=lambda claims: services.refusals.prying(Event.TOKEN_INTROSPECTED, actor, claims)
+    )
     body: dict[str, JsonValue] = {"active": False}
     if live is not None:
         # The claims have the members' own names, act among them (RFC 8693 §4.1, RFC 9396 §9.2).
         body = {"active": True, "token_type": token_type(live.claims.cnf), **live.claims.to_payload()}
     if _wants_signed(request):
-        return Response(_signed(body, caller.id, services), media_type=SIGNED, headers=NO_STORE)
+        return Response(_signed(body, caller, services), media_type=SIGNED, headers=NO_STORE)
     return JSONResponse(body, headers=NO_STORE)
 
 

@@ -7,10 +7,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from broker.audit.events import Event
+from broker.server.api.http.body import read_parameters
 from broker.server.api.http.description import Answer, Operation, described
 from broker.server.api.http.errors import NO_STORE
-from broker.server.api.http.form import read_form
-from broker.server.api.http.peers import actor_of
+from broker.server.api.http.peers import known_actor
 from broker.server.api.http.services import HttpServices
 from broker.server.api.http.tasks import task_id_of
 
@@ -34,8 +34,8 @@ _LEASE: Final[Mapping[str, object]] = {
 )
 async def renew(request: Request, services: HttpServices) -> Response:
     """Take a heartbeat in and say how long the task lives without another: durations, so that no wall clock matters."""
-    actor, task_id = actor_of(request, services), task_id_of(request)
-    await read_form(request, allowed=frozenset(), body_optional=True)
+    actor, task_id = await known_actor(request, services, Event.TASK_REFUSED), task_id_of(request)
     async with services.refusals.recorded(Event.TASK_REFUSED, actor, task_id):
+        await read_parameters(request, allowed=frozenset())
         lease = await services.supervisor.renew(actor, task_id)
     return JSONResponse({"id": task_id, "ttl": lease.ttl, "expires_in": lease.left}, headers=NO_STORE)

@@ -7,6 +7,7 @@ from typing import Final
 
 from starlette.requests import Request
 
+from broker.audit.events import Event
 from broker.errors import Invalid, Refused
 from broker.server.api.http.clients import require_known
 from broker.server.api.http.form import Form
@@ -60,6 +61,12 @@ def actor_of(request: Request, services: HttpServices) -> Actor:
     """Give the workload that calls; raises Refused(code="invalid_client"), Invalid."""
     svid = svid_of(request, services)
     return Actor(spiffe_id=svid.id, x5t=svid.x5t, not_after=svid.not_after, door=Door.HTTPS, serial=f"{svid.serial:x}")
+
+
+async def known_actor(request: Request, services: HttpServices, event: Event) -> Actor:
+    """Give the workload that calls, as :func:`actor_of`; that nobody is known to call is recorded as ``event``."""
+    async with services.refusals.recorded_stranger(event):
+        return actor_of(request, services)
 
 
 def check_client(form: Form, spiffe_id: SpiffeId) -> None:

@@ -10,12 +10,14 @@ from typing import Final
 from starlette.requests import Request
 from starlette.responses import Response
 
+from broker.audit.events import Event
 from broker.errors import Invalid
 from broker.server.api.http.description import Answer, Operation, Parameter, Vocabulary, described
 from broker.server.api.http.errors import NO_STORE
 from broker.server.api.http.form import read_form
-from broker.server.api.http.peers import CLIENT_AUTHENTICATION, actor_of, check_client
+from broker.server.api.http.peers import CLIENT_AUTHENTICATION, check_client, known_actor
 from broker.server.api.http.services import HttpServices
+from broker.server.tasks.requests import Actor
 from broker.spiffe import jose
 from broker.spiffe.strictjson import JsonValue
 from broker.tasks.grants import HEADER_TYPES
@@ -42,13 +44,14 @@ _OPERATION: Final = Operation(
 @described(_OPERATION)
 async def revoke(request: Request, services: HttpServices) -> Response:
     """End a token of the caller's own."""
-    actor = actor_of(request, services)
-    form = await read_form(request, allowed=ALLOWED)
-    check_client(form, actor.spiffe_id)
-    token, ending = form.require("token"), form.get("end") or ENDS[0]
-    if ending not in ENDS:
-        raise Invalid("end is not token or task", code="invalid_end")
-    jti = _jti_of(token, services)
+    actor = await known_actor(request, services, Event.TOKEN_REFUSED)
+    async with services.refusals.recorded(Event.TOKEN_REFUSED, actor, ""):
+        form = await read_form(request, allowed=ALLOWED)
+        check_client(form, actor.spiffe_id)
+        token, ending = form.require("token"), form.get("end") or ENDS[0]
+        if ending not in ENDS:
+            raise Invalid("end is not token or task", code="invalid_end")
+        jti = _jti_of(token, actor, services)
     if jti is not None:
         with_task = actor if ending == "task" else None
         await services.lifecycle.revoke_token(jti, owner=actor.spiffe_id, ending=with_task)
@@ -64,12 +67,16 @@ def offered(services: HttpServices) -> Mapping[str, JsonValue]:
     }
 
 
-def _jti_of(token: str, services: HttpServices) -> str | None:
-    """Give the id of a token of ours that can be taken back, None of anything else; raises Invalid for a grant of ours."""
+def _jti_of(token: str, actor: Actor, services: HttpServices) -> str | None:
+    """Give the id of a token of ours that may be the caller's, None of anything else; raises Invalid for a grant of ours."""
     try:
-        return services.tokens.verify(token).jti
+        claims = services.tokens.verify(token)
     except Invalid:
         pass
+    else:
+        if claims.client_id != actor.spiffe_id:
+            services.refusals.prying(Event.TOKEN_REFUSED, actor, claims)
+        return claims.jti
     try:
         keys, now = services.keys.task_keys(), services.clock.now()
         verified = verify_transaction(token, keys, issuer=services.issuer, trust_domain=services.trust_domain, now=now)

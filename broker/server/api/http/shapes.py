@@ -239,6 +239,8 @@ COMPONENTS: Final[Mapping[str, Any]] = {
                     "unauthorized_client",
                     "unsupported_grant_type",
                     "unsupported_token_type",
+                    "use_dpop_nonce",
+                    "invalid_dpop_proof",
                     "invalid_scope",
                     "invalid_target",
                     "invalid_authorization_details",

@@ -1,4 +1,4 @@
-"""``/tasks`` and what is done to one of them: start, list, start another below, suspend, resume, revoke, hand off.
+"""``/tasks`` and what is done to one of them: start, list, start another below, suspend, resume, complete, revoke, hand off.
 
 For workloads, over mutual TLS. What they may do is decided by the use cases; a task that is another's does not exist here.
 """
@@ -18,9 +18,10 @@ from broker.server.api.http.description import Answer, Parameter, Schema, descri
 from broker.server.api.http.description import Operation as Described
 from broker.server.api.http.errors import NO_STORE
 from broker.server.api.http.form import Form
-from broker.server.api.http.peers import actor_of
+from broker.server.api.http.peers import known_actor
 from broker.server.api.http.services import HttpServices
 from broker.server.api.http.tasks import expected_version, shown, task_id_of
+from broker.server.api.http.token_formats import DELEGATION, JWT, SUBJECT_KINDS
 from broker.server.store.ports import Reader
 from broker.server.store.rows import TaskFilter
 from broker.server.tasks.admission import identify
@@ -40,7 +41,6 @@ _CHILD: Final = _NEW | {"agent"}
 _CHANGE: Final = frozenset({"expected_version", NONCE})
 _HAND_OFF: Final = _CHANGE | {"to"}
 _LIST: Final = frozenset({"state", "parent", "limit", "page_token"})
-_KINDS: Final = {f"urn:ietf:params:oauth:token-type:{kind.value}": kind for kind in SubjectKind}
 
 
 _LIMIT: Final = {"pattern": _TTL.pattern}
@@ -88,8 +88,8 @@ def _as_json(parameter: Parameter) -> Schema:
         "start_task",
         "Start a task on a user's word; its tokens are asked for at the token endpoint.",
         (
-            Parameter("subject_token", "the user's token", required=True),
-            Parameter("subject_token_type", "its type (RFC 8693 §3)", {"enum": sorted(_KINDS)}),
+            Parameter("subject_token", "the user's token, or a delegation's id", required=True),
+            Parameter("subject_token_type", "its type (RFC 8693 §3)", {"enum": sorted({*SUBJECT_KINDS, DELEGATION})}),
             *_ABOUT_NEW,
         ),
         status=201,
@@ -97,14 +97,15 @@ def _as_json(parameter: Parameter) -> Schema:
 )
 async def start(request: Request, services: HttpServices) -> Response:
     """Start a task on a user's word; its tokens are asked for at ``/token``."""
-    actor = actor_of(request, services)
+    actor = await known_actor(request, services, Event.TASK_REFUSED)
     async with services.refusals.recorded(Event.TASK_REFUSED, actor, ""):
         form = await read_parameters(request, allowed=_START)
-        kind = _KINDS.get(form.get("subject_token_type") or "urn:ietf:params:oauth:token-type:jwt")
+        sent_kind, subject = form.get("subject_token_type") or JWT, form.require("subject_token")
+        kind = SubjectKind.ANY if sent_kind == DELEGATION else SUBJECT_KINDS.get(sent_kind)
         if kind is None:
             raise Invalid("the subject token's type is not accepted", code="subject_token_type")
         asked = StartRequest(
-            form.require("subject_token"),
+            "" if sent_kind == DELEGATION else subject,
             form.require("purpose"),
             Authority.parse(form.require("authorization_details")),
             ttl=_ttl(form),
@@ -112,9 +113,10 @@ async def start(request: Request, services: HttpServices) -> Response:
             limits=form.get("limits") or "",
             kind=kind,
             idempotency_key=key_of(request, form),
+            delegation_id=subject if sent_kind == DELEGATION else "",
         )
     task = await services.exchange.start(actor, asked)
-    return JSONResponse(shown(task, services), status_code=201, headers=NO_STORE)
+    return _made(task, services)
 
 
 @described(
@@ -132,7 +134,7 @@ async def start(request: Request, services: HttpServices) -> Response:
 )
 async def list_own(request: Request, services: HttpServices) -> Response:
     """List the caller's own tasks, oldest first, a page at a time."""
-    actor = actor_of(request, services)
+    actor = await known_actor(request, services, Event.TASK_REFUSED)
     wanted, after, limit = _listed(request, actor)
 
     def query(reader: Reader) -> tuple[list[Task], str | None]:
@@ -164,7 +166,7 @@ async def list_own(request: Request, services: HttpServices) -> Response:
 )
 async def start_child(request: Request, services: HttpServices) -> Response:
     """Start a task below one of the caller's own, for another workload, which fetches its own tokens."""
-    actor, parent = actor_of(request, services), task_id_of(request)
+    actor, parent = await known_actor(request, services, Event.TASK_REFUSED), task_id_of(request)
     async with services.refusals.recorded(Event.TASK_REFUSED, actor, parent):
         form = await read_parameters(request, allowed=_CHILD)
         asked = ChildRequest(
@@ -178,7 +180,7 @@ async def start_child(request: Request, services: HttpServices) -> Response:
             idempotency_key=key_of(request, form),
         )
     child = await services.changes.start_child(actor, asked)
-    return JSONResponse(shown(child, services), status_code=201, headers=NO_STORE)
+    return _made(child, services)
 
 
 @described(_about("suspend_task", "Stop a task for a while: every token of it and below it dies.", _ABOUT_CHANGES))
@@ -191,6 +193,27 @@ async def suspend(request: Request, services: HttpServices) -> Response:
 async def resume(request: Request, services: HttpServices) -> Response:
     """Let a suspended task go on: new tokens may be asked for."""
     return await _changed(request, services, Operation.RESUME)
+
+
+@described(
+    _about(
+        "complete_task",
+        "Say that the work of a task of one's own is done: it ends with every token of it.",
+        _ABOUT_CHANGES,
+    )
+)
+async def complete(request: Request, services: HttpServices) -> Response:
+    """End a task of the caller's own; ending it twice is fine."""
+    actor, task_id = await known_actor(request, services, Event.TASK_REFUSED), task_id_of(request)
+    async with services.refusals.recorded(Event.TASK_REFUSED, actor, task_id):
+        form = await read_parameters(request, allowed=_CHANGE)
+        over = await services.lifecycle.complete(
+            actor,
+            task_id,
+            expected_version=expected_version(form.get("expected_version")),
+            idempotency_key=key_of(request, form),
+        )
+    return JSONResponse(shown(over.task, services, over.frame_seq), headers=NO_STORE)
 
 
 @described(_about("revoke_task", "End a task unfinished, and all below it.", _ABOUT_CHANGES))
@@ -211,8 +234,13 @@ async def hand_off(request: Request, services: HttpServices) -> Response:
     return await _changed(request, services, Operation.HAND_OFF)
 
 
+def _made(task: Task, services: HttpServices) -> Response:
+    headers = {**NO_STORE, "location": f"{services.issuer}/tasks/{task.id}"}
+    return JSONResponse(shown(task, services), status_code=201, headers=headers)
+
+
 async def _changed(request: Request, services: HttpServices, operation: Operation) -> Response:
-    actor, task_id = actor_of(request, services), task_id_of(request)
+    actor, task_id = await known_actor(request, services, Event.TASK_REFUSED), task_id_of(request)
     is_hand_off = operation is Operation.HAND_OFF
     async with services.refusals.recorded(Event.TASK_REFUSED, actor, task_id):
         form = await read_parameters(request, allowed=_HAND_OFF if is_hand_off else _CHANGE)

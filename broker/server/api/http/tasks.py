@@ -1,4 +1,4 @@
-"""``/tasks/{id}``: a workload looks at its own task, and says that it is done.
+"""``/tasks/{id}``: a workload looks at its own task; and what all that is done to one has in common: ids, versions, how it is shown.
 
 A task that is another's does not exist here: the answer is the same as for one that was never made.
 """
@@ -14,10 +14,9 @@ from starlette.responses import JSONResponse, Response
 from broker.audit.events import Event
 from broker.errors import Invalid, Refused
 from broker.server.api.http import shapes
-from broker.server.api.http.body import NONCE, key_of, read_parameters
-from broker.server.api.http.description import Answer, Operation, Parameter, described
+from broker.server.api.http.description import Answer, Operation, described
 from broker.server.api.http.errors import NO_STORE
-from broker.server.api.http.peers import actor_of
+from broker.server.api.http.peers import known_actor
 from broker.server.api.http.services import HttpServices
 from broker.server.store.ports import Reader
 from broker.server.tasks.admission import identify
@@ -27,7 +26,6 @@ from broker.spiffe.strictjson import JsonValue
 from broker.tasks import State, Task, effective_state, lineage_state
 from broker.tasks.texts import ID
 
-_ALLOWED: Final = frozenset({"expected_version", NONCE})
 _VERSION: Final = re.compile(r"[1-9][0-9]{0,14}")
 
 
@@ -37,33 +35,10 @@ _SHOWN: Final = {200: Answer("the task", {"application/json": shapes.TASK})}
 @described(Operation("get_task", "Look at a task of one's own.", answers=_SHOWN))
 async def show(request: Request, services: HttpServices) -> Response:
     """Give one task of the caller's own."""
-    actor, task_id = actor_of(request, services), task_id_of(request)
-    lineage = await services.store.read(lambda reader: _own(reader, actor, task_id))
-    return JSONResponse(shown(lineage[-1], services, ancestors=lineage[-2::-1]), headers=NO_STORE)
-
-
-@described(
-    Operation(
-        "complete_task",
-        "Say that the work of a task of one's own is done: it ends with every token of it.",
-        answers=_SHOWN,
-        form=(Parameter("expected_version", "only if it still has this version", {"pattern": _VERSION.pattern}),),
-        form_optional=True,
-        headers=(Parameter("Idempotency-Key", "a repeated request is answered as the first"),),
-    )
-)
-async def complete(request: Request, services: HttpServices) -> Response:
-    """End a task of the caller's own; ending it twice is fine."""
-    actor, task_id = actor_of(request, services), task_id_of(request)
+    actor, task_id = await known_actor(request, services, Event.TASK_REFUSED), task_id_of(request)
     async with services.refusals.recorded(Event.TASK_REFUSED, actor, task_id):
-        form = await read_parameters(request, allowed=_ALLOWED)
-        over = await services.lifecycle.complete(
-            actor,
-            task_id,
-            expected_version=expected_version(form.get("expected_version")),
-            idempotency_key=key_of(request, form),
-        )
-    return JSONResponse(shown(over.task, services, over.frame_seq), headers=NO_STORE)
+        lineage = await services.store.read(lambda reader: _own(reader, actor, task_id))
+    return JSONResponse(shown(lineage[-1], services, ancestors=lineage[-2::-1]), headers=NO_STORE)
 
 
 def _own(reader: Reader, actor: Actor, task_id: str) -> tuple[Task, ...]:

@@ -8,14 +8,14 @@ that is bound to nobody. A token of another format than the task token is asked 
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from broker.audit.events import Event
-from broker.errors import Invalid, InvalidSvid
+from broker.errors import BrokerError, Invalid, InvalidSvid
 from broker.server.api.http import shapes
 from broker.server.api.http.clients import JWT_SPIFFE, PARAMETERS, Endpoint, authenticate, dpop_proof, refuse_second
 from broker.server.api.http.description import Answer, Operation, Parameter, Schema, Vocabulary, described
@@ -127,10 +127,15 @@ async def token(request: Request, services: HttpServices) -> Response:
     if other is not None:
         return await _with_nonce(assertion_answer(await services.assertions.issue(actor, other)), proof, services)
     assert asked is not None
-    if asked.start is None:
-        issued = await services.exchange.issue(actor, asked.issue)
-    else:
-        issued = await services.exchange.start_and_issue(actor, asked.start, asked.issue)
+    try:
+        if asked.start is None:
+            issued = await services.exchange.issue(actor, asked.issue)
+        else:
+            issued = await services.exchange.start_and_issue(actor, asked.start, asked.issue)
+    except BrokerError as error:
+        if error.reason == "invalid_authorization_details" and form.get("authorization_details") is None:
+            raise _too_wide() from None
+        raise
     return await _with_nonce(_answer(issued, asked.issued_type), proof, services)
 
 
@@ -144,8 +149,7 @@ async def _with_nonce(answer: Response, proof: ShownProof | None, services: Http
 async def _client(request: Request, services: HttpServices) -> tuple[Actor, Form, ShownProof | None]:
     """Say who calls, and read its form; a proof that came with it is used up. Every refusal is recorded."""
     async with services.refusals.recorded_stranger(Event.TOKEN_REFUSED):
-        by_certificate = presented(request, services) is not None or "authorization" in request.headers
-        actor = actor_of(request, services) if by_certificate else None
+        actor = None if presented(request, services) is None else actor_of(request, services)
     if actor is not None:
         async with services.refusals.recorded(Event.TOKEN_REFUSED, actor, ""):
             form = await read_form(request, allowed=_ALLOWED, repeatable=_REPEATABLE)
@@ -153,6 +157,8 @@ async def _client(request: Request, services: HttpServices) -> tuple[Actor, Form
             proof = await dpop_proof(request, services.clients, _endpoint(services))
             if proof is not None:
                 await services.clients.proofs.spend(proof)
+                # It has shown the key beside its certificate: what is bound to that key is in its hands.
+                actor = replace(actor, jkt=proof.jkt)
             return actor, form, proof
     async with services.refusals.recorded_stranger(Event.TOKEN_REFUSED):
         form = await read_form(request, allowed=_ALLOWED, repeatable=_REPEATABLE)
@@ -278,8 +284,9 @@ def _check_actor_token(form: Form, actor: Actor, services: HttpServices) -> None
         svid = verify_jwt_svid(sent, services.bundles(), audience=services.issuer, now=services.clock.now())
     except InvalidSvid:
         raise Invalid("the actor token is not a valid JWT-SVID for this issuer", code="actor_token") from None
-    if svid.id != actor.spiffe_id:
-        raise Invalid("the actor token is not the caller's own", code="actor_token")
+    # For us alone, as a client assertion (SP06).
+    if svid.id != actor.spiffe_id or svid.audience != (services.issuer,):
+        raise Invalid("the actor token is not the caller's own for this issuer alone", code="actor_token")
 
 
 def _target(form: Form) -> Resource:
@@ -306,6 +313,15 @@ def _authority(resource: Resource, scope: str) -> Authority:
         return Authority.parse([{"type": "api", "locations": [resource.text], "actions": list(scope.split(" "))}])
     except Invalid as error:
         raise Invalid(error.message, code="invalid_scope", hint=error.hint) from None
+
+
+def _too_wide() -> Invalid:
+    """Say in the words of the parameter that was sent what the details that stand for it would be refused for."""
+    return Invalid(
+        "the scope goes beyond what may be given for this resource",
+        code="invalid_scope",
+        hint="ask for actions that are registered, and inside those of the user's token",
+    )
 
 
 def _answer(issued: IssuedToken, issued_type: str) -> Response:

@@ -69,6 +69,7 @@ _TREE: Final = (
     "DELETE FROM tokens WHERE task_id IN (SELECT id FROM tasks WHERE root = ?)",
     "DELETE FROM task_resumes WHERE task_id IN (SELECT id FROM tasks WHERE root = ?)",
     "DELETE FROM root_epochs WHERE root = ?",
+    "DELETE FROM tree_ends WHERE tree = ?",
     "DELETE FROM tasks WHERE root = ?",
 )
 

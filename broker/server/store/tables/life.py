@@ -1,15 +1,16 @@
 """The life of tasks beyond their rows: how many children each has, and how often each was taken up again."""
 
+# ruff: noqa: S608 - the texts are put together from constants only
+
 from datetime import datetime
 from typing import Final
 
 from broker.server.store.rows import ResumeRow
 from broker.server.store.sql import SqlTables, micros
+from broker.server.store.tables.tree_ends import LIVING
 
 _CHILDREN: Final = "SELECT count(*) FROM tasks WHERE parent = ?"
-_OPEN_CHILDREN: Final = (
-    "SELECT id FROM tasks WHERE parent = ? AND agent = ? AND ended_at IS NULL ORDER BY created_at, id"
-)
+_OPEN_CHILDREN: Final = f"SELECT id FROM tasks WHERE parent = ? AND agent = ? AND {LIVING} ORDER BY created_at, id"
 _RESUMES: Final = "SELECT count(*) FROM task_resumes WHERE task_id = ?"
 _RESUMES_SINCE: Final = "SELECT count(*) FROM task_resumes WHERE task_id = ? AND at > ?"
 _ADD: Final = (

@@ -79,11 +79,15 @@ class NodeWriting(NodeReading):
 
     def take_join_token(self, token_hash: str, now: datetime) -> JoinToken:
         """Use up; Refused(code="join_token_unknown") when it is not there, expired, or taken already."""
+        # The words are SPIRE's, since its agents log them.
         row = self._sql.row(_ADMISSION, (token_hash,))
         # The DELETE decides, not what was read before it: of two takers, one removes a row.
         if self._sql.run(_TAKE_ADMISSION, (token_hash, micros(now))) != 1 or row is None:
+            is_over = row is not None and row[2] <= micros(now)
             raise Refused(
-                "the join token is unknown, expired or used",
+                "join token expired"
+                if is_over
+                else "failed to attest: join token does not exist or has already been used",
                 code="join_token_unknown",
                 hint="make a new one with: broker join-token create",
             )

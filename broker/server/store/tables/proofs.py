@@ -46,7 +46,7 @@ class ProofWriting(ProofReading):
             raise Refused(
                 "the client assertion came with another key before",
                 code="assertion_replayed",
-                hint="fetch a JWT-SVID of your own for each proof key",
+                hint="send it with the key that it came with first, or wait for the next JWT-SVID",
             )
 
     def add_nonce(self, nonce: str, expires_at: datetime) -> None:

@@ -3,6 +3,8 @@
 What looks at whole tables is for the start of a server, or for what an operator does rarely.
 """
 
+# ruff: noqa: S608 - the texts are put together from constants only
+
 import json
 from collections.abc import Iterable
 from datetime import datetime
@@ -15,16 +17,17 @@ from broker.server.store.tables.entries import EntryReading
 from broker.server.store.tables.sessions import SessionReading
 from broker.server.store.tables.tasks import TaskReading
 from broker.server.store.tables.tokens import TokenReading
+from broker.server.store.tables.tree_ends import LIVING
 from broker.spiffe import SpiffeId, TrustDomain
 from broker.tasks.causes import Cause
 from broker.tasks.task import State, Supervision, Task
 
-_IN_STATE: Final = "SELECT id FROM tasks WHERE ended_at IS NULL AND state = ?"
+_IN_STATE: Final = f"SELECT id FROM tasks WHERE {LIVING} AND state = ?"
 _LEASED: Final = f"{_IN_STATE} AND supervision = ? ORDER BY id"
 _LAPSED: Final = f"{_IN_STATE} AND cause = ? ORDER BY id"
-_OF_AGENT: Final = "SELECT id FROM tasks WHERE agent = ? AND ended_at IS NULL ORDER BY created_at, id"
+_OF_AGENT: Final = f"SELECT id FROM tasks WHERE agent = ? AND {LIVING} ORDER BY created_at, id"
 # All SPIFFE IDs of a trust domain lie between its own and the one with the character after the slash.
-_OF_DOMAIN: Final = "SELECT id FROM tasks WHERE agent > ? AND agent < ? AND ended_at IS NULL ORDER BY created_at, id"
+_OF_DOMAIN: Final = f"SELECT id FROM tasks WHERE agent > ? AND agent < ? AND {LIVING} ORDER BY created_at, id"
 _AFTER_SLASH: Final = "0"
 _AGENTS: Final = "SELECT DISTINCT agent FROM sessions WHERE ended_at IS NULL ORDER BY agent"
 _OTHER_RUNS: Final = "SELECT id FROM sessions WHERE agent = ? AND run <> ? AND ended_at IS NULL ORDER BY started_at, id"

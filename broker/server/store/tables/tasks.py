@@ -1,7 +1,8 @@
 """Tasks and the epochs of their trees.
 
 Every write names the version it expects, in the WHERE clause. Parents, roots, people and authority are written once. A task that
-lives has no end, and one that has an end does not live: the table itself holds this.
+lives has no end, and one that has an end does not live: the table itself holds this. Of a task whose large tree has just ended
+as a whole the tree's end tells (:mod:`broker.server.store.tables.tree_ends`): what may have ended is read with it.
 """
 
 # ruff: noqa: S608 - the texts are put together from constants of this module only
@@ -25,6 +26,16 @@ from broker.server.store.sql import (
     moment_or_none,
 )
 from broker.server.store.tables.known import Remembered
+from broker.server.store.tables.tree_ends import (
+    LIVING,
+    READ_CAUSE,
+    READ_ENDED_AT,
+    READ_STATE,
+    READ_VERSION,
+    TASKS_AS_READ,
+    WALK_DOWN,
+    TreeEnding,
+)
 from broker.spiffe import SpiffeId, strictjson
 from broker.tasks.authority import Authority
 from broker.tasks.causes import Cause
@@ -38,42 +49,30 @@ _COLUMNS: Final = (
     "id, root, parent, depth, user_id, agent, session, purpose, authority, delegation, created_at, expires_at,"
     " supervision, state, version, epoch, cause, ended_at, supersedes, history"
 )
-SELECT_TASKS: Final = f"SELECT {_COLUMNS} FROM tasks"
+SELECT_LIVING: Final = f"SELECT {_COLUMNS} FROM tasks WHERE {LIVING}"
 """For a search of another table's: its rows are read as tasks."""
-_VERSION: Final = "SELECT version FROM tasks WHERE id = ?"
-_ONE: Final = f"SELECT {_COLUMNS} FROM tasks WHERE id = ?"
+_SELECT: Final = (
+    "SELECT id, root, parent, depth, user_id, agent, session, purpose, authority, delegation, created_at, expires_at,"
+    f" supervision, {READ_STATE}, {READ_VERSION}, epoch, {READ_CAUSE}, {READ_ENDED_AT}, supersedes, history {TASKS_AS_READ}"
+)
+_VERSION: Final = f"SELECT {READ_VERSION} FROM tasks WHERE id = ?"
+_ONE: Final = f"{_SELECT} WHERE id = ?"
 _UP: Final = (
     "WITH RECURSIVE line (id, parent) AS (SELECT id, parent FROM tasks WHERE id = ?"
     " UNION ALL SELECT t.id, t.parent FROM tasks t JOIN line ON t.id = line.parent)"
-    f" SELECT {_COLUMNS} FROM tasks WHERE id IN (SELECT id FROM line) ORDER BY depth"
+    f" {_SELECT} WHERE id IN (SELECT id FROM line) ORDER BY depth"
 )
-_TREE: Final = (
-    "WITH RECURSIVE tree (id) AS (SELECT id FROM tasks WHERE id = ?"
-    " UNION ALL SELECT t.id FROM tasks t JOIN tree ON t.parent = tree.id)"
-)
-_DOWN: Final = f"{_TREE} SELECT {_COLUMNS} FROM tasks WHERE id IN (SELECT id FROM tree) ORDER BY depth, created_at, id"
-_OF_SESSION: Final = f"SELECT {_COLUMNS} FROM tasks WHERE session = ? AND ended_at IS NULL ORDER BY created_at, id"
-_EARLIEST: Final = "SELECT min(expires_at) FROM tasks WHERE ended_at IS NULL"
-_OVERDUE: Final = (
-    f"SELECT {_COLUMNS} FROM tasks WHERE ended_at IS NULL AND expires_at <= ? ORDER BY expires_at, id LIMIT ?"
-)
-_LIST: Final = f"SELECT {_COLUMNS} FROM tasks WHERE (created_at, id) > (?, ?)"
+_DOWN: Final = f"{WALK_DOWN} {_SELECT} WHERE id IN (SELECT id FROM below) ORDER BY depth, created_at, id"
+_OF_SESSION: Final = f"{SELECT_LIVING} AND session = ? ORDER BY created_at, id"
+_EARLIEST: Final = f"SELECT expires_at FROM tasks WHERE {LIVING} ORDER BY expires_at LIMIT 1"
+_OVERDUE: Final = f"{SELECT_LIVING} AND expires_at <= ? ORDER BY expires_at, id LIMIT ?"
+_LIST: Final = f"{_SELECT} WHERE (created_at, id) > (?, ?)"
 _IN_ORDER: Final = " ORDER BY created_at, id LIMIT ?"
 _ADD: Final = f"INSERT INTO tasks ({_COLUMNS}) VALUES ({', '.join('?' * 20)})"
 _REPLACE: Final = (
     "UPDATE tasks SET session = ?, expires_at = ?, supervision = ?, state = ?, version = ?, epoch = ?, cause = ?,"
-    " ended_at = ? WHERE id = ? AND version = ?"
+    f" ended_at = ? WHERE id = ? AND {READ_VERSION} = ?"
 )
-_END: Final = (
-    "UPDATE tasks SET version = version + 1,"
-    " state = CASE WHEN expires_at <= ? THEN ? ELSE ? END,"
-    " cause = CASE WHEN expires_at <= ? THEN ? ELSE ? END,"
-    " ended_at = CASE WHEN expires_at <= ? THEN expires_at WHEN created_at > ? THEN created_at ELSE ? END"
-    " WHERE ended_at IS NULL AND id <> ?"
-)
-_END_BELOW: Final = f"{_END} AND id IN ({_TREE} SELECT id FROM tree)"
-_END_BELOW_ROOT: Final = f"{_END} AND root = ?"
-_IS_ROOT: Final = "SELECT 1 FROM tasks WHERE id = ? AND depth = 0"
 _EPOCH: Final = "SELECT epoch FROM root_epochs WHERE root = ?"
 _BUMP: Final = (
     "INSERT INTO root_epochs (root, epoch) VALUES (?, 1) ON CONFLICT (root) DO UPDATE SET epoch = root_epochs.epoch + 1"
@@ -137,7 +136,7 @@ class TaskReading(SqlTables):
     def earliest_end(self) -> datetime | None:
         """Give when the time of a living task is over next (or was); None where none lives."""
         row = self._sql.row(_EARLIEST, ())
-        return None if row is None else moment_or_none(row[0])
+        return None if row is None else moment(row[0])
 
     def list_tasks(self, wanted: TaskFilter, *, after: str | None = None, limit: int = 100) -> TaskPage:
         """Give a page, oldest first; Invalid(code="invalid_page_token") for a token that is not ours."""
@@ -181,7 +180,7 @@ class TaskReading(SqlTables):
         )
 
 
-class TaskWriting(TaskReading):
+class TaskWriting(TaskReading, TreeEnding):
     """Writes tasks."""
 
     def add_task(self, task: Task) -> None:
@@ -213,15 +212,6 @@ class TaskWriting(TaskReading):
             raise NotFound("there is no such task")
         raise Conflict("the task has changed since it was read", code="stale_version", hint="read it again")
 
-    def cascade(self, task_id: str, cause: Cause, at: datetime) -> int:
-        """End all living descendants of a task (not itself) as ``cascaded``, or expired if overdue; give their number."""
-        # The same cases as in tasks.task.end, for ten thousand rows in one statement.
-        now = micros(at)
-        state, why = (now, State.EXPIRED, State.CASCADED), (now, Cause.EXPIRED, cause)
-        # Below a root is its whole tree: no need to walk it.
-        below = _END_BELOW if self._sql.row(_IS_ROOT, (task_id,)) is None else _END_BELOW_ROOT
-        return self._sql.run(below, (*state, *why, now, now, now, task_id, task_id))
-
     def bump_epoch(self, root: str) -> int:
         """Raise a tree's epoch by one and give it."""
         try:
@@ -243,9 +233,9 @@ def _place(after: str | None) -> tuple[int, str]:
 def _conditions(wanted: TaskFilter) -> list[tuple[str, list[Value]]]:
     conditions: list[tuple[str, list[Value]]] = []
     if wanted.live:
-        conditions.append(("ended_at IS NULL", []))
+        conditions.append((LIVING, []))
     if wanted.state is not None:
-        conditions.append(("state = ?", [wanted.state]))
+        conditions.append((f"{READ_STATE} = ?", [wanted.state]))
     if wanted.user is not None:
         conditions.append(("user_id = ?", [wanted.user]))
     if wanted.agent is not None:

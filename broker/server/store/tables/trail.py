@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from broker.audit.chain import GENESIS, ChainedRecord, ChainHead, append
-from broker.audit.events import Record
+from broker.audit.records import Record
 from broker.server.store.rows import Change
 from broker.server.store.sql import Sql, SqlTables
 

@@ -13,7 +13,8 @@ from typing import Final
 
 from broker.errors import Invalid
 from broker.server.store.sql import Row, Value, micros, moment
-from broker.server.store.tables.tasks import SELECT_TASKS, TaskReading
+from broker.server.store.tables.tasks import SELECT_LIVING, TaskReading
+from broker.server.store.tables.tree_ends import LIVING
 from broker.server.store.user_rows import LivingPage, LivingTasks, UserLease, UserSession
 from broker.spiffe import strictjson
 from broker.tasks.causes import Cause
@@ -49,7 +50,7 @@ _SEE: Final = (
     " seen_at = CASE WHEN user_sessions.seen_at > excluded.seen_at THEN user_sessions.seen_at ELSE excluded.seen_at END"
 )
 # The end of a task's time leads over the index of those that live.
-_LIVING: Final = f"{SELECT_TASKS} WHERE ended_at IS NULL AND expires_at > 0 AND (created_at, id) > (?, ?)"
+_LIVING: Final = f"{SELECT_LIVING} AND expires_at > 0 AND (created_at, id) > (?, ?)"
 # Text of a member is there if the whole is another without it: both stores look at case, and at nothing else.
 _HOLDS: Final = " AND replace({column}, ?, '') <> {column}"
 _END_OF_USER: Final = (
@@ -57,9 +58,9 @@ _END_OF_USER: Final = (
     " state = CASE WHEN expires_at <= ? THEN ? WHEN depth = 0 THEN ? ELSE ? END,"
     " cause = CASE WHEN expires_at <= ? THEN ? WHEN depth = 0 THEN ? ELSE ? END,"
     " ended_at = CASE WHEN expires_at <= ? THEN expires_at WHEN created_at > ? THEN created_at ELSE ? END"
-    " WHERE ended_at IS NULL AND id IN (SELECT id FROM tasks WHERE user_id = ? AND ended_at IS NULL LIMIT ?)"
+    f" WHERE id IN (SELECT id FROM tasks WHERE user_id = ? AND {LIVING} LIMIT ?)"
 )
-_HAS: Final = "SELECT 1 FROM tasks WHERE user_id = ? AND ended_at IS NULL LIMIT 1 OFFSET ?"
+_HAS: Final = f"SELECT 1 FROM tasks WHERE user_id = ? AND {LIVING} LIMIT 1 OFFSET ?"
 SEEN_AGAIN: Final = timedelta(minutes=1)
 """How long a session counts as just seen: sessions are kept for weeks, and every exchange with a user's token sees one."""
 _PLACE: Final = re.compile(r"(?P<created>[0-9]{1,17})\.(?P<id>.{1,255})", re.DOTALL)

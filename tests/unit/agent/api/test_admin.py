@@ -337,7 +337,7 @@ async def test_who_a_process_is() -> None:
 
 async def test_refusals_in_a_storm_are_explained_when_somebody_asks() -> None:
     async with estate(entries=(STRANGER,), first_identity_wait="1ms") as agent:
-        log = agent.agent._socket._denials._log
+        log = agent.agent.doors.public._denials._log
         log._lines = 10_000
         _, denial_id = await refused_with(agent)
         late = await denial(agent, denial_id)
@@ -349,7 +349,7 @@ async def test_refusals_in_a_storm_are_explained_when_somebody_asks() -> None:
 
 async def test_one_user_drives_nobody_elses_refusals_out() -> None:
     async with estate() as agent:
-        denials = agent.agent._socket._denials
+        denials = agent.agent.doors.public._denials
 
         class OfUser:
             session, answers, executable = None, (), ""

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.serialization import load_der_private_key
 from broker._proto.service import Stub
 from broker._proto.spire.api.agent.debug.v1 import debug_pb2
 from broker._proto.spire.api.agent.delegatedidentity.v1 import delegatedidentity_pb2 as messages
-from broker._proto.spire.api.types import selector_pb2
+from broker._proto.spire.api.types import bundle_pb2, selector_pb2
 from broker.agent.listener import DEBUG, DELEGATED
 from broker.spiffe import Bundle, BundleSet, TrustDomain, verify_x509_svid
 from tests.fakes.fake_server import TD, FakeCa, entry_message
@@ -112,6 +112,8 @@ async def test_bundles_of_every_trust_domain() -> None:
         agent.server.push_bundles(FakeCa(TrustDomain("other.example")).message())
         assert set((await read(x509)).ca_certificates) == {"spiffe://example.org", "spiffe://other.example"}
         assert set((await read(jwt)).bundles) == {"spiffe://example.org", "spiffe://other.example"}
+        agent.server.push_bundles(bundle_pb2.Bundle(trust_domain="other.example", sequence_number=2))
+        assert set((await read(x509)).ca_certificates) == {"spiffe://example.org"}  # nothing to read is left out
 
 
 async def test_a_named_process_is_attested_and_its_stream_ends_with_it() -> None:
@@ -130,7 +132,7 @@ async def test_a_named_process_is_attested_and_its_stream_ends_with_it() -> None
             await sleeper.wait()
         assert (await refused(call.read()))[0] == grpc.StatusCode.NOT_FOUND
         gone = stub.SubscribeToX509SVIDs(messages.SubscribeToX509SVIDsRequest(pid=sleeper.pid))
-        assert await refused(gone.read()) == (grpc.StatusCode.INTERNAL, "workload attestation failed")
+        assert await refused(gone.read()) == (grpc.StatusCode.UNAVAILABLE, "workload attestation failed")
 
 
 async def test_a_named_process_that_becomes_another_loses_its_stream() -> None:
@@ -148,6 +150,12 @@ async def test_a_named_process_that_becomes_another_loses_its_stream() -> None:
             process.kill()
             await process.wait()
         assert (await refused(call.read()))[0] == grpc.StatusCode.NOT_FOUND
+
+
+def test_the_numbers_are_those_of_spires_clients() -> None:
+    pid = b"\x12\x05\x12\x03k8s\x18\x07"  # as spire-api-sdk writes them: selectors = 2, pid = 3
+    assert messages.FetchJWTSVIDsRequest.FromString(pid).pid == 7
+    assert messages.SubscribeToX509SVIDsRequest.FromString(b"\x10\x07").pid == 7  # selectors = 1, pid = 2
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from broker._proto.envoy.type.v3 import semantic_version_pb2
 from broker._proto.google.protobuf import struct_pb2
 from broker._proto.google.rpc import status_pb2
 from broker._proto.service import Stub
+from broker._proto.spire.api.types import bundle_pb2
 from broker.agent.api.secrets import SecretNames, uses_validator
 from broker.agent.listener import SDS
 from broker.spiffe import TrustDomain
@@ -106,10 +107,25 @@ async def test_federated_bundles_are_those_of_the_entries_alone() -> None:
 async def test_an_envoy_without_the_validator_gets_authorities_alone() -> None:
     async with sds() as (agent, stub):
         root = agent.server.ca.root.public_bytes(Encoding.PEM)
-        for old in (node(1, 17), base_pb2.Node(), node(disable_spiffe_cert_validation=True)):
+        for old in (node(1, 17), node(disable_spiffe_cert_validation=True)):
             found = await fetched(stub, "ROOTCA", node=old)
             assert found["ROOTCA"].validation_context.trusted_ca.inline_bytes == root
             assert (await refused(fetched(stub, "ALL", node=old)))[0] == grpc.StatusCode.INTERNAL
+
+
+@pytest.mark.parametrize(("minor", "used"), [(17, False), (18, True), (None, True)])
+def test_who_does_not_say_its_version_is_new(minor, used) -> None:
+    assert uses_validator(base_pb2.Node() if minor is None else node(1, minor), SecretNames()) is used
+
+
+async def test_a_bundle_without_authorities_is_nothing_to_verify_by() -> None:
+    # Envoy would verify nobody under an empty trusted_ca.
+    async with sds(entries=[entry_message("e1", "/wl/me", [ME], federates_with=["other.example"])]) as (agent, stub):
+        agent.server.push_bundles(bundle_pb2.Bundle(trust_domain="other.example", sequence_number=1))
+        await until(lambda: OTHER in agent.agent.cache.bundles)
+        assert set(domains((await fetched(stub, "ALL"))["ALL"])) == {"example.org"}
+        assert set(await fetched(stub)) == {ME_ID, "spiffe://example.org"}
+        assert (await refused(fetched(stub, "spiffe://other.example")))[0] == grpc.StatusCode.INVALID_ARGUMENT
 
 
 @pytest.mark.parametrize(

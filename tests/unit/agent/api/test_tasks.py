@@ -1,6 +1,10 @@
 """Tasks over the workload socket: the agent vouches for what it attested, and passes on what the server says."""
 
+import asyncio
 import hashlib
+import os
+import shutil
+from pathlib import Path
 
 import grpc
 import pytest
@@ -16,6 +20,7 @@ from tests.fakes.fake_server import entry_message
 from tests.fakes.processes import held_connection
 from tests.fakes.running_agent import HEADER, ME, estate, until
 
+SLEEP = str(Path(shutil.which("sleep")).resolve())
 START = tasks_pb2.StartTaskRequest(
     user_token="user",
     purpose="p",
@@ -118,6 +123,25 @@ async def test_the_servers_refusal_is_passed_on_with_code_and_hint(error, status
             error.reason,
             error.hint,
         )
+
+
+@pytest.mark.bears("A05")
+async def test_what_the_process_became_meanwhile_does_not_have_the_answer() -> None:
+    async with (
+        estate() as agent,
+        held_connection(agent.socket, agent.directory / "r", "exec", SLEEP, "60") as held,
+        grpc.aio.insecure_channel(f"unix:{held.relay}") as channel,
+    ):
+        decided = agent.server.token_gates[""] = asyncio.Event()
+        asked = asyncio.ensure_future(Stub(channel, TASKS).StartTask(START, metadata=HEADER))
+        await until(lambda: agent.server.task_requests)
+        await held.act()
+        await until(lambda: os.readlink(f"/proc/{held.pid}/exe") == SLEEP)
+        decided.set()
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await asked
+        # Unavailable: by then its connection may have been closed.
+        assert refused.value.code() in {grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAVAILABLE}
 
 
 @pytest.mark.bears("WE-03")

@@ -27,6 +27,7 @@ async def test_a_thousand_unknown_keys_do_not_reach_the_server(monkeypatch) -> N
         name = SpiffeId("spiffe://example.org/x")
         agent.server.heartbeat = 600  # each is looked at, too
         before = len(asked)
+        assert before, "a control: whoever asks the server is seen"
         stranger = FakeCa()
         for number in range(STRANGERS):
             stranger.kid = f"stranger-{number}"

@@ -181,6 +181,22 @@ async def test_bundles_own_and_federated() -> None:
         assert set((await asyncio.wait_for(call.read(), 5)).bundles) == {"spiffe://example.org"}
 
 
+async def test_a_foreign_bundle_without_x509_authorities_is_absent_for_x509() -> None:
+    # py-spiffe cannot read nothing, and would be left without its own SVID.
+    foreign = TrustDomain("other.example")
+    entry = entry_message("e1", "/wl/me", [ME], federates_with=["other.example"])
+    async with estate(entries=[entry]) as agent, agent.workload() as stub:
+        told = FakeCa(foreign).message()
+        del told.x509_authorities[:]
+        agent.server.push_bundles(told)
+        await until(lambda: foreign in agent.agent.cache.bundles)
+        assert not (await agent.x509()).federated_bundles
+        _, bundles = await opened(agent, stub, "FetchX509Bundles")
+        assert set(bundles.bundles) == {"spiffe://example.org"}
+        _, jwt = await opened(agent, stub, "FetchJWTBundles")
+        assert set(jwt.bundles) == {"spiffe://example.org", "spiffe://other.example"}
+
+
 @pytest.mark.bears("WA-17", "WA-18", "WA-25")
 async def test_jwt_svids_of_one_identity_or_of_all() -> None:
     entries = [
@@ -218,7 +234,7 @@ async def test_what_a_jwt_request_must_say() -> None:
             (workload_pb2.JWTSVIDRequest(audience=["a", ""]), "audience must be specified"),
             (
                 workload_pb2.JWTSVIDRequest(audience=["a"], spiffe_id="x"),
-                "invalid requested SPIFFE ID: the scheme is missing or wrong",
+                "invalid requested SPIFFE ID: scheme is missing or invalid",
             ),
             (workload_pb2.JWTSVIDRequest(audience=[str(n) for n in range(65)]), "at most 64 audiences of 1024 bytes"),
             (workload_pb2.JWTSVIDRequest(audience=["a" * 1025]), "at most 64 audiences of 1024 bytes"),

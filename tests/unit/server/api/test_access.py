@@ -8,7 +8,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from broker._proto.service import ServiceBinding
 from broker.errors import Refused
 from broker.server.api import access
-from broker.server.api.access import METHODS, Access, LocalPeer, Role, admit_local, name_of
+from broker.server.api.access import METHODS, REQUESTS_IN_MESSAGES, Access, LocalPeer, Role, admit_local, name_of
 from broker.server.api.grpc import (
     agent,
     authorities,
@@ -92,10 +92,9 @@ def peer(here, text, serial=1):
 
 def allowed(rules, caller, roles):
     try:
-        rules.require(caller, frozenset(roles))
+        return rules.allows(caller, frozenset(roles))
     except Refused:
         return False
-    return True
 
 
 def test_every_line_is_a_method_and_every_served_method_has_a_line():
@@ -151,7 +150,7 @@ async def test_an_agent_that_does_not_count_any_more_has_no_role_at_all(here, ru
     for caller, code in ((peer(here, str(AGENT)), "agent_banned"), (peer(here, f"{AGENT}x"), "agent_not_attested")):
         for role in (Role.AGENT, Role.ADMIN, Role.PEER):
             with pytest.raises(Refused) as caught:
-                rules.require(caller, frozenset({role}))
+                rules.allows(caller, frozenset({role}))
             assert caught.value.reason == code
 
 
@@ -184,3 +183,10 @@ async def test_callers_have_names_for_the_record(here):
     assert name_of(peer(here, "spiffe://example.org/app")) == "spiffe://example.org/app"
     with pytest.raises(Refused):
         access.agent_of(LocalPeer(0, 1))
+
+
+def test_streams_whose_messages_are_requests_are_for_whom_the_requests_alone_are_for() -> None:
+    assert {"/broker.server.v1.Tasks/IssueTokens"} == REQUESTS_IN_MESSAGES
+    assert METHODS["/broker.server.v1.Tasks/IssueTokens"] == METHODS["/broker.server.v1.Tasks/IssueToken"]
+    tokens = tasks.BINDING.methods["IssueTokens"]
+    assert tokens.streams_in and tokens.streams_out

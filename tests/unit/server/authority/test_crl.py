@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from broker.keys import MemoryKeys
+from broker.keys.local import generated
 from broker.server.authority.crl import CrlIssuer, is_due, listed, renewal, sign_crl
 from broker.server.store.revocation_rows import RevokedSvid
 from broker.spiffe.revocation import key_of, read_crls
@@ -23,7 +23,7 @@ SECOND = timedelta(seconds=1)
 
 
 def issuer(name="ca", serial=1 << 120):
-    signer = MemoryKeys().generate(name)
+    signer = generated(name)
     return CrlIssuer(name, x509.load_der_x509_certificate(root_der(signer, serial=serial)), signer)
 
 

@@ -19,7 +19,9 @@ def request(key=KEY, digest=hashes.SHA256(), names=()):  # noqa: B008
 
 
 @pytest.mark.parametrize(
-    "key", [KEY, ec.generate_private_key(ec.SECP384R1()), rsa.generate_private_key(65537, 2048)], ids=str
+    "key",
+    [KEY, ec.generate_private_key(ec.SECP384R1()), rsa.generate_private_key(65537, 2048)],
+    ids=["P-256", "P-384", "RSA of 2,048 bits"],
 )
 def test_strong_keys_are_taken(key):
     assert requested_key(request(key)) == key.public_key()

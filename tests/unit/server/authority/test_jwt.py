@@ -3,7 +3,7 @@ from datetime import timedelta
 import pytest
 
 from broker.errors import Invalid, Unavailable
-from broker.keys import MemoryKeys
+from broker.keys.local import generated
 from broker.server.authority.jwt import JwtAuthority, JwtSvidClaims, sign_jwt_svid
 from broker.spiffe import Bundle, BundleSet, SpiffeId, jose, verify_jwt_svid
 from tests.unit.server.authority.world import DOMAIN, NOW
@@ -13,7 +13,7 @@ APP = SpiffeId("spiffe://example.org/app")
 
 @pytest.fixture
 def authority():
-    return JwtAuthority("key-1", NOW + timedelta(hours=1), MemoryKeys().generate("key-1"))
+    return JwtAuthority("key-1", NOW + timedelta(hours=1), generated("key-1"))
 
 
 def claims(audience=("aud",)):

@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from broker.errors import Unavailable
-from broker.keys import MemoryKeys
+from broker.keys.local import generated
 from broker.server.authority import profile
 from broker.server.authority.profile import Leaf
 from broker.server.authority.x509 import X509Authority
@@ -25,7 +25,7 @@ RSA = rsa.generate_private_key(65537, 2048)
 
 @pytest.fixture
 def root():
-    signer = MemoryKeys().generate("ca")
+    signer = generated("ca")
     der = root_der(signer)
     return X509Authority.of("ca", der, signer), x509.load_der_x509_certificate(der)
 

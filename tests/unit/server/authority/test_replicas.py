@@ -1,5 +1,6 @@
 """Several processes over one store: replicas, restarts, keys and rows of different days, deaths between two steps."""
 
+import os
 import shutil
 from datetime import timedelta
 
@@ -167,6 +168,33 @@ async def test_keys_and_rows_of_different_days(store, clock, tmp_path):
         assert strange.is_sound()
 
 
+@pytest.mark.bears("K05", "K06")
+async def test_no_key_is_published_that_is_not_on_the_disk(store, clock, tmp_path, monkeypatch):
+    keys = tmp_path / "keys"
+    here = Replica(store, clock, keys=DiskKeys(keys))
+    looked = []
+
+    def look(writer, task_keys):
+        looked.append(({row.id for row in writer.authorities()}, {one.stem for one in keys.iterdir()}))
+
+    monkeypatch.setattr(here.journal, "_on_task_keys", look)
+    await here.rotation.start()
+    assert looked and all(published <= on_disk for published, on_disk in looked)
+    before, signing = here.authorities.rows, here.authorities.x509().id
+
+    def full(*_args, **_more):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "open", full)
+    clock.advance(timedelta(hours=12))
+    with pytest.raises(Unavailable):
+        await here.rotation.prepare(X509, "op")
+    assert (here.authorities.rows, here.authorities.x509().id) == (before, signing)
+    monkeypatch.undo()
+    await here.settle()
+    assert here.is_sound()
+
+
 @pytest.mark.bears("K09")
 async def test_a_clock_that_jumps_leaves_one_active_authority_that_is_published(store, clock):
     here = Replica(store, clock)
@@ -201,21 +229,23 @@ async def test_another_key_under_the_same_name_stops_the_server(store, clock, tm
 
 @pytest.mark.bears("K05")
 @pytest.mark.parametrize("is_on_disk", [False, True])
-@pytest.mark.parametrize(
-    "place",
-    ["authority.before_prepare", "authority.after_prepare", "authority.before_activate", "authority.after_activate"],
-)
-async def test_a_death_between_two_steps_is_survived(store, clock, tmp_path, monkeypatch, place, is_on_disk):
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("step", ["prepare", "activate", "retire", "prune"])
+async def test_a_death_between_two_steps_is_survived(store, clock, tmp_path, monkeypatch, when, step, is_on_disk):
     def keys():
         return DiskKeys(tmp_path / "keys") if is_on_disk else MemoryKeys()
 
     def die(name):
-        if name == place:
+        if name == f"authority.{when}_{step}":
             raise Stopped
 
+    if step in {"retire", "prune"}:  # of what an earlier life left
+        await Replica(store, clock, keys=keys()).rotation.start()
     until = {}  # when nothing that it signed can be valid any more
-    for hours in (0, 12, 8, 12, 8):
+    for hours in (60, 60, 60) if step == "prune" else (0, 12, 8, 12, 8):
         clock.advance(timedelta(hours=hours))
+        if step == "retire" and is_on_disk:
+            shutil.rmtree(tmp_path / "keys")
         dying = Replica(store, clock, keys=keys())
         monkeypatch.setattr("broker.server.failpoints.reach", die)
         with pytest.raises(Stopped):

@@ -6,6 +6,7 @@ from cryptography import x509
 
 from broker.errors import Misconfigured
 from broker.keys import MemoryKeys
+from broker.keys.local import generated
 from broker.server.authority.authorities import Authorities
 from broker.server.authority.server_svid import FILE_NAME, HANDOVER, MARGIN, ServerNames, ServerSvid
 from broker.server.store.rows import AuthorityKind, AuthorityRow, AuthorityState, Published
@@ -24,10 +25,11 @@ class Process:
     """One life of the server: a new authority, the old one's certificate still published."""
 
     def __init__(self, clock, directory, before=(), ttl=HOUR):
-        keys = MemoryKeys()
+        keys, signer = MemoryKeys(), generated(f"ca-{7 + len(before)}")
+        keys._signers[signer.id] = signer
         self.authorities = Authorities(DOMAIN, keys)
         serial = 7 + len(before)
-        der = root_der(keys.generate(f"ca-{serial}"), clock.now(), serial=serial)
+        der = root_der(signer, clock.now(), serial=serial)
         row = AuthorityRow(
             AuthorityKind.X509, f"ca-{serial}", der, AuthorityState.ACTIVE, clock.now(), clock.now() + 24 * HOUR
         )

@@ -9,6 +9,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from broker.errors import Misconfigured, Refused
 from broker.keys import MemoryKeys
+from broker.keys.local import generated
 from broker.server.authority import profile
 from broker.server.authority import x509 as authorities
 from broker.server.authority.authorities import Authorities
@@ -33,7 +34,7 @@ class Files:
 
     def __init__(self, directory, clock):
         self.directory, self.clock = directory, clock
-        self.signer = MemoryKeys().generate("root")
+        self.signer = generated("root")
         self.root = root_der(self.signer, clock.now(), 30 * DAY, serial=1 << 100)
         self.write("key.pem", pem(self.signer._key))
         self.put(self.root)
@@ -77,7 +78,7 @@ async def store(tmp_path, clock):
 
 
 async def test_ours_is_below_the_certificate_in_the_file(files):
-    ours = MemoryKeys().generate(profile.key_identifier)
+    ours = generated(profile.key_identifier)
     minted = await files.upstream().mint(ours, DAY)
     certificate = x509.load_der_x509_certificate(minted.certificate)
     certificate.verify_directly_issued_by(x509.load_der_x509_certificate(files.root))
@@ -96,14 +97,14 @@ async def test_an_rsa_root_of_another_kind_will_do(files):
     builder = builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
     files.put(builder.sign(key, hashes.SHA256()).public_bytes(Encoding.DER))
     files.write("key.pem", pem(key))
-    minted = await files.upstream().mint(MemoryKeys().generate("x"), 2 * DAY)
+    minted = await files.upstream().mint(generated("x"), 2 * DAY)
     assert x509.load_der_x509_certificate(minted.certificate).not_valid_after_utc == NOW + DAY
 
 
 def test_files_that_cannot_be_used_are_named(files, clock):
     files.upstream().check()
     assert "cannot be read" in files.refused(files.directory / "nothing.pem")
-    other = MemoryKeys().generate("other")
+    other = generated("other")
     stranger = files.write("roots.pem", x509.load_der_x509_certificate(root_der(other)).public_bytes(Encoding.PEM))
     assert "do not lead to a root" in files.refused(stranger)
     files.write("key.pem", pem(files.signer._key), 0o640)
@@ -128,12 +129,12 @@ async def test_a_root_that_allows_none_below_or_has_ended(files, clock):
     )
     files.put(files.signer.certify(builder).public_bytes(Encoding.DER))
     with pytest.raises(Refused) as caught:
-        await files.upstream().mint(MemoryKeys().generate("x"), DAY)
+        await files.upstream().mint(generated("x"), DAY)
     assert caught.value.reason == "path_length"
     files.put(root_der(files.signer, NOW, DAY))
     clock.advance(2 * DAY)
     with pytest.raises(Misconfigured) as ended:
-        await files.upstream().mint(MemoryKeys().generate("x"), DAY)
+        await files.upstream().mint(generated("x"), DAY)
     assert ended.value.reason == "upstream_expired"
 
 
@@ -171,7 +172,7 @@ async def test_the_bundle_holds_the_roots_and_a_changed_root_is_followed(store, 
         await process.forced.taint(AuthorityKind.X509, state.active.id, "op")
 
     # The files get a new root; the next authority is under it, and the old root can be tainted and revoked.
-    files.signer = MemoryKeys().generate("next")
+    files.signer = generated("next")
     files.root = root_der(files.signer, clock.now(), 30 * DAY, serial=1 << 101)
     files.write("key.pem", pem(files.signer._key))
     files.put(files.root)
@@ -195,7 +196,7 @@ async def test_an_active_authority_under_a_tainted_root_is_replaced_by_itself(st
     process = Process(store, clock, files.upstream())
     await process.rotation.start()
     first = process.authorities.x509().id
-    files.signer = MemoryKeys().generate("next")
+    files.signer = generated("next")
     files.root = root_der(files.signer, clock.now(), 30 * DAY, serial=1 << 101)
     files.write("key.pem", pem(files.signer._key))
     files.put(files.root)
@@ -207,7 +208,7 @@ async def test_an_active_authority_under_a_tainted_root_is_replaced_by_itself(st
 
 
 def test_a_self_signed_one_is_its_own_root():
-    signer = MemoryKeys().generate(profile.key_identifier)
+    signer = generated(profile.key_identifier)
     made = x509.load_der_x509_certificate(
         authorities.self_signed(DOMAIN, signer, 7, profile.authority_validity(NOW, DAY))
     )

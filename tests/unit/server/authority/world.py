@@ -2,7 +2,7 @@
 
 from datetime import UTC, datetime, timedelta
 
-from broker.keys import MemoryKeys
+from broker.keys.local import generated
 from broker.server.authority import profile, x509
 from broker.server.authority.x509 import X509Authority
 from broker.spiffe import TrustDomain
@@ -28,7 +28,7 @@ class StandingClock:
 
 
 def authority(now: datetime = NOW, ttl: timedelta = timedelta(hours=24), serial: int = 1 << 120) -> X509Authority:
-    signer = MemoryKeys().generate("ca")
+    signer = generated("ca")
     return X509Authority.of("ca", root_der(signer, now, ttl, serial), signer)
 
 

@@ -62,6 +62,22 @@ async def test_what_can_attest_again_replaces_its_svid(here):
         here.nodes.require_active(first)
 
 
+@pytest.mark.parametrize(("before", "now"), [(True, False), (False, True)])
+async def test_it_could_then_and_it_can_now_or_it_is_another(here, before, now):
+    here.attestor.reattestable = before
+    svid = await here.attest()
+    here.attestor.reattestable = now
+    assert await code_of(here.attest()) == "agent_attested_before"
+    here.nodes.require_active(svid)
+
+
+async def test_a_long_answer_to_a_challenge_ends_it(here, monkeypatch):
+    here.attestor.challenges = (b"one",)
+    monkeypatch.setattr(admission, "MAX_PAYLOAD", len(b"answer to one") - 1)
+    assert await code_of(here.attest(), Invalid) == "evidence_size"
+    assert not list(here.directory.nodes())
+
+
 async def test_a_banned_node_stays_out_until_it_is_deleted(here):
     here.attestor.reattestable = True
     svid = await here.attest()
@@ -96,6 +112,16 @@ async def test_a_join_token_ends(here):
     token = await here.join_tokens.create("test", ttl=timedelta(seconds=60))
     here.clock.advance(timedelta(seconds=60))
     assert await code_of(here.attest(token.value.encode())) == "join_token_unknown"
+
+
+@pytest.mark.parametrize("path", ["", "/spire", "/spire/server", "/spire/agent/x"])
+async def test_an_extra_identity_is_no_servers_and_no_agents(here, path):
+    for trust_domain in ("example.org", "other.org"):
+        with pytest.raises(Invalid) as caught:
+            await here.join_tokens.create("test", agent_id=SpiffeId(f"spiffe://{trust_domain}{path}"))
+        assert caught.value.reason == "invalid_agent_id"
+    with pytest.raises(Invalid):
+        await here.join_tokens.create("test", agent_id=SpiffeId("spiffe://other.org/node"))
 
 
 async def test_a_join_token_may_bring_an_extra_identity(here):

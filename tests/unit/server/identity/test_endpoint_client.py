@@ -1,6 +1,7 @@
 """The client of bundle endpoints over real sockets and TLS: whom it believes, and where it does not go."""
 
 import asyncio
+import contextlib
 import ssl
 
 import pytest
@@ -188,6 +189,7 @@ class TestAnswers:
 
     @pytest.mark.bears("I15")
     async def test_the_time_is_bounded(self, client, monkeypatch):
+        assert module.FETCH_SECONDS <= 10
         monkeypatch.setattr(module, "FETCH_SECONDS", 0.5)
 
         async def never(line):
@@ -195,6 +197,25 @@ class TestAnswers:
 
         async with endpoint(WEB.issue("127.0.0.1"), never) as one:
             assert isinstance(await refused(client, web(one.url())), Unavailable)
+
+    @pytest.mark.bears("I15")
+    async def test_a_body_that_never_ends_is_not_waited_for(self, client, monkeypatch):
+        """Each piece comes in time, the whole does not."""
+        monkeypatch.setattr(module, "FETCH_SECONDS", 0.5)
+
+        async def drip(reader, writer):
+            with contextlib.suppress(OSError):
+                writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 100000\r\n\r\n")
+                while True:
+                    writer.write(b" ")
+                    await writer.drain()
+                    await asyncio.sleep(0.05)
+
+        context = public_context(WEB.issue("127.0.0.1"))
+        async with await asyncio.start_server(drip, "127.0.0.1", 0, ssl=context) as one:
+            url = f"https://127.0.0.1:{one.sockets[0].getsockname()[1]}/"
+            async with asyncio.timeout(10):
+                assert isinstance(await refused(client, web(url)), Unavailable)
 
     @pytest.mark.parametrize("status", ["204 No Content", "401 Unauthorized", "404 Not Found", "500 Oh"])
     async def test_another_status(self, client, status):

@@ -55,6 +55,14 @@ async def test_an_update_that_is_not_valid_leaves_the_entry(here):
     assert here.entries.get("one") == created
 
 
+async def test_an_update_leads_into_no_other_trust_domain(here):
+    created = await here.add("/one")
+    there = {"spiffe_id": SpiffeId("spiffe://other.org/one"), "parent_id": SpiffeId("spiffe://other.org/p")}
+    (outcome,) = await here.entries.update([("one", lambda entry: replace(entry, **there))], "test")
+    assert isinstance(outcome, Invalid)
+    assert here.entries.get("one") == created
+
+
 async def test_each_change_is_recorded_with_who_made_it(here):
     await here.add("/one")
     await here.entries.update([("one", lambda entry: replace(entry, hint="b"))], "uid:0")

@@ -4,7 +4,8 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from broker.audit.events import Event, Record
+from broker.audit.events import Event
+from broker.audit.records import Record
 from broker.registry.entry import Entry
 from broker.server.store.bundle_rows import PublishedBundle, PublishedKey
 from broker.server.store.rows import (

@@ -21,6 +21,10 @@ from tests.unit.server.store.samples import HOUR, NODE, NOW, record
 
 DEADLINE = 20.0
 """For what takes milliseconds; for what takes as long as CURRENT_SECONDS, on a busy machine."""
+STANDS_STILL = (
+    "SELECT 1 FROM pg_stat_activity WHERE state = 'idle in transaction' AND state_change < now() - interval '100 ms'"
+)
+"""Somebody has begun a transaction and asks nothing more."""
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -126,7 +130,9 @@ class TestServersOnOneDatabase:
         failpoints.arm("store.before_commit=sleep:4500", allowed=True)
         frozen = asyncio.ensure_future(pair[0].write(say))
         try:
-            await asyncio.sleep(0.1)
+            async with asyncio.timeout(DEADLINE):
+                while not cluster.execute(postgresql, STANDS_STILL):
+                    await asyncio.sleep(0.02)
             failpoints.arm("", allowed=True)
             async with asyncio.timeout(DEADLINE):
                 while True:

@@ -4,11 +4,13 @@ import shutil
 import sqlite3
 import stat
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from broker.errors import Misconfigured, Unavailable
+from broker.errors import Misconfigured, Refused, Unavailable
+from broker.server.store.ports import Writer
 from broker.server.store.schema import Migration, known_migrations
 from broker.server.store.sqlite import SqliteStore
 from tests.unit.server.store.samples import record
@@ -113,3 +115,41 @@ async def test_a_chain_whose_end_does_not_hold_is_refused(tmp_path: Path) -> Non
             pytest.fail("opened")
     assert broken.value.reason == "store_audit_broken"
     assert "record 1401" in broken.value.message
+
+
+async def test_a_group_runs_again_only_for_an_act_that_raised_after_it_wrote(tmp_path: Path) -> None:
+    runs: list[str] = []
+
+    def writing(name: str, error: Exception | None = None) -> Callable[[Writer], int]:
+        def act(writer: Writer) -> int:
+            runs.append(name)
+            number = writer.change("k", name, "")
+            if error is not None:
+                raise error
+            return number
+
+        return act
+
+    def refusing(writer: Writer) -> None:
+        runs.append("refused")
+        writer.session("none")
+        raise Refused("no", code="no")
+
+    async def together(store: SqliteStore, *acts: Callable[[Writer], object]) -> list[object]:
+        runs.clear()
+        return await asyncio.gather(*map(store.write, acts), return_exceptions=True)
+
+    async with SqliteStore.open(tmp_path / "x.db") as store:
+        first, refused, second = await together(store, writing("a"), refusing, writing("b"))
+        assert (first, second, runs) == (1, 2, ["a", "refused", "b"])
+        assert isinstance(refused, Refused)
+        third, raised, fourth = await together(store, writing("c"), writing("lost", ValueError("x")), writing("d"))
+        assert (third, fourth) == (3, 4)
+        assert isinstance(raised, ValueError)
+        assert runs == ["c", "lost", "c", "lost", "d"]
+        # Whoever did so once makes nobody run twice again for a while.
+        await together(store, writing("e"), writing("lost", ValueError("x")), writing("f"))
+        assert runs == ["e", "lost", "f"]
+        changes = await store.read(lambda reader: reader.changes_since(0, 100))
+        assert changes is not None
+        assert [each.key for each in changes] == ["a", "b", "c", "d", "e", "f"]

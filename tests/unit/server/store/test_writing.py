@@ -112,7 +112,7 @@ async def test_the_loop_stands_still_for_a_bounded_time_only() -> None:
     (waiting,) = start(queue, 1)
     before = time.monotonic()
     await turns()
-    assert HOLD_SECONDS <= time.monotonic() - before < 50 * HOLD_SECONDS
+    assert HOLD_SECONDS <= time.monotonic() - before < 1000 * HOLD_SECONDS
     await finish(queue, writer.groups[0])
     await waiting
 

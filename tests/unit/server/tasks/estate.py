@@ -8,8 +8,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from broker.audit.events import Record
-from broker.keys import MemoryKeys, Signer
+from broker.audit.records import Record
+from broker.keys import Signer
+from broker.keys.local import generated
 from broker.registry.entry import Entry
 from broker.server.identity.changes import ENTRY_KIND, GONE, entry_text
 from broker.server.identity.directory import Directory
@@ -91,8 +92,7 @@ class Keys:
     """The task-token keys as the key room gives them: the last one signs."""
 
     def __init__(self) -> None:
-        self._memory = MemoryKeys()
-        self._signers = [self._memory.generate("task-key-1")]
+        self._signers = [generated("task-key-1")]
 
     def task_signer(self) -> Signer:
         return self._signers[-1]
@@ -101,7 +101,7 @@ class Keys:
         return {signer.id: signer.public_key for signer in self._signers}
 
     def rotate(self) -> None:
-        self._signers.append(self._memory.generate(f"task-key-{len(self._signers) + 1}"))
+        self._signers.append(generated(f"task-key-{len(self._signers) + 1}"))
 
 
 def detail(**members: Any) -> dict[str, Any]:
@@ -267,6 +267,7 @@ async def running(
         [
             Audience(
                 TICKETS,
+                binding=frozenset({"x5t", "session", "dpop"}),
                 introspectors=frozenset({INSPECTOR}),
                 transactions=True,
                 transaction_requesters=frozenset({INSPECTOR}),

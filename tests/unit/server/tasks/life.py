@@ -1,13 +1,8 @@
-"""What the tests of task life share: a chain of agents, each with an entry and a process, and a verifier's view of the store."""
+"""What the tests of task life share: a chain of agents, each with an entry and a process, and what is done to their tasks."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from broker._proto.broker.server.v1 import feed_pb2
-from broker.errors import Refused
-from broker.sdk.feed import FeedState
-from broker.server.api.grpc.feed import _frame
-from broker.server.store.ports import Store
 from broker.server.tasks.requests import Actor, ChangeRequest, ChildRequest, IssuedToken, Operation
 from broker.spiffe import SpiffeId
 from broker.tasks import Task
@@ -62,32 +57,6 @@ async def chain(estate: Estate, length: int) -> list[tuple[Actor, Task]]:
         below = await child(estate, line[-1][1], line[-1][0], actor.spiffe_id)
         line.append((actor, (await change(estate, actor, below, Operation.ATTACH)).task))
     return line
-
-
-async def verifiers_view(store: Store, now: Any) -> FeedState:
-    """What a verifier holds that has just connected: the real state machine, fed with the store's snapshot."""
-    frames = await store.read(lambda reader: reader.live_frames(now))
-    state = FeedState()
-    told = feed_pb2.FeedSnapshot(issuer="i", keys="k", frames=[_frame(each) for each in frames if each.kind != "keys"])
-    state.apply(feed_pb2.FeedMessage(seq=1, store=store.id, snapshot=told), monotonic=0.0, now=0)
-    return state
-
-
-async def refusal_at_verifier(estate: Estate, token: IssuedToken | str) -> str:
-    """Give the code with which a verifier refuses a token by the feed; empty when it accepts."""
-    verified = estate.verify(token)
-    state = await verifiers_view(estate.store, estate.clock.now())
-    try:
-        state.require_alive(
-            root=verified.root,
-            epoch=verified.epoch,
-            task=verified.task_id,
-            session=verified.claims.cnf.session,
-            jti=verified.jti,
-        )
-    except Refused as error:
-        return error.reason
-    return ""
 
 
 async def is_alive(estate: Estate, tokens: Sequence[IssuedToken], agent: SpiffeId = AGENT) -> list[bool]:

@@ -60,3 +60,11 @@ def test_a_namespace_is_short_printable_text() -> None:
     for namespace in ("a b", "\n", "x" * 65, "é"):
         with pytest.raises(Misconfigured):
             SubjectIssuer("https://idp.example", frozenset({"b"}), namespace=namespace)
+
+
+def test_who_makes_delegations_is_a_client() -> None:
+    with pytest.raises(Misconfigured) as caught:
+        SubjectIssuer("https://idp.example", frozenset({"b"}), delegation_clients=frozenset({"console"}))
+    assert caught.value.reason == "delegation_client_unknown"
+    makers = frozenset({"console", "b"})
+    SubjectIssuer("https://idp.example", frozenset({"b"}), clients=frozenset({"console"}), delegation_clients=makers)

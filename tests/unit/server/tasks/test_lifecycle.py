@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from broker.audit.events import Record
+from broker.audit.records import Record
 from broker.errors import BrokerError, Conflict, Invalid, NotFound, Refused, Unavailable
 from broker.server import failpoints
 from broker.server.store.ports import Reader, Writer
 from broker.server.store.rows import FrameRow
+from broker.server.store.tables import tree_ends
 from broker.server.tasks import lifecycle
 from broker.server.tasks.config import TaskDefaults
 from broker.server.tasks.requests import Actor, IssueRequest
@@ -399,6 +400,35 @@ async def test_a_large_tree_is_told_in_one_frame_and_counted(estate: Estate) -> 
     assert ends[0].fields["tasks_ended"] == 421
     assert len(ends) == 1, "it says how many; the rows say which"
     assert lifecycle.RECORDED_EACH < 420
+
+
+@pytest.mark.bears("RV04", "V04")
+async def test_the_rows_of_a_large_tree_are_written_by_the_sweep_and_others_come_in_between(
+    estate: Estate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tree_ends, "WRITTEN_AT_ONCE", 10)
+    monkeypatch.setattr(lifecycle, "ROWS_EACH", 2)
+    root, beside = await estate.start(), await estate.start()
+    below = await grow(estate, root, 4, 5)
+    await estate.lifecycle.revoke(root.id, by="operator:uid:0")
+    told = [await task_of(estate, task.id) for task in below]
+    assert {(task.state, task.version) for task in told} == {(State.CASCADED, 2)}
+    assert (await estate.records("task_ended"))[0].fields["tasks_ended"] == 25
+    assert [frame.kind for frame in await frames(estate)] == ["subtree"]
+
+    def unwritten(writer: Writer) -> int:
+        (count,) = writer._sql.row("SELECT count(*) FROM tasks WHERE ended_at IS NULL AND depth > 0")
+        return count
+
+    sweep, left = asyncio.create_task(estate.lifecycle.sweep()), []
+    while not sweep.done():
+        left.append(await estate.store.write(unwritten))
+    assert await sweep == 0, "no task was found whose time is over"
+    assert {left[0], await estate.store.write(unwritten)} == {24, 0}
+    assert len(set(left)) > 6, left
+    assert [await task_of(estate, task.id) for task in below] == told
+    assert (await task_of(estate, beside.id)).state is State.ACTIVE
+    assert len(await estate.records("task_ended")) == 25, "each once"
 
 
 async def test_overdue_children_are_recorded_once_as_what_they_are(estate: Estate) -> None:

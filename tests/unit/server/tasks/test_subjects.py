@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from broker.errors import BrokerError, Invalid, InvalidToken, Misconfigured, Unavailable
+from broker.errors import BrokerError, Invalid, InvalidToken, Misconfigured, PolicyDenied, Unavailable
 from broker.server.tasks.config import SubjectIssuer, check_issuers
 from broker.server.tasks.subjects import Subject, SubjectKind, Subjects
 from tests.fakes.oidc import OidcIssuer, SigningKey, b64
-from tests.unit.server.tasks.estate import ManualClock
+from tests.unit.server.tasks.estate import ManualClock, authority, detail
 
 
 @pytest.fixture
@@ -243,6 +243,26 @@ async def test_the_users_own_limits_are_the_ceiling(issuer: OidcIssuer, clock: M
     assert subject.ceiling.scope() == "ticket.read"
     unknown = token(issuer, clock, authorization_details=[{"type": "payment"}])
     assert (await refusal(subjects, unknown)).reason == "invalid_authorization_details"
+
+
+@pytest.mark.bears("TX09")
+async def test_scopes_limit_the_families_that_they_name(
+    issuer: OidcIssuer, clock: ManualClock, subjects: Subjects
+) -> None:
+    read, write = authority(detail(actions=["ticket.read"])), authority(detail(actions=["ticket.write"]))
+    wide, family = authority(detail(actions=["ticket.read", "ticket.write"])), authority(detail(actions=["ticket.*"]))
+    for scope in ("openid ticket.read", ["openid", "ticket.read"]):
+        subject = await subjects.verify(token(issuer, clock, scope=scope))
+        assert subject.narrow(read) is read
+        for wanted in (wide, family, write):
+            with pytest.raises(PolicyDenied) as denied:
+                subject.narrow(wanted)
+            assert denied.value.reason == "invalid_scope"
+    for scope in (None, "", "openid profile", "ticket.*", "mail.send", "tickets.read"):
+        subject = await subjects.verify(token(issuer, clock, scope=scope))
+        assert subject.narrow(wide) is wide
+    for scope in (5, True, {}, ["ticket.read", 5]):
+        assert (await refusal(subjects, token(issuer, clock, scope=scope))).reason == "token_claim_invalid"
 
 
 # ---- form and header

@@ -14,16 +14,25 @@ from typing import Any
 import pytest
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from broker.errors import BrokerError, Refused
+from broker.server.store.tables import tree_ends
 from broker.server.tasks import suspension
 from broker.server.tasks.config import TaskDefaults
 from broker.server.tasks.requests import IssuedToken, Operation
 from broker.tasks import State, TaskClaims, lineage_state
 from tests.fakes.oidc import OidcIssuer
 from tests.unit.server.tasks.estate import Estate, authority, detail, running
-from tests.unit.server.tasks.life import OPERATOR, change, child, hop, register, verifiers_view
+from tests.unit.server.tasks.life import OPERATOR, change, child, hop, register
+from tests.unit.server.tasks.watching import verifiers_view
 
 AGENTS = 5
 MAX_DEPTH = 4
@@ -108,6 +117,7 @@ class TaskTree(RuleBasedStateMachine):
         self.nodes: list[Node] = []
         self.held: list[Held] = []
         self.known: set[int] = set()  # agents whose process the server has seen begin something
+        self.written_at_once = tree_ends.WRITTEN_AT_ONCE
         limits = TaskDefaults(
             max_depth=MAX_DEPTH, max_children=MAX_CHILDREN, max_resumes=1000, max_resumes_per_minute=1000
         )
@@ -140,6 +150,11 @@ class TaskTree(RuleBasedStateMachine):
 
     def actor(self, node: Node) -> Any:
         return hop(self.estate, node.agent)
+
+    @initialize(at_once=st.sampled_from([0, 1, tree_ends.WRITTEN_AT_ONCE]))
+    def say_what_is_large(self, at_once: int) -> None:
+        """A tree of more than so many ends by one row, and those of its tasks follow: the model must not notice."""
+        tree_ends.WRITTEN_AT_ONCE = at_once  # type: ignore[misc]
 
     @rule(ttl=SECONDS, actions=SOME)
     def start(self, ttl: int, actions: set[str]) -> None:
@@ -269,6 +284,10 @@ class TaskTree(RuleBasedStateMachine):
             if not node.stored.is_terminal and self.now >= node.expires_at:
                 node.end(State.EXPIRED, self.now)
 
+    @rule(limit=st.integers(1, 3))
+    def write_rows(self, limit: int) -> None:
+        self.run(self.estate.store.write(lambda writer: writer.write_tree_ends(limit)))
+
     @invariant()
     def rows_agree(self) -> None:
         now = self.now
@@ -309,6 +328,7 @@ class TaskTree(RuleBasedStateMachine):
             assert (by_feed and fresh) == expected
 
     def teardown(self) -> None:
+        tree_ends.WRITTEN_AT_ONCE = self.written_at_once  # type: ignore[misc]
         self.run(self.stack.aclose())
         self.loop.close()
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from broker.audit.events import Event
-from broker.errors import Misconfigured, Unavailable
+from broker.errors import Invalid, Misconfigured, Unavailable
 from broker.server.tasks.config import SubjectIssuer, Transmitter, check_transmitters
 from broker.server.tasks.signal_poll import Poller
 from broker.server.tasks.stops import ENDED_AT_ONCE
@@ -306,6 +306,18 @@ class TestKillSwitches:
         assert (await scene.estate.ends.users.stop_audience(longer, by="operator:uid:0")).tasks_ended == 0
         part = Resource("https://tickets.example.or")
         assert (await scene.estate.ends.users.stop_audience(part, by="operator:uid:0")).tasks_ended == 0
+
+    async def test_what_is_not_a_name_or_a_sentence_reaches_no_record(self, scene: Scene) -> None:
+        users = scene.estate.ends.users
+        for act, named in ((users.disable, "alice"), (users.enable, "alice"), (users.stop_user, "alice"), (users.stop_agent, AGENT), (users.stop_audience, TICKETS)):  # fmt: skip
+            with pytest.raises(Invalid):
+                await act(named, by="operator:uid:0", reason="left\nthe company")  # type: ignore[operator]
+        for act in (users.disable, users.enable, users.stop_user):
+            for named in ("", "alice\n"):
+                with pytest.raises(Invalid) as refused:
+                    await act(named, by="operator:uid:0")
+                assert named or refused.value.reason == "user_missing"
+        assert await scene.records(Event.TASKS_STOPPED, Event.USER_ENABLED) == []
 
     async def test_a_user_signs_in_anew(self, scene: Scene) -> None:
         work = await scene.work()

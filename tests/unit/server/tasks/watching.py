@@ -1,11 +1,14 @@
-"""What tests of supervision share: time that passes look by look, and a verifier's knowledge made of the store's frames."""
+"""What tests of ends and suspensions share: time that passes look by look, and a verifier's knowledge made of the store's frames."""
 
-from dataclasses import fields
+from datetime import datetime
 
 from broker._proto.broker.server.v1 import feed_pb2
 from broker.errors import Refused
 from broker.sdk.feed import FeedState
+from broker.server.api.grpc.feed import _frame
+from broker.server.store.ports import Store
 from broker.server.store.rows import FrameRow
+from broker.server.tasks.requests import IssuedToken
 from broker.tasks import Task, VerifiedToken
 from tests.unit.server.tasks.estate import Estate
 
@@ -30,13 +33,19 @@ async def frames(estate: Estate) -> list[FrameRow]:
     return list(await estate.store.read(lambda reader: reader.live_frames(now)))
 
 
-async def refusal(estate: Estate, verified: VerifiedToken) -> str:
-    """Give the code by which a verifier that has applied every frame refuses a token; empty where it accepts."""
+async def verifiers_view(store: Store, now: datetime) -> FeedState:
+    """What a verifier holds that has just connected: the real state machine, fed with the store's snapshot."""
+    rows = await store.read(lambda reader: reader.live_frames(now))
     state = FeedState()
-    names = [field.name for field in fields(FrameRow)]
-    for row in await frames(estate):
-        frame = feed_pb2.Frame(**{name: getattr(row, name) for name in names})
-        state.apply(feed_pb2.FeedMessage(seq=row.seq, frame=frame), monotonic=0.0, now=0)
+    told = feed_pb2.FeedSnapshot(issuer="i", keys="k", frames=[_frame(each) for each in rows if each.kind != "keys"])
+    state.apply(feed_pb2.FeedMessage(seq=1, store=store.id, snapshot=told), monotonic=0.0, now=0)
+    return state
+
+
+async def refusal(estate: Estate, token: VerifiedToken | IssuedToken | str) -> str:
+    """Give the code with which a verifier refuses a token by the feed; empty where it accepts."""
+    verified = token if isinstance(token, VerifiedToken) else estate.verify(token)
+    state = await verifiers_view(estate.store, estate.clock.now())
     try:
         state.require_alive(
             root=verified.root,

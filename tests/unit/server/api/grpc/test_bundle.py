@@ -65,7 +65,10 @@ async def test_create(service):
     assert statuses(answer) == [
         (0, "OK"),
         (EXISTS, "bundle already exists"),
-        (INVALID, "trust domain argument is not valid: the trust domain holds a character that is not allowed"),
+        (
+            INVALID,
+            "trust domain argument is not valid: trust domain characters are limited to lowercase letters, numbers, dots, dashes, and underscores",
+        ),
         (INVALID, "creating a federated bundle for the server's own trust domain is not allowed"),
         (0, "OK"),
     ]

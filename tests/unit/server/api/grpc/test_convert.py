@@ -6,15 +6,16 @@ from broker._proto.broker.server.v1.entries_pb2 import RegisteredEntry
 from broker._proto.spire.api.types import entry_pb2, selector_pb2, spiffeid_pb2
 from broker.errors import Conflict, Invalid, NotFound
 from broker.server.api.grpc import convert
-from broker.spiffe import SpiffeId
+from broker.spiffe import SpiffeId, TrustDomain
 from tests.unit.server.identity.test_changes import FULL
 
+HOME = TrustDomain("example.org")
 NOW = datetime(2026, 11, 22, 12, 0, 0, 5, tzinfo=UTC)
 
 
 def test_an_entry_goes_out_and_comes_back():
     message = convert.registered_entry_message(FULL)
-    back = convert.registered_entry_of(message, "unused", NOW)
+    back = convert.registered_entry_of(message, "unused", NOW, HOME)
     # Who made it when, and how often it changed, is the server's to say.
     assert back.created_at == NOW.replace(microsecond=0)
     assert back.revision == 0
@@ -35,17 +36,17 @@ def test_an_entry_gets_an_id_if_it_has_none():
         parent_id=spiffeid_pb2.SPIFFEID(trust_domain="example.org", path="/b"),
         selectors=[selector_pb2.Selector(type="unix", value="uid:1")],
     )
-    assert convert.entry_of(message, "made", NOW).id == "made"
+    assert convert.entry_of(message, "made", NOW, HOME).id == "made"
     message.id = "own"
-    assert convert.entry_of(message, "made", NOW).id == "own"
+    assert convert.entry_of(message, "made", NOW, HOME).id == "own"
 
 
 def test_what_an_update_names():
     message = entry_pb2.Entry(hint="b", x509_svid_ttl=5)
-    assert convert.entry_edits(message, entry_pb2.EntryMask(hint=True)) == {"hint": "b"}
+    assert convert.entry_edits(message, entry_pb2.EntryMask(hint=True), HOME) == {"hint": "b"}
     with pytest.raises(Invalid):
         # Without a mask every field is meant, and this one has no SPIFFE ID.
-        convert.entry_edits(message, None)
+        convert.entry_edits(message, None, HOME)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from typing import Any
 import httpx2
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from broker.keys import MemoryKeys
+from broker.keys import Signer
+from broker.keys.local import generated
 from broker.server.api.http.app import create_app
 from broker.server.api.http.clients import Clients
 from broker.server.api.http.direct import DirectApp
@@ -44,7 +45,7 @@ class HttpDoorway:
     """A client of the app, and the certificates of its callers."""
 
     def __init__(
-        self, estate: Estate, client: httpx2.AsyncClient, peers: Peers, jwt: MemoryKeys, services: HttpServices
+        self, estate: Estate, client: httpx2.AsyncClient, peers: Peers, jwt: Signer, services: HttpServices
     ) -> None:
         self.estate = estate
         self.client = client
@@ -90,18 +91,16 @@ class HttpDoorway:
     async def raw(self, path: str, body: bytes, headers: dict[str, str] | None = None) -> httpx2.Response:
         return await self.client.post(path, content=body, headers={"content-type": FORM} | (headers or {}))
 
-    def jwt_svid(self, spiffe_id: SpiffeId = AGENT, audience: str = ISSUER) -> str:
-        signer = self._jwt.signer("jwt-1")
+    def jwt_svid(self, spiffe_id: SpiffeId = AGENT, audience: str = ISSUER, *others: str) -> str:
         at = int(self.estate.clock.now().timestamp())
-        payload = {"sub": str(spiffe_id), "aud": [audience], "exp": at + 60, "iat": at}
-        return jose.sign_compact({"alg": "ES256", "kid": "jwt-1", "typ": "JWT"}, payload, signer.sign)
+        payload = {"sub": str(spiffe_id), "aud": [audience, *others], "exp": at + 60, "iat": at}
+        return jose.sign_compact({"alg": "ES256", "kid": "jwt-1", "typ": "JWT"}, payload, self._jwt.sign)
 
 
 @asynccontextmanager
 async def open_door(estate: Estate) -> AsyncIterator[HttpDoorway]:
-    jwt = MemoryKeys()
-    signer = jwt.generate("jwt-1")
-    bundles = BundleSet.of(Bundle(AGENT.trust_domain, (), {"jwt-1": signer.public_key}))
+    jwt = generated("jwt-1")
+    bundles = BundleSet.of(Bundle(AGENT.trust_domain, (), {"jwt-1": jwt.public_key}))
     services = HttpServices(
         issuer=ISSUER,
         trust_domain=AGENT.trust_domain,

@@ -1,5 +1,7 @@
 """``POST /introspect``: the whole truth for who may know, one answer for everybody else."""
 
+import asyncio
+
 import pytest
 
 from broker.errors import InvalidToken
@@ -34,6 +36,12 @@ async def test_everybody_else_gets_one_answer(door: HttpDoorway) -> None:
     token = (await door.token()).json()["access_token"]
     door.come_as(NEIGHBOUR)
     assert await ask(door, token) == INACTIVE
+    async with asyncio.timeout(10):
+        while not (records := await door.estate.records("token_introspected")):
+            await asyncio.sleep(0.005)
+    (record,) = records
+    assert (record.actor, record.subject) == (str(NEIGHBOUR), payload_of(token)["task"]["id"])
+    assert (record.fields["reason"], record.fields["active"]) == ("token_not_own", False)
     door.come_as(INSPECTOR)
     head, body, signature = token.split(".")
     for other in (
@@ -50,13 +58,18 @@ async def test_everybody_else_gets_one_answer(door: HttpDoorway) -> None:
 async def test_a_caller_without_certificate_may_not_ask(door: HttpDoorway) -> None:
     door.come_as(None)
     assert_error(await door.post("/introspect", [("token", "x")]), 401, "invalid_client")
+    assert_error(await door.post("/revoke", [("token", "x")]), 401, "invalid_client")
+    assert [record.actor for record in await door.estate.records("token_refused")] == ["anonymous", "anonymous"]
 
 
 @pytest.mark.parametrize(
     "pairs", [[], [("token", "")], [("token", "x"), ("token", "x")], [("token", "x"), ("foo", "x")]]
 )
-async def test_a_malformed_question(door: HttpDoorway, pairs: list[tuple[str, str]]) -> None:
-    assert_error(await door.post("/introspect", pairs), 400, "invalid_request")
+@pytest.mark.parametrize("path", ["/introspect", "/revoke"])
+async def test_a_malformed_question(door: HttpDoorway, path: str, pairs: list[tuple[str, str]]) -> None:
+    assert_error(await door.post(path, pairs), 400, "invalid_request")
+    (record,) = await door.estate.records("token_refused")
+    assert record.actor == str(AGENT)
 
 
 @pytest.mark.bears("V01", "V06", "X05")

@@ -6,7 +6,7 @@ import pytest
 
 from broker.tasks import State, Supervision
 from tests.unit.server.api.http.door import HttpDoorway, assert_error
-from tests.unit.server.tasks.estate import NEIGHBOUR
+from tests.unit.server.tasks.estate import AGENT, NEIGHBOUR
 from tests.unit.server.tasks.watching import pass_time, refusal, task_of
 
 
@@ -63,8 +63,9 @@ async def test_nobody_else_keeps_a_task_alive(door: HttpDoorway, svid: Any) -> N
     assert_error(await beat(door, task.id), 403, "session_mismatch")
     door.come_as(None)
     assert_error(await beat(door, task.id), 401, "invalid_client")
-    reasons = [record.fields["reason"] for record in await door.estate.records("task_refused")]
-    assert reasons == ["task_unknown", "session_mismatch"]
+    refusals = [(record.actor, record.fields["reason"]) for record in await door.estate.records("task_refused")]
+    strangers = ("anonymous", "invalid_client")
+    assert refusals == [(str(NEIGHBOUR), "task_unknown"), (str(AGENT), "session_mismatch"), strangers]
 
 
 async def test_what_is_not_a_leased_task_has_no_heartbeat(door: HttpDoorway, svid: Any) -> None:

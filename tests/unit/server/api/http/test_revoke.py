@@ -1,5 +1,7 @@
 """``POST /revoke``: one's own tokens end, and the answer tells nothing."""
 
+import asyncio
+
 import pytest
 
 from broker.server.api.http.token_formats import TXN_TOKEN
@@ -33,6 +35,11 @@ async def test_anothers_token_and_no_token_get_the_same_answer(door: HttpDoorway
         response = await door.post("/revoke", [("token", what), ("token_type_hint", "refresh_token")])
         assert (response.status_code, response.content) == (200, b"")
     assert await alive(door, token)
+    async with asyncio.timeout(10):
+        while not (records := await door.estate.records("token_refused")):
+            await asyncio.sleep(0.005)
+    (record,) = records
+    assert (record.actor, record.fields["reason"]) == (str(NEIGHBOUR), "token_not_own")
 
 
 async def test_who_may_ask_and_how(door: HttpDoorway) -> None:

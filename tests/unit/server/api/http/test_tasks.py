@@ -50,8 +50,29 @@ async def test_anothers_task_does_not_exist(door: HttpDoorway) -> None:
     answers += [await door.client.post(f"/tasks/{name}/complete") for name in (task, "tsk_unknown")]
     bodies = [assert_error(answer, 404, "task_unknown") for answer in answers]
     assert all(body == bodies[0] for body in bodies)
+    (first, *_) = await door.estate.records("task_refused")
+    assert (first.actor, first.subject, first.fields["reason"]) == (str(NEIGHBOUR), task, "task_unknown")
     door.come_as(None)
     assert_error(await door.client.get(f"/tasks/{task}"), 401, "invalid_client")
+    *_, last = await door.estate.records("task_refused")
+    assert (last.actor, last.fields["reason"]) == ("anonymous", "invalid_client")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("PUT", "/tasks", "GET, HEAD, POST"),
+        ("OPTIONS", "/delegations", "GET, HEAD, POST"),
+        ("POST", "/delegations/dlg_1", "DELETE, GET, HEAD"),
+        ("GET", "/tasks/tsk_1/complete", "POST"),
+    ],
+)
+async def test_another_method_is_told_of_all_that_are_there(
+    door: HttpDoorway, method: str, path: str, allowed: str
+) -> None:
+    answer = await door.client.request(method, path)
+    assert_error(answer, 405, "method_not_allowed")
+    assert answer.headers["allow"] == allowed
 
 
 async def test_an_operators_end_is_not_undone(door: HttpDoorway) -> None:

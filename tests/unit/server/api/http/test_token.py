@@ -3,13 +3,15 @@
 import json
 from typing import Any
 
+import httpx2
 import pytest
 
+from broker.server.api.http.clients import JWT_SPIFFE
 from broker.server.api.http.form import MAX_BODY
 from broker.server.api.http.token_formats import ACCESS_TOKEN, GRANT_TYPE, JWT
 from broker.spiffe import SpiffeId
 from tests.unit.server.api.http.door import FORM, URN, HttpDoorway, assert_error, payload_of
-from tests.unit.server.tasks.estate import AGENT, NEIGHBOUR, NODE, TICKETS, WIKI, detail
+from tests.unit.server.tasks.estate import AGENT, ISSUER, NEIGHBOUR, NODE, TICKETS, WIKI, detail
 
 
 async def test_one_exchange_makes_a_task_and_its_first_token(door: HttpDoorway) -> None:
@@ -54,6 +56,21 @@ async def test_another_token_of_the_same_task(door: HttpDoorway) -> None:
     assert_error(await door.token(task=first["task"], subject_token=stolen), 400, "invalid_request")
     door.come_as(NEIGHBOUR)
     assert_error(await door.token(task=first["task"]), 400, "invalid_grant")
+
+
+@pytest.mark.bears("I10")
+async def test_a_task_that_is_named_twice_is_named_alike(door: HttpDoorway) -> None:
+    """In the form, and by the token of ours that is the subject: where they differ, neither is meant."""
+    first, other = [(await door.token()).json() for _ in range(2)]
+    assert first["task"] != other["task"]
+    mine = {"subject_token": first["access_token"], "subject_token_type": URN + "access_token"}
+    mine["authorization_details"] = None
+    alike = await door.token(**mine, task=first["task"])
+    assert (alike.status_code, alike.json().get("task")) == (200, first["task"]), alike.text
+    before = len(await door.estate.records("token_issued"))
+    differing = await door.token(**mine, task=other["task"])
+    assert differing.status_code == 400, differing.text
+    assert len(await door.estate.records("token_issued")) == before
 
 
 @pytest.mark.parametrize("kind", ["access_token", "id_token", "jwt"])
@@ -102,7 +119,6 @@ FAULTS: list[tuple[str, dict[str, Any], str]] = [
     ("TX23 unknown parameter", {"foo": "1"}, "invalid_request"),
     ("client_secret", {"client_secret": "1"}, "invalid_request"),
     ("client_assertion", {"client_assertion": "1"}, "invalid_request"),
-    ("another client_id", {"client_id": str(NEIGHBOUR)}, "invalid_request"),
     ("details are no JSON", {"authorization_details": "{"}, "invalid_authorization_details"),
     ("details are empty", {"authorization_details": "[]"}, "invalid_authorization_details"),
     ("details of no known type", {"authorization_details": '[{"type":"x"}]'}, "invalid_authorization_details"),
@@ -121,6 +137,48 @@ async def test_a_fault_has_its_answer_and_its_record(door: HttpDoorway, changes:
     (record,) = await door.estate.records("token_refused")
     assert record.actor == str(AGENT)
     assert await door.estate.records("task_started", "token_issued") == []
+
+
+async def test_another_client_id_is_no_authentication(door: HttpDoorway) -> None:
+    """RFC 8705 §2: a certificate that does not match the client_id is ``invalid_client``."""
+    answer = await door.token(client_id=str(NEIGHBOUR))
+    assert_error(answer, 401, "invalid_client")
+    assert answer.headers["www-authenticate"].startswith("ClientCertificate ")
+    (record,) = await door.estate.records("token_refused")
+    assert (record.actor, record.fields["reason"]) == (str(AGENT), "client_mismatch")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "named"), [("Basic", "Basic"), ("bearer", "bearer"), ("Evil,x", "ClientCertificate")]
+)
+async def test_who_tries_a_header_is_told_its_scheme_is_not_enough(door: HttpDoorway, scheme: str, named: str) -> None:
+    """RFC 6749 §5.2; and nothing that a stranger writes is repeated."""
+    door.come_as(None)
+    answer = await door.token(headers={"authorization": f"{scheme} eDp5"})
+    assert_error(answer, 401, "invalid_client")
+    assert answer.headers["www-authenticate"] == f'{named} realm="broker"'
+
+
+async def test_a_header_beside_an_assertion_is_a_second_way(door: HttpDoorway) -> None:
+    door.come_as(None)
+    asserted = {"client_assertion": door.jwt_svid(), "client_assertion_type": JWT_SPIFFE}
+    body = assert_error(await door.token(headers={"authorization": "Basic eDp5"}, **asserted), 400, "invalid_request")
+    assert body["error_code"] == "two_authentications"
+
+
+@pytest.mark.bears("TX09")
+async def test_who_sends_a_scope_is_refused_in_its_words(door: HttpDoorway) -> None:
+    mine = door.estate.user_token(authorization_details=[detail(actions=["ticket.read"])])
+    wide = {"subject_token": mine, "authorization_details": None, "scope": "ticket.read ticket.write"}
+    assert_error(await door.token(**wide), 400, "invalid_scope")
+    assert (await door.token(**wide | {"scope": "ticket.read"})).status_code == 200
+
+
+@pytest.mark.bears("SP06")
+async def test_an_actor_token_is_for_us_alone(door: HttpDoorway) -> None:
+    shared = door.jwt_svid(AGENT, ISSUER, "https://other.example")
+    assert_error(await door.token(actor_token=shared, actor_token_type=JWT), 400, "invalid_request")
+    assert (await door.token(actor_token=door.jwt_svid(), actor_token_type=JWT)).status_code == 200
 
 
 @pytest.mark.bears("TX12")
@@ -234,6 +292,9 @@ async def test_how_a_request_must_be_sent(door: HttpDoorway) -> None:
     ):
         assert_error(await door.post("/token", pairs, {"content-type": kind}), 400, "invalid_request")
     assert_error(await door.post("/token", pairs, {"content-encoding": "gzip"}), 400, "invalid_request")
+    twice = [("content-type", FORM), ("content-encoding", "identity"), ("content-encoding", "gzip")]
+    answer = await door.client.post("/token", content=str(httpx2.QueryParams(pairs)).encode(), headers=twice)
+    assert assert_error(answer, 400, "invalid_request")["error_code"] == "content_encoding"
     assert_error(await door.raw("/token", b""), 400, "invalid_request")
     assert_error(await door.raw("/token", b"subject_token=" + b"a" * MAX_BODY), 400, "invalid_request")
     assert (await door.post("/token", pairs, {"content-type": FORM + "; charset=UTF-8"})).status_code == 200

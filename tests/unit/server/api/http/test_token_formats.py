@@ -7,6 +7,7 @@ import httpx2
 import pytest
 
 from broker.errors import InvalidToken
+from broker.sdk.dpop import ProofKey
 from broker.server.api.http.token_formats import ACCESS_TOKEN, ID_JAG, JWT, TXN_TOKEN
 from broker.server.tasks.config import Audience, Audiences
 from broker.spiffe import SpiffeId, jose
@@ -121,6 +122,30 @@ async def test_who_neither_holds_it_nor_is_named_learns_nothing_of_it(door: Http
     assert_error(await grant(door, live), 400, "unauthorized_client")
 
 
+async def test_what_is_bound_to_a_key_is_brought_by_who_has_the_key(door: HttpDoorway) -> None:
+    key, other = ProofKey(door.estate.clock), ProofKey(door.estate.clock)
+    asked = await door.token(headers={"DPoP": key.proof("POST", f"{ISSUER}/token")})
+    nonce = asked.headers["dpop-nonce"]
+
+    def proven(by: ProofKey) -> dict[str, str]:
+        return {"DPoP": by.proof("POST", f"{ISSUER}/token", nonce=nonce)}
+
+    # The session that stands beside the key says when the token ends, and not who holds it.
+    svid = door.svid()
+    door.come_as(svid)
+    await door.estate.report("ws_1", svid.x5t)
+    response = await door.token(headers=proven(key))
+    token = str(response.json()["access_token"])
+    assert payload_of(token)["cnf"] == {"jkt": key.jkt, "spiffe_session": "ws_1"}
+    assert_error(await transaction(door, token), 400, "unauthorized_client")
+    assert_error(await transaction(door, token, headers=proven(other)), 400, "unauthorized_client")
+    held_by_its_key = await transaction(door, token, headers=proven(key))
+    assert held_by_its_key.status_code == 200, held_by_its_key.text
+    door.come_as(REPLACER)
+    handed_on = await transaction(door, held_by_its_key.json()["access_token"], subject_token_type=TXN_TOKEN)
+    assert handed_on.status_code == 200, handed_on.text
+
+
 async def test_a_transaction_is_never_wider_than_the_token(door: HttpDoorway) -> None:
     token = await held(door, authorization_details=json.dumps([detail(actions=["ticket.read"], identifier="4711")]))
     assert_error(await transaction(door, token, scope="ticket.write"), 400, "invalid_scope")
@@ -232,7 +257,7 @@ async def test_a_client_id_is_the_certificates_or_refused(door: HttpDoorway, pat
     token = await held(door)
     assert (await door.post(path, [("token", token), ("client_id", str(AGENT))])).status_code == 200
     answer = await door.post(path, [("token", token), ("client_id", str(NEIGHBOUR))])
-    assert_error(answer, 400, "invalid_request")
+    assert_error(answer, 401, "invalid_client")
 
 
 @pytest.mark.parametrize(("wanted", "typ"), [(ID_JAG, "oauth-id-jag+jwt"), (JWT, "JWT")])
