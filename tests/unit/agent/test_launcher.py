@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -124,6 +125,7 @@ def test_signals_are_passed_on(directory: Path, tmp_path: Path) -> None:
 
 def test_a_terminals_interrupt_reaches_the_program_once(directory: Path, tmp_path: Path) -> None:
     master, slave = os.openpty()
+    keeps_what_was_written(slave)
     process = subprocess.Popen(
         after("os.login_tty(0)", command(*given(directory, *python(tmp_path, COUNT), more=("-q",)))), stdin=slave
     )
@@ -141,6 +143,13 @@ def test_a_terminals_interrupt_reaches_the_program_once(directory: Path, tmp_pat
         process.kill()
         process.wait()
         os.close(master)
+
+
+def keeps_what_was_written(terminal: int) -> None:
+    """An interrupt would throw away what waits in the terminal: the answer that this test waits for, if it came first."""
+    settings = termios.tcgetattr(terminal)
+    settings[3] |= termios.NOFLSH
+    termios.tcsetattr(terminal, termios.TCSANOW, settings)
 
 
 def heard(master: int, until: bytes) -> bytes:
