@@ -12,6 +12,7 @@ from typing import Final, Self
 
 import grpc.aio
 
+from broker.agent import at_rest
 from broker.agent.attachments import Attachments
 from broker.agent.bootstrap import Condition, NodeIdentity, join
 from broker.agent.cache import EstateCache
@@ -79,9 +80,11 @@ class Agent:
         """Make everything and listen; raises Misconfigured."""
         settings = self._settings
         require_procfs()
-        self._store = store = IdentityFile(settings.private_dir)
+        named = None if settings.at_rest_key_path is None else at_rest.named_key(settings.at_rest_key_path)
+        self._store = store = IdentityFile(settings.private_dir, named)
         store.prepare()
         try:
+            self._at_rest = at_rest.chosen(named, settings.private_dir)
             return await self._start(store)
         except BaseException:
             store.release()
@@ -271,7 +274,7 @@ class Agent:
 
     def _prepare_offline(self) -> None:
         settings, cache, clock = self._settings, self.cache, self._clock
-        file = EstateFile(settings.private_dir, settings.trust_domain)
+        file = EstateFile(settings.private_dir, settings.trust_domain, self._at_rest)
         self.keeping = Keeping(
             file, cache, clock, agent_id=lambda: self._estate_of, heard_at=lambda: self.offline.heard_at
         )

@@ -1,11 +1,10 @@
 """What the agent knows and holds, in its runtime directory, for a restart while the server is away (ADR 0026).
 
 The entries, the bundles, the revocation lists, and one signed spare per entry lately used; no session's own key and
-no JWT-SVID. The content is under its own digest: a damaged file is no file. One that another agent or another boot of
-the machine wrote is removed.
+no JWT-SVID. The content is encrypted, and what is damaged or in clear is no file (ADR 0071). One that another agent or
+another boot of the machine wrote is removed.
 """
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -16,7 +15,7 @@ from google.protobuf.message import DecodeError
 
 from broker._proto.broker.agent.v1 import estate_pb2
 from broker.agent import wire
-from broker.agent.private_file import PrivateFile
+from broker.agent.sealed import SealedFile, SealingKey
 from broker.agent.wire import ToldBundle
 from broker.errors import BrokerError, InvalidJson
 from broker.registry import Entry
@@ -27,7 +26,6 @@ FILE: Final = "estate.bin"
 MAX_SIZE: Final = 128 << 20  # bytes: MAX_ENTRIES entries of 4 KiB, a thousand spares, and bundles
 MAX_ENTRIES: Final = 20_000  # of one node; above that only those that were used here lately
 BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
-_DIGEST: Final = hashlib.sha256().digest_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +54,11 @@ class KeptEstate:
 class EstateFile:
     """The file, in the directory that :class:`broker.agent.identity_file.IdentityFile` holds."""
 
-    def __init__(self, directory: Path, trust_domain: TrustDomain, *, boot_id: str | None = None) -> None:
-        """``boot_id`` None: the kernel's."""
-        self._file = PrivateFile(directory / FILE, max_size=MAX_SIZE)
+    def __init__(
+        self, directory: Path, trust_domain: TrustDomain, key: SealingKey | None, *, boot_id: str | None = None
+    ) -> None:
+        """``key`` None: nothing is kept. ``boot_id`` None: the kernel's."""
+        self._file = SealedFile(directory / FILE, key, max_size=MAX_SIZE)
         self._trust_domain = trust_domain
         self._boot_id = BOOT_ID.read_text("ascii").strip() if boot_id is None else boot_id
 
@@ -67,11 +67,8 @@ class EstateFile:
         content = self._file.read()
         if content is None:
             return None
-        digest, body = content[:_DIGEST], content[_DIGEST:]
-        if hashlib.sha256(body).digest() != digest:
-            raise InvalidJson("the kept estate is damaged")
         try:
-            message = estate_pb2.KeptEstate.FromString(body)
+            message = estate_pb2.KeptEstate.FromString(content)
             if (message.trust_domain, message.agent_id) != (str(self._trust_domain), str(agent_id)):
                 raise InvalidJson("the kept estate is another agent's")
             if message.boot_id != self._boot_id:
@@ -99,6 +96,7 @@ class EstateFile:
 
     def store(self, kept: KeptEstate) -> None:
         """Replace what is kept; on return it is on the disk. Raises OSError. For a thread of its own."""
+        self._file.require_key()
         message = estate_pb2.KeptEstate(
             trust_domain=str(self._trust_domain),
             agent_id=str(kept.agent_id),
@@ -118,8 +116,7 @@ class EstateFile:
                 for one in kept.spares
             ],
         )
-        body = message.SerializeToString()
-        self._file.write(hashlib.sha256(body).digest() + body)
+        self._file.write(message.SerializeToString())
 
     def remove(self) -> None:
         """Forget what is kept; harmless when there is nothing."""

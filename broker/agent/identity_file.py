@@ -1,6 +1,7 @@
 """The agent's own key, SVID and bundle in its runtime directory: a restart needs no new join token, a reboot leaves nothing.
 
-One file, 0600 in a 0700 directory, replaced whole: written beside, synced, renamed, and the directory synced.
+One file, 0600 in a 0700 directory, replaced whole: written beside, synced, renamed, and the directory synced. It is
+encrypted where the operator names a key (ADR 0071).
 """
 
 import base64
@@ -9,6 +10,7 @@ import fcntl
 import json
 import os
 import stat
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Self
@@ -17,6 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_der_private_key
 
 from broker.agent.private_file import PrivateFile
+from broker.agent.sealed import OVERHEAD, SealingKey, is_sealed
 from broker.errors import BrokerError, InvalidJson, Misconfigured
 from broker.spiffe import Bundle, BundleSet, TrustDomain, strictjson
 from broker.transport.tls import TlsIdentity
@@ -75,9 +78,11 @@ class StoredIdentity:
 class IdentityFile:
     """The file, in a directory that is made 0700 and must be ours."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, key: SealingKey | None = None) -> None:
+        """``key`` None: the file is in clear, for its owner."""
         self._directory = directory
-        self._file = PrivateFile(directory / FILE, max_size=_MAX_SIZE)
+        self._file = PrivateFile(directory / FILE, max_size=_MAX_SIZE + OVERHEAD)
+        self._key = key
         self._lock = -1
 
     def prepare(self) -> None:
@@ -116,13 +121,28 @@ class IdentityFile:
             self._lock = -1
 
     def load(self, trust_domain: TrustDomain) -> StoredIdentity | None:
-        """Read what is stored, None where there is nothing; raises InvalidJson when it is damaged."""
+        """Read what is stored, None where there is nothing; raises InvalidJson when it is damaged.
+
+        One in clear, of before there was a key, is taken up and encrypted now.
+        """
         content = self._file.read()
-        return None if content is None else StoredIdentity.parse(content, trust_domain)
+        if content is None:
+            return None
+        if self._key is not None and is_sealed(content):
+            content = self._key.open(FILE, content)
+        elif is_sealed(content):
+            raise InvalidJson("it is encrypted, and at_rest_key_path is not set")
+        elif self._key is not None:
+            with suppress(OSError):  # a disk that is full: it is encrypted with the next SVID
+                self._write(content)
+        return StoredIdentity.parse(content, trust_domain)
 
     def store(self, identity: StoredIdentity) -> None:
         """Replace what is stored; on return it is on the disk. Raises OSError."""
-        self._file.write(identity.serialise())
+        self._write(identity.serialise())
+
+    def _write(self, content: bytes) -> None:
+        self._file.write(content if self._key is None else self._key.seal(FILE, content))
 
     def remove(self) -> None:
         """Forget what is stored; harmless when there is nothing."""

@@ -55,6 +55,11 @@ class AgentSettings(ProgramSettings):
         default=Path("/run/broker/agent"),
         description="sockets, and what a restart needs: the agent's key and SVID, its entries, spare SVIDs; best in memory",
     )
+    at_rest_key_path: Path | None = Field(
+        default=None,
+        description="a file of 32 random bytes that encrypts what the agent keeps in runtime_dir; unset: a key of this boot,"
+        " and the agent's own key in clear",
+    )
     socket_path: Path = Field(
         default_factory=lambda set_before: set_before["runtime_dir"] / "public" / "api.sock",
         description="the workload socket, open to every local process",

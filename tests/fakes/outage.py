@@ -5,22 +5,26 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
+import grpc.aio
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from broker._proto.broker.server.v1 import entries_pb2
 from broker._proto.grpc.health.v1 import health_pb2
 from broker._proto.service import Stub
+from broker._proto.spiffe import workload_pb2
 from broker._proto.spire.api.server.agent.v1 import agent_pb2
 from broker._proto.spire.api.types import entry_pb2, selector_pb2, spiffeid_pb2
 from broker.agent.app import Agent
-from broker.agent.listener import HEALTH
+from broker.agent.estate_file import FILE
+from broker.agent.listener import HEALTH, WORKLOAD
 from broker.agent.settings import load as load_agent
 from broker.agent.upstream import AGENT
 from broker.client import Bundles, Entries, Nodes, Revocations, dial_socket
 from broker.server.app import server
 from broker.server.settings import load as load_server
-from tests.fakes.running_agent import ME, RunningAgent, until
+from tests.fakes.running_agent import HEADER, ME, RunningAgent, until
+from tests.fakes.sealing import key_file
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 
@@ -122,7 +126,7 @@ class House:
         self.trust.write_bytes(b"".join(one.public_bytes(Encoding.PEM) for one in roots))
 
     async def settings(self, name: str = "a", node: str = "", **changed: str) -> str:
-        """The text of an agent's settings: with a join token, or with the table of another node attestor."""
+        """The text of an agent's settings: with a join token, or with the table of another node attestor; what is empty is left out."""
         if not self.trust.exists():
             await self.publish()
         values = {
@@ -131,10 +135,11 @@ class House:
             "runtime_dir": str(self.directory / name),
             "trust_bundle_path": str(self.trust),
             "first_identity_wait": "1s",
+            "at_rest_key_path": str(key_file(self.directory)),
         } | changed
         if not node:
             values["join_token"] = (await self.nodes.create_join_token(ttl=600)).value
-        text = "[agent]\n" + "".join(f"{key} = {value!r}\n" for key, value in values.items()) + node
+        text = "[agent]\n" + "".join(f"{key} = {value!r}\n" for key, value in values.items() if value) + node
         (self.directory / f"{name}.toml").write_text(text)
         return text
 
@@ -176,3 +181,38 @@ async def part(agent: RunningAgent, name: str) -> bool:
     async with agent.channel() as channel:
         answer = await Stub(channel, HEALTH).Check(health_pb2.HealthCheckRequest(service=name))
         return answer.status == SERVING
+
+
+def kept(agent: RunningAgent) -> Path:
+    """The file for a restart."""
+    return agent.settings.private_dir / FILE
+
+
+async def joined(agent: RunningAgent, house: House, **entry) -> Path:
+    """Register this user below the agent, and wait until a restart would find a spare."""
+    await house.register(agent.agent.node.id.path, **entry)
+    assert (await agent.x509()).svids
+    await until(lambda: agent.agent.svids.spares._held and kept(agent).exists(), 20)
+    size = await held_spares(agent)
+    assert size
+    return kept(agent)
+
+
+async def held_spares(agent: RunningAgent) -> int:
+    await agent.agent.keeping.save()
+    return len(agent.agent.svids.spares.kept())
+
+
+async def served(socket: Path) -> workload_pb2.X509SVID | None:
+    """What this process is given, None for UNAVAILABLE; waits for the socket."""
+    await until(socket.exists, 40)
+    async with grpc.aio.insecure_channel(f"unix:{socket}", options=(("grpc.use_local_subchannel_pool", 1),)) as channel:
+        call = Stub(channel, WORKLOAD).FetchX509SVID(
+            workload_pb2.X509SVIDRequest(), metadata=HEADER, timeout=10, wait_for_ready=True
+        )
+        try:
+            return (await call.read()).svids[0]
+        except grpc.aio.AioRpcError as error:
+            if error.code() is not grpc.StatusCode.UNAVAILABLE:
+                raise
+            return None

@@ -18,6 +18,7 @@ from broker.agent.listener import WORKLOAD
 from broker.agent.settings import AgentSettings
 from broker.attestation.catalogue import Catalogue
 from tests.fakes.fake_server import TD, FakeServer, entry_message
+from tests.fakes.sealing import key_file
 
 HEADER = (("workload.spiffe.io", "true"),)
 ME = f"unix:uid:{os.geteuid()}"
@@ -80,6 +81,7 @@ async def serving(
         "runtime_dir": directory / "agent",
         "join_token": "token-1",
         "first_identity_wait": "300ms",
+        "at_rest_key_path": key_file(directory),
     }
     if not changed.get("insecure_bootstrap"):
         values["trust_bundle_path"] = server.trust_file()

@@ -16,14 +16,13 @@ from broker._proto.service import Stub
 from broker._proto.spiffe import workload_pb2
 from broker.agent import bootstrap, rebootstrap
 from broker.agent.bootstrap import Condition
-from broker.agent.estate_file import FILE
 from broker.agent.listener import CONNECTION, IDENTITY, WORKLOAD
 from broker.errors import InvalidSvid
 from broker.server.authority import server_svid
 from broker.spiffe.x509svid import split_der, verify_x509_svid
 from tests.fakes.node_fleet import NODE
 from tests.fakes.node_pki import root
-from tests.fakes.outage import House, part
+from tests.fakes.outage import House, held_spares, joined, part, served
 from tests.fakes.processes import agent_process, held_connection
 from tests.fakes.running_agent import HEADER, ME, RunningAgent, until
 
@@ -71,25 +70,6 @@ async def status(attempt) -> grpc.StatusCode:
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await attempt
     return refused.value.code()
-
-
-def kept(agent: RunningAgent) -> Path:
-    return agent.settings.private_dir / FILE
-
-
-async def joined(agent: RunningAgent, house: House, **entry) -> Path:
-    """Register this user below the agent, and wait until a restart would find a spare."""
-    await house.register(agent.agent.node.id.path, **entry)
-    assert (await agent.x509()).svids
-    await until(lambda: agent.agent.svids.spares._held and kept(agent).exists(), LONG)
-    size = await held_spares(agent)
-    assert size
-    return kept(agent)
-
-
-async def held_spares(agent: RunningAgent) -> int:
-    await agent.agent.keeping.save()
-    return len(agent.agent.svids.spares.kept())
 
 
 @pytest.mark.bears("O01")
@@ -161,21 +141,6 @@ async def test_killed_in_the_outage_it_serves_again_until_the_svids_end(house) -
                     while (again := await served(socket)) is None:
                         await asyncio.sleep(0.2)
                 assert leaf(again).not_valid_after_utc > ends
-
-
-async def served(socket: Path) -> workload_pb2.X509SVID | None:
-    """What this process is given, None for UNAVAILABLE; waits for the socket."""
-    await until(socket.exists, LONG)
-    async with grpc.aio.insecure_channel(f"unix:{socket}", options=(("grpc.use_local_subchannel_pool", 1),)) as channel:
-        call = Stub(channel, WORKLOAD).FetchX509SVID(
-            workload_pb2.X509SVIDRequest(), metadata=HEADER, timeout=10, wait_for_ready=True
-        )
-        try:
-            return (await call.read()).svids[0]
-        except grpc.aio.AioRpcError as error:
-            if error.code() is not grpc.StatusCode.UNAVAILABLE:
-                raise
-            return None
 
 
 @pytest.mark.bears("O02")

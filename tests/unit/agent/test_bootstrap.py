@@ -16,6 +16,7 @@ from broker._proto.spire.api.server.agent.v1 import agent_pb2
 from broker._proto.spire.api.types import x509svid_pb2
 from broker.agent import bootstrap as module
 from broker.agent.app import Agent
+from broker.agent.at_rest import named_key
 from broker.agent.identity_file import IdentityFile
 from broker.agent.settings import AgentSettings
 from broker.attestation.contract import Evidence
@@ -25,6 +26,12 @@ from broker.transport.dialer import SpiffeDialer
 from broker.transport.tls import SvidPeer, TlsPeer
 from tests.fakes.fake_server import TD, FakeCa, FakeServer, entry_message
 from tests.fakes.running_agent import ME, serving, until
+from tests.fakes.sealing import key_file
+
+
+def stored_identity(directory):
+    """What the agent in this directory has on its disk."""
+    return IdentityFile(directory / "agent" / "private", named_key(key_file(directory))).load(TD)
 
 
 @pytest.fixture
@@ -151,7 +158,7 @@ async def test_renewal_at_half_life_with_a_new_key(directory) -> None:
             server.agent_ttl = timedelta(hours=1)
             await until(lambda: agent.agent.node.tls is not before)
             await agent.agent.node.settle()
-            stored = IdentityFile(directory / "agent" / "private").load(TD)
+            stored = stored_identity(directory)
             assert stored.tls.chain_der == agent.agent.node.tls.chain_der
             assert stored.tls.key.private_numbers() != before.key.private_numbers()
             await until(lambda: agent.agent.sync.is_online)
@@ -195,7 +202,7 @@ async def test_a_banned_agent_serves_nobody_and_keeps_no_key(directory, code) ->
             with pytest.raises(grpc.aio.AioRpcError) as ended:
                 await asyncio.wait_for(call.read(), 5)
             assert ended.value.code() == grpc.StatusCode.PERMISSION_DENIED
-            assert IdentityFile(directory / "agent" / "private").load(TD) is None
+            assert stored_identity(directory) is None
             assert len(agent.agent.svids.spares) == 0
             with pytest.raises(grpc.aio.AioRpcError) as refused:
                 await agent.jwt("a")
@@ -314,7 +321,7 @@ async def test_the_bundle_is_followed_and_stored(directory) -> None:
         server.push_bundles(server.ca.message((new,)))
         await until(lambda: len(agent.agent.node.bundle.x509_authorities) == 2)
         await agent.agent.node.settle()
-        stored = IdentityFile(directory / "agent" / "private").load(TD)
+        stored = stored_identity(directory)
         assert stored.bundle.x509_authorities == (server.ca.root, new.root)
 
 
@@ -330,7 +337,7 @@ async def test_a_slow_disk_does_not_hold_up_the_agent(directory) -> None:
             server.push_bundles(server.ca.message((new,)))
             await until(lambda: len(agent.agent.node.bundle.x509_authorities) == 2)
             assert (await agent.x509()).svids
-            assert len(IdentityFile(directory / "agent" / "private").load(TD).bundle.x509_authorities) == 1
+            assert len(stored_identity(directory).bundle.x509_authorities) == 1
             go.set()
             await agent.agent.node.settle()
-            assert len(IdentityFile(directory / "agent" / "private").load(TD).bundle.x509_authorities) == 2
+            assert len(stored_identity(directory).bundle.x509_authorities) == 2

@@ -7,12 +7,14 @@ import pytest
 from broker.agent import estate_file as module
 from broker.agent import wire
 from broker.agent.estate_file import FILE, EstateFile, KeptEstate, KeptSpare, worth_keeping
+from broker.agent.sealed import KEY_SIZE, SealingKey
 from broker.errors import InvalidJson
 from broker.spiffe import SpiffeId
 from tests.fakes.fake_server import TD, FakeCa, entry_message
 
 NODE = SpiffeId.of(TD, "/spire/agent/x")
 NOW = datetime(2026, 5, 1, tzinfo=UTC)
+KEY = SealingKey(bytes(KEY_SIZE))
 
 
 def estate(**changed) -> KeptEstate:
@@ -36,7 +38,7 @@ def estate(**changed) -> KeptEstate:
 
 @pytest.fixture
 def file(tmp_path) -> EstateFile:
-    return EstateFile(tmp_path, TD, boot_id="boot-1")
+    return EstateFile(tmp_path, TD, KEY, boot_id="boot-1")
 
 
 def test_what_is_read_is_what_was_written(file, tmp_path) -> None:
@@ -70,7 +72,7 @@ def test_a_damaged_file_is_no_file(file, tmp_path, where) -> None:
 def test_of_another_agent_another_boot_or_another_user_it_is_not_read(file, tmp_path) -> None:
     file.store(estate())
     for other, node in (
-        (EstateFile(tmp_path, TD, boot_id="boot-2"), NODE),
+        (EstateFile(tmp_path, TD, KEY, boot_id="boot-2"), NODE),
         (file, SpiffeId.of(TD, "/spire/agent/y")),
     ):
         with pytest.raises(InvalidJson):
