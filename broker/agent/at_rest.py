@@ -35,7 +35,7 @@ def named_key(path: Path) -> SealingKey:
             content = file.read(KEY_SIZE + 1) if stat.S_ISREG(facts.st_mode) else b""
     except OSError as error:
         raise _unusable(path, error.strerror or "it cannot be read") from error
-    if facts.st_uid not in {0, os.geteuid()} or facts.st_mode & 0o007:
+    if facts.st_uid not in {0, os.geteuid()} or facts.st_mode & 0o027:
         raise _unusable(path, "others than the agent's user may read or replace it")
     if len(content) != KEY_SIZE:
         raise _unusable(path, f"it does not hold exactly {KEY_SIZE} bytes")

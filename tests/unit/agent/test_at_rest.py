@@ -50,10 +50,11 @@ def test_a_named_key_is_read_through_a_link_as_kubernetes_mounts_secrets(tmp_pat
         lambda path: path.write_bytes(b""),
         lambda path: path.chmod(0o604),
         lambda path: path.chmod(0o602),
+        lambda path: path.chmod(0o620),
         lambda path: (path.unlink(), path.mkdir()),
         lambda path: (path.unlink(), os.mkfifo(path, 0o600)),
     ],
-    ids=["none", "short", "long", "empty", "readable", "writable", "directory", "fifo"],
+    ids=["none", "short", "long", "empty", "readable", "writable", "writable by a group", "directory", "fifo"],
 )
 def test_a_named_key_that_is_not_usable_says_how_to_make_one(tmp_path, spoil) -> None:
     path = key_file(tmp_path)
