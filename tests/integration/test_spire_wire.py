@@ -23,6 +23,7 @@ from broker._proto.spire.api.server.entry.v1 import entry_pb2
 from broker._proto.spire.api.server.logger.v1 import logger_pb2
 from broker._proto.spire.api.server.svid.v1 import svid_pb2
 from broker._proto.spire.api.server.trustdomain.v1 import trustdomain_pb2
+from broker._proto.spire.api.types import bundle_pb2 as bundle_types
 from broker._proto.spire.api.types import entry_pb2 as types
 from broker._proto.spire.api.types import federateswith_pb2, selector_pb2, spiffeid_pb2
 from broker.server.api.grpc import agent, bundle, entry, health, logger, svid, trustdomain
@@ -392,9 +393,24 @@ async def test_lists_are_filtered_and_paged_as_in_spire(estate):
             new("/abc", selectors=selectors("t:a", "t:b", "t:c"), federates_with=["b.org", "c.org"]),
             new("/d", selectors=selectors("t:d"), federates_with=["b.org"]),
         ]
-        answer = await stub.BatchCreateEntry(entry_pb2.BatchCreateEntryRequest(entries=batch), timeout=DEADLINE)
-        # Federation with a domain whose bundle is not known may be refused; then there is nothing to filter by it.
-        federates = not any(result.status.code for result in answer.results)
+        request = entry_pb2.BatchCreateEntryRequest(entries=batch)
+        # Nobody federates with a domain of which nothing is known.
+        assert [one.status.message for one in (await stub.BatchCreateEntry(request, timeout=DEADLINE)).results] == [
+            "OK",
+            "OK",
+            'failed to create entry: unable to find federated bundle "spiffe://b.org"',
+            'failed to create entry: unable to find federated bundle "spiffe://b.org"',
+        ]
+        foreign = [bundle_types.Bundle(trust_domain=name) for name in ("b.org", "c.org")]
+        await Stub(admin, bundle.BINDING).BatchSetFederatedBundle(
+            bundle_pb2.BatchSetFederatedBundleRequest(bundle=foreign), timeout=DEADLINE
+        )
+        assert [one.status.code for one in (await stub.BatchCreateEntry(request, timeout=DEADLINE)).results] == [
+            6,
+            6,
+            0,
+            0,
+        ]
 
         async def found(**filters: object) -> set[str]:
             listed = await stub.ListEntries(entry_pb2.ListEntriesRequest(filter=FILTER(**filters)), timeout=DEADLINE)
@@ -417,15 +433,14 @@ async def test_lists_are_filtered_and_paged_as_in_spire(estate):
         assert "/a" in await found(by_hint={"value": ""})  # an empty hint does not narrow
         assert await found(by_downstream={"value": True}) == {"/a"}
         assert "/a" not in await found(by_downstream={"value": False})
-        if federates:
 
-            def with_(how: int, *names: str) -> FEDERATED:
-                return FEDERATED(trust_domains=names, match=how)
+        def with_(how: int, *names: str) -> FEDERATED:
+            return FEDERATED(trust_domains=names, match=how)
 
-            assert await found(by_federates_with=with_(FEDERATED.MATCH_EXACT, "b.org")) == {"/d"}
-            assert await found(by_federates_with=with_(FEDERATED.MATCH_SUPERSET, "b.org")) == {"/abc", "/d"}
-            assert await found(by_federates_with=with_(FEDERATED.MATCH_ANY, "c.org", "z.org")) == {"/abc"}
-            assert await found(by_federates_with=with_(FEDERATED.MATCH_SUBSET, "b.org", "c.org")) >= {"/abc", "/d"}
+        assert await found(by_federates_with=with_(FEDERATED.MATCH_EXACT, "b.org")) == {"/d"}
+        assert await found(by_federates_with=with_(FEDERATED.MATCH_SUPERSET, "b.org")) == {"/abc", "/d"}
+        assert await found(by_federates_with=with_(FEDERATED.MATCH_ANY, "c.org", "z.org")) == {"/abc"}
+        assert await found(by_federates_with=with_(FEDERATED.MATCH_SUBSET, "b.org", "c.org")) >= {"/abc", "/d"}
 
         seen, token = [], ""
         while True:

@@ -31,6 +31,9 @@ PRUNE_EVERY: Final = 1.0
 PRUNER: Final = "server"
 """Who deletes an entry whose time is over, in the record."""
 
+STRANGER: Final = "federated_bundle_not_found"
+"""The code of an entry that federates with a trust domain of which nothing is known."""
+
 log = get_logger("entries")
 Draft = Entry | BrokerError
 Outcome = Entry | BrokerError
@@ -174,6 +177,8 @@ class Entries:
         similar = writer.similar_entry(edited.spiffe_id, edited.parent_id, edited.selectors)
         if similar is not None and similar.id != edited.id:
             return _similar_exists()
+        if stranger := _stranger(writer, edited.federates_with - current.federates_with):
+            return stranger
         writer.replace_entry(edited)
         writer.change(ENTRY_KIND, edited.id, entry_text(edited))
         writer.record(_record(Event.ENTRY_UPDATED, edited, actor, now))
@@ -187,6 +192,8 @@ def _add(writer: Writer, entry: Entry, actor: str, now: datetime) -> Outcome | S
         return Similar(similar)
     if writer.entry(entry.id) is not None:
         return Conflict("an entry with this id exists", code="entry_exists")
+    if stranger := _stranger(writer, entry.federates_with):
+        return stranger
     add_entry(writer, entry, actor, now)
     return entry
 
@@ -237,6 +244,18 @@ def _record(event: Event, entry: Entry, actor: str, now: datetime) -> Record:
         "allowed_audiences": sorted(entry.allowed_audiences),
     }
     return Record(event, now, actor, entry.id, fields)
+
+
+def _stranger(writer: Writer, federates_with: frozenset[TrustDomain]) -> NotFound | None:
+    """Name a trust domain of which nothing is known: no bundle, and no relationship that will fetch one."""
+    for domain in sorted(federates_with, key=str):
+        if writer.federated_bundle(domain) is None and writer.relationship(domain) is None:
+            return NotFound(
+                f'unable to find federated bundle "spiffe://{domain}"',
+                code=STRANGER,
+                hint="broker federation create, or broker bundle set, for that trust domain first",
+            )
+    return None
 
 
 def _similar_exists() -> Conflict:

@@ -18,7 +18,7 @@ from broker.server.api.grpc import convert, identities
 from broker.server.api.grpc.identities import reading
 from broker.server.api.grpc.paging import pages
 from broker.server.identity.directory import Directory
-from broker.server.identity.entries import Edit, Entries, Similar
+from broker.server.identity.entries import STRANGER, Edit, Entries, Similar
 from broker.server.identity.filters import EntryFilter, entry_order, entry_token
 from broker.spiffe import TrustDomain
 
@@ -77,7 +77,7 @@ class Entry:
         drafts = [attempt(partial(convert.entry_of, message, new_entry_id(), now, home)) for message in request.entries]
         results = []
         for outcome in await self._entries.create(drafts, name_of(caller)):
-            result = entry_pb2.BatchCreateEntryResponse.Result(status=status_of(outcome))
+            result = entry_pb2.BatchCreateEntryResponse.Result(status=_status(outcome, "failed to create entry"))
             shown = outcome.existing if isinstance(outcome, Similar) else outcome
             if isinstance(shown, RegistryEntry):
                 result.entry.CopyFrom(_shown(shown, request))
@@ -92,10 +92,7 @@ class Entry:
         edits = [(message.id, attempt(partial(_edit, message, mask, home))) for message in request.entries]
         results = []
         for outcome in await self._entries.update(edits, name_of(caller)):
-            status = status_of(outcome)
-            if isinstance(outcome, NotFound):
-                status.message = "failed to update entry"  # what SPIRE's tools know
-            result = entry_pb2.BatchUpdateEntryResponse.Result(status=status)
+            result = entry_pb2.BatchUpdateEntryResponse.Result(status=_status(outcome, "failed to update entry"))
             if isinstance(outcome, RegistryEntry):
                 result.entry.CopyFrom(_shown(outcome, request))
             results.append(result)
@@ -175,6 +172,15 @@ def status_of(outcome: RegistryEntry | Similar | BrokerError) -> status_pb2.Stat
     if isinstance(outcome, Similar):
         return status_pb2.Status(code=6, message="similar entry already exists")  # ALREADY_EXISTS
     return convert.error_status(outcome) if isinstance(outcome, BrokerError) else convert.ok_status()
+
+
+def _status(outcome: RegistryEntry | Similar | BrokerError, failed: str) -> status_pb2.Status:
+    """Write one item's status in the words that SPIRE's tools know."""
+    if isinstance(outcome, NotFound) and outcome.reason == STRANGER:
+        return status_pb2.Status(code=13, message=f"{failed}: {outcome.message}")  # INTERNAL
+    if isinstance(outcome, NotFound):
+        return status_pb2.Status(code=5, message=failed)  # NOT_FOUND
+    return status_of(outcome)
 
 
 def entry_filter(

@@ -118,7 +118,7 @@ async def test_a_bundle_goes_with_its_entries(here):
 
 async def test_a_bundle_goes_out_of_its_entries(here):
     third = TrustDomain("third.test")
-    await here.bundles.set([published()], "op")
+    await here.bundles.set([published(), published("third.test")], "op")
     await here.add("/one", federates_with=frozenset({OTHER, third}))
     assert await here.bundles.delete([OTHER], DeletionMode.DISSOCIATE, "op") == [None]
     entry = here.directory.entry("one")

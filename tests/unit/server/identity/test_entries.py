@@ -5,7 +5,9 @@ import pytest
 from broker.errors import Conflict, Invalid, NotFound
 from broker.server.identity.entries import MAX_BATCH, Similar
 from broker.server.identity.filters import EntryFilter
-from broker.spiffe import SpiffeId
+from broker.spiffe import SpiffeId, TrustDomain
+from broker.spiffe.federation import Profile, Relationship
+from tests.unit.server.identity.test_bundles import published
 from tests.unit.server.identity.world import AGENT, draft
 
 
@@ -79,3 +81,31 @@ async def test_a_batch_has_an_end(here):
         await here.entries.delete(["x"] * (MAX_BATCH + 1), "test")
     with pytest.raises(NotFound):
         here.entries.get("none")
+
+
+OTHER = TrustDomain("other.test")
+
+
+async def test_an_entry_federates_with_whom_something_is_known_of(here):
+    entry = draft("/one", AGENT, here.clock, federates_with=frozenset({OTHER}))
+    (refused,) = await here.entries.create([entry], "op")
+    assert isinstance(refused, NotFound)
+    assert refused.reason == "federated_bundle_not_found"
+    assert refused.message == 'unable to find federated bundle "spiffe://other.test"'
+    assert list(here.directory.entries()) == []
+    # A relationship will bring the bundle.
+    relationship = Relationship(OTHER, "https://other.test/bundle", Profile.HTTPS_WEB)
+    await here.store.write(lambda writer: writer.add_relationship(relationship))
+    assert await here.entries.create([entry], "op") == [entry]
+
+
+async def test_an_update_adds_nobody_who_is_unknown_and_need_not_drop_who_has_become_so(here):
+    await here.bundles.set([published()], "op")
+    await here.add("/one", federates_with=frozenset({OTHER}))
+    third = frozenset({OTHER, TrustDomain("third.test")})
+    (refused,) = await here.entries.update([("one", lambda one: replace(one, federates_with=third))], "op")
+    assert isinstance(refused, NotFound)
+    assert "third.test" in refused.message
+    await here.store.write(lambda writer: writer.remove_federated_bundle(OTHER))
+    (kept,) = await here.entries.update([("one", lambda one: replace(one, hint="h"))], "op")
+    assert (kept.hint, kept.federates_with) == ("h", frozenset({OTHER}))
