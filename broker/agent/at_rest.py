@@ -53,10 +53,10 @@ def _unusable(path: Path, reason: str) -> Misconfigured:
 def chosen(named: SealingKey | None, directory: Path) -> SealingKey | None:
     """Give the key for what may be lost with the boot, and say where it is, and what stays in clear."""
     if named is not None:
-        _log.info("at_rest_key", place="file")
+        _log.info("at_rest_key", source="file")
         return named
     if not in_memory(directory):
-        _log.warning("agent_key_in_clear", directory=str(directory), hint=_HINT)
+        _log.warning("agent_key_in_clear", path=str(directory), hint=_HINT)
     return boot_key(directory)
 
 
@@ -70,7 +70,7 @@ def boot_key(directory: Path, *, description: str = DESCRIPTION) -> SealingKey |
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is not ours"
     else:
-        _log.info("at_rest_key", place="keyring")
+        _log.info("at_rest_key", source="keyring")
         return key
     if in_memory(directory):
         try:
@@ -78,9 +78,9 @@ def boot_key(directory: Path, *, description: str = DESCRIPTION) -> SealingKey |
         except OSError as error:
             reason = error.strerror or type(error).__name__
         else:
-            _log.info("at_rest_key", place="memory", keyring=reason)
+            _log.info("at_rest_key", source="memory", reason=reason)
             return key
-    _log.warning("at_rest_key_missing", keyring=reason, hint=_HINT)
+    _log.warning("at_rest_key_missing", reason=reason, hint=_HINT)
     return None
 
 

@@ -98,7 +98,7 @@ async def test_by_default_what_is_kept_is_encrypted_under_a_key_of_the_kernel(ho
     assert files(house) == {FILE, IDENTITY_FILE}
     async with again(house, text) as svid:
         assert svid.spiffe_id == "spiffe://example.org/wl/me"
-        assert "place=keyring" in said(house)
+        assert "source=keyring" in said(house)
         # A key of the boot would strand a node that cannot join twice: the agent's own waits for the operator's.
         assert "agent_key_in_clear" in said(house)
 
@@ -163,7 +163,7 @@ async def test_in_memory_it_needs_no_keyring() -> None:
         assert files(house) == {FILE, IDENTITY_FILE, KEY_FILE}
         async with again(house, text, inside=NO_KEYRING) as svid:
             assert svid.spiffe_id == "spiffe://example.org/wl/me"
-            assert "place=memory" in said(house)
+            assert "source=memory" in said(house)
             assert "agent_key_in_clear" not in said(house)
 
 
