@@ -24,7 +24,7 @@ from tests.conformance.house import ONE, House, Replica
 from tests.conformance.token_doors import TokenDoors, Verdicts
 
 ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551  # of P-256
-GENEROUS = 5.0  # seconds for the three of them, where each takes a millisecond: it bounds blow-ups, not speed
+GENEROUS = 20.0  # seconds for the three of them, where each takes a millisecond: it bounds blow-ups, not speed
 
 
 @pytest.fixture

@@ -137,7 +137,7 @@ def test_the_first_answer_waits_for_nothing(house: House, method: str) -> None:
     }[method]
     began = time.monotonic()
     first(house, method, request)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
 
 
 @pytest.mark.bears("WA-09")

@@ -68,7 +68,7 @@ class TestActs:
 
     async def test_even_stop_iteration_is_an_error_of_its_caller_only(self, store: Store) -> None:
         with pytest.raises(RuntimeError):
-            await asyncio.wait_for(store.write(lambda _: next(iter(()))), 5)
+            await asyncio.wait_for(store.write(lambda _: next(iter(()))), 30)
         assert await store.write(lambda _: 1) == 1
 
     async def test_a_caller_who_gives_up_does_not_disturb_the_others(self, store: Store) -> None:

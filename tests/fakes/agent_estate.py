@@ -33,7 +33,7 @@ class Running:
         async with self.channel(path) as channel:
             call = channel.unary_stream(PATH, response_deserializer=workload_pb2.X509SVIDResponse.FromString)
             try:
-                return await call(b"", metadata=HEADER, timeout=5).read()
+                return await call(b"", metadata=HEADER, timeout=30).read()
             except grpc.aio.AioRpcError as error:
                 return error.code()
 
@@ -51,7 +51,7 @@ async def running(*, ready: bool = True, **settings):
                 if ready and process.returncode is None:
                     async with it.channel() as channel:
                         watching = Stub(channel, HEALTH).Watch(health_pb2.HealthCheckRequest(), wait_for_ready=True)
-                        while (await asyncio.wait_for(watching.read(), 20)).status != 1:
+                        while (await asyncio.wait_for(watching.read(), 30)).status != 1:
                             pass
                 yield it
     finally:

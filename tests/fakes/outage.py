@@ -208,7 +208,7 @@ async def served(socket: Path) -> workload_pb2.X509SVID | None:
     await until(socket.exists, 40)
     async with grpc.aio.insecure_channel(f"unix:{socket}", options=(("grpc.use_local_subchannel_pool", 1),)) as channel:
         call = Stub(channel, WORKLOAD).FetchX509SVID(
-            workload_pb2.X509SVIDRequest(), metadata=HEADER, timeout=10, wait_for_ready=True
+            workload_pb2.X509SVIDRequest(), metadata=HEADER, timeout=30, wait_for_ready=True
         )
         try:
             return (await call.read()).svids[0]

@@ -44,7 +44,7 @@ class _CloneArgs(ctypes.Structure):
     )
 
 
-def spawn_as(pid: int, command: list[str], seconds: float = 5.0) -> None:
+def spawn_as(pid: int, command: list[str], seconds: float = 30.0) -> None:
     """Start a process under this very number, which must be free or about to be; skips where the kernel does not allow it."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.syscall.restype = ctypes.c_long
@@ -142,7 +142,7 @@ async def agent_process(directory: Path, text: str, *, inside: tuple[str, ...] =
             process.send_signal(signal.SIGCONT)
             os.kill(innermost(process.pid) if inside else process.pid, signal.SIGTERM)
             try:
-                await asyncio.wait_for(process.wait(), 10)
+                await asyncio.wait_for(process.wait(), 30)
             except TimeoutError:
                 process.kill()
                 await process.wait()

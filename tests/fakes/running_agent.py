@@ -24,7 +24,7 @@ HEADER = (("workload.spiffe.io", "true"),)
 ME = f"unix:uid:{os.geteuid()}"
 
 
-async def until(condition, seconds: float = 10.0) -> None:
+async def until(condition, seconds: float = 30.0) -> None:
     """Wait for a condition with a deadline."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -56,7 +56,7 @@ class RunningAgent:
 
     async def x509(self) -> workload_pb2.X509SVIDResponse:
         async with self.workload() as stub:
-            return await stub.FetchX509SVID(workload_pb2.X509SVIDRequest(), metadata=HEADER, timeout=10).read()
+            return await stub.FetchX509SVID(workload_pb2.X509SVIDRequest(), metadata=HEADER, timeout=30).read()
 
     async def jwt(self, *audience: str, spiffe_id: str = "") -> workload_pb2.JWTSVIDResponse:
         async with self.channel() as channel:
@@ -67,7 +67,7 @@ class RunningAgent:
     ) -> workload_pb2.JWTSVIDResponse:
         """Fetch by a channel of one's own."""
         request = workload_pb2.JWTSVIDRequest(audience=audience, spiffe_id=spiffe_id)
-        return await Stub(channel, WORKLOAD).FetchJWTSVID(request, metadata=HEADER, timeout=10)
+        return await Stub(channel, WORKLOAD).FetchJWTSVID(request, metadata=HEADER, timeout=30)
 
 
 @asynccontextmanager

@@ -51,7 +51,7 @@ class Pod:
         """Ask for a token of another process's task."""
         request = tasks_pb2.IssueTokenRequest(task_id=task, resource=resource)
         try:
-            issued = await Stub(self.me.channel, TASKS).IssueToken(request, metadata=SECURITY_HEADER, timeout=20)
+            issued = await Stub(self.me.channel, TASKS).IssueToken(request, metadata=SECURITY_HEADER, timeout=30)
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error) from None
         return {"token": issued.access_token}
@@ -90,7 +90,7 @@ class Pod:
         host = url.removeprefix("https://")
 
         def call() -> Mapping[str, Any]:
-            line = http.client.HTTPSConnection(host, context=own, timeout=20)
+            line = http.client.HTTPSConnection(host, context=own, timeout=30)
             line.request(method, path)
             answer = line.getresponse()
             return {"status": answer.status, "body": json.loads(answer.read())}

@@ -30,7 +30,7 @@ async def fetch(path: str) -> dict[str, object]:
         call = channel.unary_stream(PATH, response_deserializer=workload_pb2.X509SVIDResponse.FromString)
         began = time.monotonic()
         try:
-            message = await call(b"", metadata=SECURITY_HEADER, timeout=20).read()
+            message = await call(b"", metadata=SECURITY_HEADER, timeout=30).read()
         except grpc.aio.AioRpcError as error:
             return {"error": error.code().name, "said": error.details(), "seconds": time.monotonic() - began}
     return {"ids": sorted(_verified(svid) for svid in message.svids), "seconds": time.monotonic() - began}

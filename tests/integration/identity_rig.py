@@ -34,7 +34,7 @@ from broker.transport.tls import TlsIdentity
 
 DOMAIN = TrustDomain("example.org")
 SERVER_ID = SpiffeId.of(DOMAIN, "/spire/server")
-DEADLINE = 10
+DEADLINE = 30
 
 
 @dataclass

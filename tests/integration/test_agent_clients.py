@@ -71,9 +71,9 @@ async def test_sources_follow_rotation_and_a_restart_of_the_agent() -> None:
             server.svid_ttl = timedelta(seconds=4)
             async with serving(server, directory) as agent:
                 socket = f"unix://{agent.socket}"
-                x509 = await asyncio.to_thread(X509Source, socket_path=socket, timeout_in_seconds=10)
+                x509 = await asyncio.to_thread(X509Source, socket_path=socket, timeout_in_seconds=30)
                 closing.append(x509)
-                jwt = await asyncio.to_thread(JwtSource, socket_path=socket, timeout_in_seconds=10)
+                jwt = await asyncio.to_thread(JwtSource, socket_path=socket, timeout_in_seconds=30)
                 closing.append(jwt)
                 first = held(x509)
                 assert str(first.spiffe_id) == "spiffe://example.org/wl/me"

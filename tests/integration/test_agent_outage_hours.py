@@ -43,7 +43,7 @@ async def of_another_process(agent: RunningAgent, number: int) -> workload_pb2.X
         held_connection(agent.socket, agent.directory / f"r{number}", "stay") as held,
         grpc.aio.insecure_channel(f"unix:{held.relay}", options=(("grpc.use_local_subchannel_pool", 1),)) as channel,
     ):
-        call = Stub(channel, WORKLOAD).FetchX509SVID(workload_pb2.X509SVIDRequest(), metadata=HEADER, timeout=20)
+        call = Stub(channel, WORKLOAD).FetchX509SVID(workload_pb2.X509SVIDRequest(), metadata=HEADER, timeout=30)
         return (await call.read()).svids[0]
 
 
@@ -60,14 +60,14 @@ async def bundles_are_there(agent: RunningAgent) -> None:
             ("FetchX509Bundles", workload_pb2.X509BundlesRequest()),
             ("FetchJWTBundles", workload_pb2.JWTBundlesRequest()),
         ):
-            message = await getattr(stub, method)(request, metadata=HEADER, timeout=10).read()
+            message = await getattr(stub, method)(request, metadata=HEADER, timeout=30).read()
             assert message.bundles[f"spiffe://{TD.name}"]
 
 
 async def validated(agent: RunningAgent, token: str) -> str:
     async with agent.workload() as stub:
         request = workload_pb2.ValidateJWTSVIDRequest(audience="a", svid=token)
-        return (await stub.ValidateJWTSVID(request, metadata=HEADER, timeout=10)).spiffe_id
+        return (await stub.ValidateJWTSVID(request, metadata=HEADER, timeout=30)).spiffe_id
 
 
 @pytest.mark.bears("O01")

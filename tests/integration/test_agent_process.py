@@ -41,7 +41,7 @@ async def test_killed_and_started_again_it_serves_without_a_new_token() -> None:
             agent.process = again
             async with agent.channel() as channel:
                 call = Stub(channel, WORKLOAD).FetchX509SVID(workload_pb2.X509SVIDRequest(), metadata=HEADER)
-                async with asyncio.timeout(20):
+                async with asyncio.timeout(30):
                     while True:
                         try:
                             assert (await call.read()).svids

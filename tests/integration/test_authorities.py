@@ -400,7 +400,7 @@ async def test_an_agent_that_was_cut_off_refuses_only_what_it_has_not_heard_of(d
         made = await server.authorities.prepare("x509")
         await server.authorities.activate("x509", made.id)
         await server.register(node, "/wl/younger")
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(30):
             while len(svids := (await near.x509()).svids) < 2:
                 await asyncio.sleep(0.05)
         (new,) = [split_der(one.x509_svid) for one in svids if one.spiffe_id.endswith("younger")]

@@ -189,7 +189,7 @@ def test_a_renewal_reaches_files_program_pid_file_and_command(estate: Programs, 
             wait_for(lambda: "hup" in told.read_text(), "the signal by the pid file")
             wait_for(lambda: told.read_text().count("each one word") >= 2, "the command after the change")
             wait_for(lambda: (here / "token").read_text() != token, "the renewal of the token")
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=10) as ready:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=30) as ready:
                 assert json.load(ready) == {"status": "ok"}
             assert told.read_text().splitlines().count("up") == 1
             process.terminate()
@@ -258,14 +258,14 @@ def test_it_may_be_there_before_the_agent(estate: Programs, tmp_path: Path) -> N
     with watching(estate, here, "--socket", str(later), "--health", str(port)) as process:
         wait_for(lambda: "trying again" in (tmp_path / "certs.log").read_text())
         with pytest.raises(urllib.error.HTTPError) as refused:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=10)
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=30)
         assert refused.value.code == 503
         assert "x509" in json.load(refused.value)["lacking"]
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/live", timeout=10) as live:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/live", timeout=30) as live:
             assert live.status == 200
         later.symlink_to(estate.agent_socket("a"))
         wait_for(lambda: is_pair(here))
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=10) as ready:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=30) as ready:
             assert ready.status == 200
         assert process.poll() is None
 

@@ -135,7 +135,7 @@ async def envoy(agent: RunningAgent):
 
 async def asked(port: int, path: str) -> str:
     def ask() -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=30) as answer:
             return answer.read().decode()
 
     return await asyncio.to_thread(ask)
@@ -150,7 +150,7 @@ async def met(port: int, ca: FakeCa, trusted: FakeCa) -> x509.Certificate | None
     except (ssl.SSLError, OSError):
         return None
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             if await reader.read() != b"hello":
                 return None
         return x509.load_der_x509_certificate(writer.get_extra_info("ssl_object").getpeercert(binary_form=True))

@@ -179,7 +179,7 @@ async def issued(program: Sequence[str], relay: Path) -> Sequence[str]:
         assert word == b"ready"
         options = (("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0))
         async with grpc.aio.insecure_channel(f"unix:{relay}", options=options) as channel:
-            call = Stub(channel, WORKLOAD).FetchX509SVID(workload_pb2.X509SVIDRequest(), metadata=HEADER, timeout=20)
+            call = Stub(channel, WORKLOAD).FetchX509SVID(workload_pb2.X509SVIDRequest(), metadata=HEADER, timeout=30)
             return [one.spiffe_id for one in (await call.read()).svids]
     except grpc.aio.AioRpcError as error:
         if error.code() is not grpc.StatusCode.PERMISSION_DENIED:

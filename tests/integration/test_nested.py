@@ -126,7 +126,7 @@ async def test_a_root_above_is_tainted_and_everything_below_follows(directory):
                     break
         assert leaf_of(message.svids[0]) != leaf_of(first.svids[0])
         await upper.authorities.revoke("x509", old.id)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(30):
             while len(await lower.roots()) != 1:
                 await asyncio.sleep(0.05)
         await until(lambda: len(lower_agent.agent.cache.own_bundle.x509_authorities) == 1)

@@ -158,7 +158,7 @@ async def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
         finally:
             process.stdin.close()
             try:
-                async with asyncio.timeout(10):
+                async with asyncio.timeout(30):
                     await process.wait()
             except TimeoutError:
                 process.kill()

@@ -101,6 +101,6 @@ async def test_a_policy_file_of_the_settings(estate: Estate, oidc: OidcIssuer, t
     file.write_text(NO_TASKS)
     async with running(estate, policy=PolicySettings(path=file)) as again:
         assert again.is_ready
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(30):
             while not ended(estate):
                 await asyncio.sleep(0.01)

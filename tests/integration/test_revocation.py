@@ -57,7 +57,7 @@ def listed(message) -> set[int]:
 
 
 async def until_listed(call, serial: int):
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(30):
         while True:
             message = await call.read()
             if serial in listed(message):
@@ -150,7 +150,7 @@ async def test_connections_of_a_revoked_leaf_end_at_once(estate) -> None:
         writer.write(b"GET /keys HTTP/1.1\r\nhost: localhost\r\n\r\n")
         assert (await reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 200")
         await revoke(running, spiffe_id=f"{OWN}/wl/me")
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             with suppress(ConnectionError, ssl.SSLError):
                 await reader.read(-1)
         writer.close()

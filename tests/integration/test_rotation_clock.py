@@ -47,9 +47,9 @@ async def everybody_with_everybody(clients):
         for name, peer in itertools.product(client.identities, server.identities):
             shake_hands(client, name, server, peer)
         asked = workload_pb2.JWTSVIDRequest(audience=["aud"])
-        for svid in (await client.stub.FetchJWTSVID(asked, metadata=HEADER, timeout=20)).svids:
+        for svid in (await client.stub.FetchJWTSVID(asked, metadata=HEADER, timeout=30)).svids:
             check = workload_pb2.ValidateJWTSVIDRequest(audience="aud", svid=svid.svid)
-            await server.stub.ValidateJWTSVID(check, metadata=HEADER, timeout=20)
+            await server.stub.ValidateJWTSVID(check, metadata=HEADER, timeout=30)
 
 
 @pytest.mark.timeout(120)

@@ -178,7 +178,7 @@ async def test_a_token_from_exchange_to_its_end(estate: Estate, oidc: OidcIssuer
             while (message := await asyncio.wait_for(listening.read(), DEADLINE)).WhichOneof("kind") != "frame":
                 pass
             state.apply(message, monotonic=0, now=0)
-            assert time.perf_counter() - started < 10.0
+            assert time.perf_counter() - started < 30.0
             with pytest.raises(Exception, match="ended"):
                 state.require_alive(
                     root=verified.root,

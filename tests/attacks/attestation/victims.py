@@ -22,7 +22,7 @@ _CLONE3 = 435  # the same on every architecture
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 UID, SOCKET = int(sys.argv[1]), sys.argv[2]
-PATIENCE = 5.0  # seconds until a number is free: a process just reaped may still be on its way out
+PATIENCE = 30.0  # seconds until a number is free: a process just reaped may still be on its way out
 
 
 def become():

@@ -146,7 +146,7 @@ class Prover:
         return answer
 
 
-async def eventually(condition: Any, seconds: float = 20.0) -> None:
+async def eventually(condition: Any, seconds: float = 30.0) -> None:
     """Wait for a condition with a deadline."""
     deadline = time.monotonic() + seconds
     while not await condition():

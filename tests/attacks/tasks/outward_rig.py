@@ -218,7 +218,7 @@ async def rig(*audiences: str, session_lease: timedelta | None = None) -> AsyncI
 async def _present(made: Rig, stack: AsyncExitStack) -> None:
     """Take the three SVIDs of this process from the socket."""
     workload = await stack.enter_async_context(Workload.connect(f"unix:{made.agent.socket}"))
-    await workload.identity(timeout=20)
+    await workload.identity(timeout=30)
     answer = await made.agent.x509()
     assert {one.spiffe_id for one in answer.svids} == {str(TRIAGE), str(NEIGHBOUR), str(SERVICE)}
     for one in answer.svids:
@@ -232,7 +232,7 @@ async def _present(made: Rig, stack: AsyncExitStack) -> None:
 
 async def by_socket(made: Rig, **fields: Any) -> Any:
     """Ask for a token at the agent's socket."""
-    return await made.socket.IssueToken(tasks_pb2.IssueTokenRequest(**fields), metadata=HEADER, timeout=20)
+    return await made.socket.IssueToken(tasks_pb2.IssueTokenRequest(**fields), metadata=HEADER, timeout=30)
 
 
 async def started(made: Rig, **fields: Any) -> Any:
@@ -243,7 +243,7 @@ async def started(made: Rig, **fields: Any) -> Any:
         "purpose": "triage",
         "authorization_details": json.dumps(DETAILS),
     }
-    return await made.socket.StartTask(tasks_pb2.StartTaskRequest(**good | fields), metadata=HEADER, timeout=20)
+    return await made.socket.StartTask(tasks_pb2.StartTaskRequest(**good | fields), metadata=HEADER, timeout=30)
 
 
 async def refused_by_socket(made: Rig, **fields: Any) -> str:

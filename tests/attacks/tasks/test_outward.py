@@ -95,7 +95,7 @@ async def test_every_fault_of_a_request(house: Rig) -> None:
         assert response.headers["cache-control"] == "no-store", name
         assert "access_token" not in body
         assert not any(word in response.text for word in ("eyJ", "Traceback", "SELECT")), name
-        assert took < 5, name
+        assert took < 20, name
         records = house.records("token_refused")
         assert len(records) == number + 1, name
         assert records[-1].actor == str(TRIAGE)

@@ -70,16 +70,16 @@ async def test_a_rotated_key_has_grace_and_a_tainted_one_has_none(house: Rig) ->
             kid = jose.parse_compact(before).kid
             assert verifier.verify_now(before, chain).user == "alice"
             task = pb.AUTHORITY_KIND_TASK
-            prepared = await house.operator.PrepareAuthority(pb.PrepareAuthorityRequest(kind=task), timeout=20)
+            prepared = await house.operator.PrepareAuthority(pb.PrepareAuthorityRequest(kind=task), timeout=30)
             wanted = pb.ActivateAuthorityRequest(kind=task, id=prepared.authority.id)
-            await house.operator.ActivateAuthority(wanted, timeout=20)
+            await house.operator.ActivateAuthority(wanted, timeout=30)
             after = (await house.issued())["access_token"]
             assert jose.parse_compact(after).kid == prepared.authority.id
             await until(lambda: accepts(verifier, after, chain))
             assert accepts(verifier, before, chain), "grace: what it signed still counts"
             assert await house.active(before)
             assert set(await house.keys()) == {kid, prepared.authority.id}
-            await house.operator.TaintAuthority(pb.TaintAuthorityRequest(kind=task, id=kid), timeout=20)
+            await house.operator.TaintAuthority(pb.TaintAuthorityRequest(kind=task, id=kid), timeout=30)
             assert not await house.active(before)
             assert set(await house.keys()) == {prepared.authority.id}
             await until(lambda: not accepts(verifier, before, chain))

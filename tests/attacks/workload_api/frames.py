@@ -138,7 +138,7 @@ class Connection:
     def close(self) -> None:
         self.sock.close()
 
-    def send(self, data: bytes, seconds: float = 20) -> bool:
+    def send(self, data: bytes, seconds: float = 30.0) -> bool:
         """Send all, reading what comes meanwhile; give whether the other side took it."""
         view, deadline = memoryview(data), time.monotonic() + seconds
         while view and not self.closed:
@@ -165,7 +165,7 @@ class Connection:
         self.send(data)
         return stream
 
-    def upload(self, stream: int, body: bytes, seconds: float = 20) -> bool:
+    def upload(self, stream: int, body: bytes, seconds: float = 30.0) -> bool:
         """Send a body as an honest client does: no more at once than the windows allow; give whether all of it went."""
         heard, at, deadline = self.streams[stream], 0, time.monotonic() + seconds
         while at < len(body) and not (self.closed or heard.ended or heard.reset is not None):
@@ -183,23 +183,23 @@ class Connection:
             self.send(frame(DATA, END_STREAM if at == len(body) else 0, stream, piece))
         return at >= len(body)
 
-    def call(self, path: str, payload: bytes = b"", metadata: Headers = SECURITY, seconds: float = 10) -> Heard:
+    def call(self, path: str, payload: bytes = b"", metadata: Headers = SECURITY, seconds: float = 30.0) -> Heard:
         """One call to its end."""
         return self.finish(self.open(path, payload, metadata), seconds)
 
-    def finish(self, stream: int, seconds: float = 10) -> Heard:
+    def finish(self, stream: int, seconds: float = 30.0) -> Heard:
         """Wait for the end of a stream."""
         heard = self.streams[stream]
         self.until(lambda: heard.status is not None and (heard.ended or heard.reset is not None), seconds)
         return heard
 
-    def first(self, stream: int, count: int = 1, seconds: float = 10) -> list[bytes]:
+    def first(self, stream: int, count: int = 1, seconds: float = 30.0) -> list[bytes]:
         """Wait for so many messages of a stream, or its end."""
         heard = self.streams[stream]
         self.until(lambda: len(heard.messages) >= count or heard.ended or heard.reset is not None, seconds)
         return heard.messages
 
-    def until(self, condition, seconds: float = 10) -> bool:
+    def until(self, condition, seconds: float = 30.0) -> bool:
         """Read until it holds, the connection ends, or the time is up; give whether it holds."""
         deadline = time.monotonic() + seconds
         while not condition() and not self.closed and (left := deadline - time.monotonic()) > 0:
@@ -212,7 +212,7 @@ class Connection:
         poller.register(self.sock, events)
         return sum(event for _, event in poller.poll(seconds * 1000))
 
-    def wait_closed(self, seconds: float = 10) -> bool:
+    def wait_closed(self, seconds: float = 30.0) -> bool:
         return self.until(lambda: self.closed, seconds)
 
     def read(self, *, always: bool = False) -> None:

@@ -44,7 +44,7 @@ sys.exit(main(["agent", "run", "--config", sys.argv[1]]))
 """
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 20, pause: float = 0.02) -> Any:
+def wait_for(condition: Callable[[], Any], seconds: float = 30.0, pause: float = 0.02) -> Any:
     """Wait until it holds; give what it gave."""
     deadline = time.monotonic() + seconds
     while not (held := condition()):

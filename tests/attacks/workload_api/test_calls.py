@@ -165,7 +165,7 @@ def test_a_stream_has_the_full_set_at_once_and_after_each_change_and_ends_with_t
         began = time.monotonic()
         svids = one.open(X509)
         assert [ids(each) for each in one.first(svids)] == [["me"]]
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 20
         bundles, jwks = one.open(SERVICE + "FetchX509Bundles"), one.open(SERVICE + "FetchJWTBundles")
         one.first(bundles), one.first(jwks)
         do(lambda fake: fake.put(entry_message("e2", "/wl/two", [ME], created_at=2_000_000_000)))
@@ -177,7 +177,7 @@ def test_a_stream_has_the_full_set_at_once_and_after_each_change_and_ends_with_t
         do(lambda fake: fake.push_bundles(fake.ca.message((ca,))))
         for stream, count in ((svids, 4), (bundles, 2), (jwks, 2)):
             assert len(one.first(stream, count)) == count
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 20
         do(lambda fake: fake.remove("e2"))
         for stream in (svids, bundles, jwks):
             assert one.finish(stream).status == 7

@@ -98,7 +98,7 @@ def test_thousands_of_idle_streams(shape: str) -> None:
             closed(opened)
             bystander.close()
         if before.fds >= 0:
-            wait_for(lambda: agent.facts().fds <= before.fds + 10, 20)
+            wait_for(lambda: agent.facts().fds <= before.fds + 10, 30)
         assert "Traceback" not in agent.said()
 
 
@@ -123,7 +123,7 @@ def test_streams_beyond_a_users_share_are_told_to_come_back() -> None:
             with Connection(agent.socket) as one:
                 return one.call(SERVICE + "FetchJWTSVID", JWT).status == 0
 
-        wait_for(is_served, 10)
+        wait_for(is_served, 30)
 
 
 @pytest.mark.bears("W09")
@@ -151,7 +151,7 @@ def test_who_never_reads_is_cut_and_holds_up_nobody() -> None:
                     assert len(reader.first(followed, 1 + number)) >= 1 + number
             # Those that were blocked by their windows are gone.
             assert all(one.wait_closed(30) for number, one in enumerate(slow) if number % 2)
-            wait_for(lambda: bystander.lap().failures == [], 5)
+            wait_for(lambda: bystander.lap().failures == [], 30)
         finally:
             closed([*slow, reader])
             bystander.close()
@@ -242,13 +242,13 @@ def test_ten_thousand_connections_of_one_user_leave_places_for_others() -> None:
             time.sleep(3)
             seen = bystander.lap()
             assert seen.failures == []
-            assert max(seen.p99, seen.new_p99) < 2  # of a user who had no connection before, too
+            assert max(seen.p99, seen.new_p99) < 5  # of a user who had no connection before, too
             assert agent.facts().rss - before.rss < 600 * MIB
         finally:
             with crowd:
                 crowd.kill()
             bystander.close()
-        wait_for(lambda: agent.facts().fds <= before.fds + 10, 20)
+        wait_for(lambda: agent.facts().fds <= before.fds + 10, 30)
         assert "Traceback" not in agent.said()
 
 
@@ -279,8 +279,8 @@ def test_an_agent_of_256_descriptors_and_a_thousand_connections() -> None:
         finally:
             closed([*crowd, known])
         began = time.monotonic()
-        wait_for(agent.is_up, 10)
-        assert time.monotonic() - began < 10  # five, on a machine of one's own
+        wait_for(agent.is_up, 30)
+        assert time.monotonic() - began < 25  # five, on a machine of one's own
         said = agent.said()
         assert "Traceback" not in said
         assert len(said.splitlines()) < 50

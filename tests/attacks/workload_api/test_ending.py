@@ -86,8 +86,8 @@ def test_the_clients_of_py_spiffe_go_on_after_a_restart(how: str) -> None:
     with rig() as agent:
         assert agent.process is not None
         address = f"unix://{agent.socket}"
-        x509 = X509Source(socket_path=address, timeout_in_seconds=10)
-        jwt = JwtSource(socket_path=address, timeout_in_seconds=10)
+        x509 = X509Source(socket_path=address, timeout_in_seconds=30)
+        jwt = JwtSource(socket_path=address, timeout_in_seconds=30)
         try:
             before = x509.get_x509_context().default_svid
             assert str(before.spiffe_id) == "spiffe://example.org/wl/me"

@@ -125,7 +125,7 @@ def test_memory_goes_back_after_all_of_them(agent: Rig, bystander: Bystander) ->
             with Connection(agent.socket, wait=5, window=False) as one:
                 one.send(attack)
                 one.wait_closed(2)
-    wait_for(lambda: agent.facts().rss - start < GROWTH, 10)
+    wait_for(lambda: agent.facts().rss - start < GROWTH, 30)
 
 
 GARBAGE: dict[str, Callable[[random.Random], bytes]] = {
@@ -177,4 +177,4 @@ def test_the_bystander_sees_an_agent_that_stands_still(agent: Rig, bystander: By
     finally:
         os.kill(agent.process.pid, 18)
     # The call that stood still is told of when it is answered.
-    wait_for(lambda: max(bystander.lap().warm, default=0) > 1, 20)
+    wait_for(lambda: max(bystander.lap().warm, default=0) > 1, 30)

@@ -188,7 +188,7 @@ async def test_a_client_that_goes_away_ends_the_stream_and_the_guard(
     call = Stub(channel, ECHO).Split(Text(text="one "))
     assert (await call.read()).text == "one"
     call.cancel()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         await echo.closed.wait()
         while not guard.left:
             await asyncio.sleep(0)
@@ -226,9 +226,9 @@ async def test_a_blocking_channel_uses_the_same_stub(channel: grpc.aio.Channel, 
     def calls() -> list[str]:
         with grpc.insecure_channel(socket) as blocking:
             stub = Stub(blocking, ECHO)
-            said = stub.Say(Text(text="hi"), timeout=10).text
-            split = [item.text for item in stub.Split(Text(text="a b"), timeout=10)]
-            joined = stub.Join(iter([Text(text="c"), Text(text="d")]), timeout=10).text
+            said = stub.Say(Text(text="hi"), timeout=30).text
+            split = [item.text for item in stub.Split(Text(text="a b"), timeout=30)]
+            joined = stub.Join(iter([Text(text="c"), Text(text="d")]), timeout=30).text
             return [said, *split, joined]
 
     assert await asyncio.to_thread(calls) == ["HI", "a", "b", "c d"]
@@ -280,7 +280,7 @@ async def test_a_request_of_another_class_in_a_stream_ends_the_call(channel: grp
 
     def blocking() -> grpc.StatusCode:
         with grpc.insecure_channel(socket) as other, pytest.raises(grpc.RpcError) as caught:
-            Stub(other, ECHO).Join(iter([workload_pb2.JWTSVIDRequest()]), timeout=10)
+            Stub(other, ECHO).Join(iter([workload_pb2.JWTSVIDRequest()]), timeout=30)
         return caught.value.code()
 
     assert await asyncio.to_thread(blocking) is grpc.StatusCode.UNKNOWN
@@ -321,8 +321,8 @@ async def test_bytes_that_are_no_response_are_an_rpc_error_and_never_none(socket
 
 
 async def test_a_call_keeps_all_that_grpcio_gives_it(channel: grpc.aio.Channel) -> None:
-    call = Stub(channel, ECHO).Say(Text(text="a"), timeout=10)
-    assert (await asyncio.wait_for(call, 10)).text == "A"
+    call = Stub(channel, ECHO).Say(Text(text="a"), timeout=30)
+    assert (await asyncio.wait_for(call, 30)).text == "A"
     assert await call.code() is grpc.StatusCode.OK
     assert call.done()
 

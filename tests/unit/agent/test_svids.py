@@ -32,7 +32,7 @@ def by_name(message) -> dict[str, workload_pb2.X509SVID]:
 
 async def stream(stub):
     call = stub.FetchX509SVID(workload_pb2.X509SVIDRequest(), metadata=HEADER)
-    return call, await asyncio.wait_for(call.read(), 5)
+    return call, await asyncio.wait_for(call.read(), 30)
 
 
 async def of_another_process(agent: RunningAgent, number: int = 1):
@@ -48,7 +48,7 @@ async def fetched(held):
         call = channel.unary_stream(
             "/SpiffeWorkloadAPI/FetchX509SVID", response_deserializer=workload_pb2.X509SVIDResponse.FromString
         )
-        return await asyncio.wait_for(call(b"", metadata=HEADER).read(), 5)
+        return await asyncio.wait_for(call(b"", metadata=HEADER).read(), 30)
 
 
 async def test_connections_of_one_process_share_and_processes_do_not() -> None:
@@ -83,11 +83,11 @@ async def test_requests_of_one_moment_go_in_one_batch() -> None:
 
 async def test_rotation_at_half_life_reaches_the_open_stream() -> None:
     async with estate() as agent, agent.workload() as stub:
-        agent.server.svid_ttl = timedelta(seconds=4)
+        agent.server.svid_ttl = timedelta(seconds=8)
         call, first = await stream(stub)
         began = asyncio.get_running_loop().time()
-        second = await asyncio.wait_for(call.read(), 8)
-        assert 1.0 < asyncio.get_running_loop().time() - began < 3.2
+        second = await asyncio.wait_for(call.read(), 30)
+        assert 2.0 < asyncio.get_running_loop().time() - began < 7.5
         assert serial(first.svids[0]) != serial(second.svids[0])
         assert first.svids[0].x509_svid_key != second.svids[0].x509_svid_key
         await until(lambda: agent.agent.reports.is_settled)
@@ -104,11 +104,11 @@ async def test_a_changed_entry_is_signed_anew() -> None:
         changed = entry_message("e1", "/wl/me", [ME], revision=1)
         changed.entry.dns_names.append("me.example.org")
         agent.server.put(changed)
-        second = await asyncio.wait_for(call.read(), 5)
+        second = await asyncio.wait_for(call.read(), 30)
         assert serial(first.svids[0]) != serial(second.svids[0])
         moved = entry_message("e1", "/wl/moved", [ME], revision=2)
         agent.server.put(moved)
-        third = await asyncio.wait_for(call.read(), 5)
+        third = await asyncio.wait_for(call.read(), 30)
         assert third.svids[0].spiffe_id == "spiffe://example.org/wl/moved"
         # The old identity is over for the server, too.
         await until(lambda: len(agent.server.ended) == 1)
@@ -123,9 +123,9 @@ async def test_a_tainted_authority_is_left_and_a_removed_one_is_not_served() -> 
         new = FakeCa()
         agent.server.ca, agent.server.more_authorities = new, (old,)
         agent.server.push_bundles(new.message((old,), tainted=True))
-        second = await asyncio.wait_for(call.read(), 5)
+        second = await asyncio.wait_for(call.read(), 30)
         while serial(second.svids[0]) == serial(first.svids[0]):
-            second = await asyncio.wait_for(call.read(), 5)
+            second = await asyncio.wait_for(call.read(), 30)
         assert x509.load_der_x509_certificate(split_der(second.svids[0].x509_svid)[0]).issuer == new.root.subject
         # The JWT key of the old authority is gone from the bundle: its tokens are not handed out any more.
 
@@ -141,8 +141,8 @@ async def test_a_tainted_authority_is_left_and_a_removed_one_is_not_served() -> 
 @pytest.mark.bears("O01")
 async def test_in_an_outage_what_is_valid_is_served_and_nothing_after_its_end() -> None:
     async with estate(share_when_offline=False) as agent, agent.workload() as stub:
-        agent.server.svid_ttl = timedelta(seconds=5)
-        agent.server.jwt_ttl = timedelta(seconds=5)
+        agent.server.svid_ttl = timedelta(seconds=8)
+        agent.server.jwt_ttl = timedelta(seconds=8)
         call, first = await stream(stub)
         token = (await agent.jwt("a")).svids[0].svid
         await agent.server.listener.stop()
@@ -150,7 +150,7 @@ async def test_in_an_outage_what_is_valid_is_served_and_nothing_after_its_end() 
         assert (await agent.jwt("a")).svids[0].svid == token
         end = x509.load_der_x509_certificate(split_der(first.svids[0].x509_svid)[0]).not_valid_after_utc
         with pytest.raises(grpc.aio.AioRpcError) as ended:
-            await asyncio.wait_for(call.read(), 10)
+            await asyncio.wait_for(call.read(), 30)
         assert ended.value.code() == grpc.StatusCode.UNAVAILABLE
         assert agent.server.ca.clock.now() >= end
         for attempt in (agent.x509(), agent.jwt("a")):
@@ -258,7 +258,7 @@ async def test_a_wrong_jwt_svid_is_not_handed_on() -> None:
 
 async def test_jwt_svids_are_cached_per_session_and_audience_set_until_half_life() -> None:
     async with estate() as agent:
-        agent.server.jwt_ttl = timedelta(seconds=6)
+        agent.server.jwt_ttl = timedelta(seconds=12)
         first = (await agent.jwt("a", "b")).svids[0].svid
         assert (await agent.jwt("b", "a", "a")).svids[0].svid == first
         assert (await agent.jwt("a")).svids[0].svid != first
@@ -270,14 +270,14 @@ async def test_jwt_svids_are_cached_per_session_and_audience_set_until_half_life
         began = asyncio.get_running_loop().time()
         while (second := await renewed()) == first:
             await asyncio.sleep(0.05)
-        assert 2 < asyncio.get_running_loop().time() - began < 5
+        assert 4 < asyncio.get_running_loop().time() - began < 11
         # Past its half-life and the server hangs: the old one is served, within a second of a machine of one's own.
         agent.server.sign_gate.clear()
         until_half = asyncio.get_running_loop().time() + 3.2
         while asyncio.get_running_loop().time() < until_half:
             began = asyncio.get_running_loop().time()
             assert await renewed() == second
-            assert asyncio.get_running_loop().time() - began < module.JWT_REFRESH + 2.0
+            assert asyncio.get_running_loop().time() - began < module.JWT_REFRESH + 3.0
             await asyncio.sleep(0.05)
         agent.server.sign_gate.set()
 
@@ -359,7 +359,7 @@ async def test_an_answer_that_hangs_keeps_no_other_svid_from_its_rotation_or_its
     for one in entries:  # a spare's signing would be under way, too
         one.entry.additional_attributes.disable_x509_svid_prefetch = True
     async with estate(entries=entries, share_when_offline=False) as agent, agent.workload() as stub:
-        agent.server.svid_ttl = timedelta(seconds=6)
+        agent.server.svid_ttl = timedelta(seconds=10)
         call, first = await stream(stub)
         ends = leaf(by_name(first)["/wl/0"]).not_valid_after_utc
         agent.server.hanging.add("e0")
@@ -368,19 +368,19 @@ async def test_an_answer_that_hangs_keeps_no_other_svid_from_its_rotation_or_its
         changed.entry.additional_attributes.disable_x509_svid_prefetch = True
         agent.server.put(changed)
         # The other is replaced while this one is waited for, and this one is handed out as long as it is valid.
-        second = by_name(await asyncio.wait_for(call.read(), 6))
+        second = by_name(await asyncio.wait_for(call.read(), 30))
         assert agent.server.ca.clock.now() < ends
         assert serial(second["/wl/0"]) == serial(by_name(first)["/wl/0"])
         assert serial(second["/wl/1"]) != serial(by_name(first)["/wl/1"])
-        while "/wl/0" in by_name(await asyncio.wait_for(call.read(), 6)):
+        while "/wl/0" in by_name(await asyncio.wait_for(call.read(), 30)):
             pass
         assert agent.server.ca.clock.now() >= ends
         # Who comes now does not wait, either, for what has been waited for in vain.
         began = asyncio.get_running_loop().time()
         assert set(by_name(await agent.x509())) == {"/wl/1"}
-        assert asyncio.get_running_loop().time() - began < module.X509_REFRESH + 2
+        assert asyncio.get_running_loop().time() - began < module.X509_REFRESH + 5
         agent.server.hanging.clear()
-        while "/wl/0" not in by_name(await asyncio.wait_for(call.read(), 8)):
+        while "/wl/0" not in by_name(await asyncio.wait_for(call.read(), 30)):
             pass
 
 
@@ -398,7 +398,7 @@ async def test_a_session_that_ended_while_connections_change_loses_no_identity()
         agent.agent.sync.is_online = True
         await asyncio.sleep(module.OFFLINE_TRY)
         agent.server.sign_gate.set()
-        second = await asyncio.wait_for(call.read(), 8)
+        second = await asyncio.wait_for(call.read(), 30)
         assert serial(second.svids[0]) != serial(first.svids[0])
 
 
@@ -433,7 +433,7 @@ async def test_a_revoked_svid_is_replaced_at_once_by_another_session() -> None:
         known_as = session.identities["e1"].id
         # The spare is on the list, too: it must not be the replacement.
         agent.server.push_crls(agent.server.ca.crl(serial(first.svids[0]), spare.svid.serial))
-        second = await asyncio.wait_for(call.read(), 5)
+        second = await asyncio.wait_for(call.read(), 30)
         assert serial(second.svids[0]) not in {serial(first.svids[0]), spare.svid.serial}
         assert len(second.crl) == 1
         assert session.identities["e1"].id != known_as

@@ -14,7 +14,7 @@ from broker.transport.rpc_errors import NotServed, from_rpc_error
 from tests.fakes.running_agent import HEADER, RunningAgent, estate, until
 
 
-def ask(stub: Stub, task: str, timeout: float = 20, **fields: str) -> grpc.aio.Call:
+def ask(stub: Stub, task: str, timeout: float = 30, **fields: str) -> grpc.aio.Call:
     request = tasks_pb2.IssueTokenRequest(task_id=task, resource="https://r", **fields)
     return stub.IssueToken(request, metadata=HEADER, timeout=timeout)
 

@@ -110,7 +110,7 @@ def test_it_stops_in_time(kube, broken) -> None:
     began = time.monotonic()
     with pytest.raises(TimeoutError):
         server(kube).ask(Thing, "/thing", within(0.2))
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
 
 
 def test_it_stops_when_nobody_waits(kube) -> None:

@@ -35,11 +35,11 @@ def runtime(shared):
     shared.requests.clear()
 
 
-def get(runtime: FakeRuntime, seconds: float = 5.0, *, prefix: str = "") -> bytes:
+def get(runtime: FakeRuntime, seconds: float = 30.0, *, prefix: str = "") -> bytes:
     return asyncio.run(asked(RuntimeSocket(str(runtime.path), os.geteuid(), prefix), seconds))
 
 
-async def asked(runtime: RuntimeSocket, seconds: float = 5.0) -> bytes:
+async def asked(runtime: RuntimeSocket, seconds: float = 30.0) -> bytes:
     async with asyncio.timeout(seconds):
         return await runtime.get("/containers/x/json")
 
@@ -94,7 +94,7 @@ def test_a_deadline_holds_for_the_whole(runtime) -> None:
     assert is_late(runtime, 0.2)
     runtime.drip(iter([b"HTTP/1.1 200 OK\r\n", *repeat(b"A: b\r\n", 1000)]), 0.02)
     assert is_late(runtime, 0.2)
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 15
 
 
 def test_what_nobody_waits_for_any_more_is_hung_up() -> None:

@@ -278,7 +278,7 @@ async def test_a_slow_api_server_is_left_in_time(case, monkeypatch, fault) -> No
     case.kube.fault = fault
     started = time.monotonic()
     assert await case.unavailable() == "api_server_timeout"
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 20
 
 
 async def test_one_that_is_not_there_not_known_or_does_not_know_us(case, tmp_path) -> None:

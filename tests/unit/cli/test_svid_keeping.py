@@ -139,7 +139,7 @@ async def test_a_directory_that_is_full_is_tried_again(tmp_path: Path, monkeypat
     said: list[str] = []
     (tmp_path / "svid.pem").mkdir()
     async with kept(tmp_path, Wanted(), said) as (made, _):
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(30):
             while not made.state[X509].failing:
                 await asyncio.sleep(0.02)
             assert "cannot be written to" in made.lacking()[X509]

@@ -139,7 +139,7 @@ async def served() -> AsyncIterator[tuple[grpc.aio.Channel, FakeHealth]]:
 
 
 async def test_entries(served: tuple[grpc.aio.Channel, FakeHealth]) -> None:
-    entries = Entries(served[0], timeout=5)
+    entries = Entries(served[0], timeout=30)
     for number in range(5):
         entry = entries_pb2.RegisteredEntry(may_start_tasks=number == 3)
         entry.entry.id = f"e{number}"
@@ -156,7 +156,7 @@ async def test_entries(served: tuple[grpc.aio.Channel, FakeHealth]) -> None:
 
 
 async def test_nodes(served: tuple[grpc.aio.Channel, FakeHealth]) -> None:
-    nodes = Nodes(served[0], timeout=5)
+    nodes = Nodes(served[0], timeout=30)
     token = await nodes.create_join_token(ttl=600, agent_id=SpiffeId("spiffe://a.test/node"))
     assert (token.value, token.expires_at) == ("a.test/node", 600)
     assert (await nodes.create_join_token(ttl=1)).value == ""
@@ -176,7 +176,7 @@ async def test_nodes(served: tuple[grpc.aio.Channel, FakeHealth]) -> None:
 
 
 async def test_tasks(served: tuple[grpc.aio.Channel, FakeHealth]) -> None:
-    tasks = Tasks(served[0], timeout=5)
+    tasks = Tasks(served[0], timeout=30)
     assert (await tasks.get("x")).id == "x"
     assert [(one.state, one.user) for one in await tasks.list(state="active", user="alice")] == [("active", "alice")]
     assert (await tasks.revoke("x", reason="because")).cause == "because"

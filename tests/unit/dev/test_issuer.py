@@ -100,7 +100,7 @@ def running() -> Iterator[tuple[int, Path]]:
             time.sleep(0.02)
         yield port, directory
         child.terminate()
-        _, said = child.communicate(timeout=10)
+        _, said = child.communicate(timeout=30)
         assert child.returncode == 0
         assert b"for this machine only" in said
         assert not (directory / "t" / "s").exists()
@@ -113,7 +113,7 @@ def reachable(port: int) -> bool:
 
 def get(running: tuple[int, Path], path: str) -> tuple[int, dict[str, object]]:
     context = ssl.create_default_context(cafile=running[1] / "i" / "ca.pem")
-    connection = http.client.HTTPSConnection("127.0.0.1", running[0], context=context, timeout=10)
+    connection = http.client.HTTPSConnection("127.0.0.1", running[0], context=context, timeout=30)
     connection.request("GET", path)
     answer = connection.getresponse()
     body = json.loads(answer.read())

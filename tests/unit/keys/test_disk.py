@@ -173,7 +173,7 @@ class SlowDisk:
 
         def slowly(descriptor):
             self.begun.release()
-            assert self.go.acquire(timeout=10)
+            assert self.go.acquire(timeout=30)
             flush(descriptor)
 
         monkeypatch.setattr(os, "fsync", slowly)

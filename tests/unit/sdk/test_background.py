@@ -57,7 +57,7 @@ async def test_who_is_cancelled_while_it_leaves_is_cancelled(leave, monkeypatch)
         leaving = asyncio.create_task(leave_and_stay())
         await waiting.wait()
         leaving.cancel()
-        await asyncio.wait((leaving,), timeout=10)
+        await asyncio.wait((leaving,), timeout=30)
         assert leaving.cancelled()
 
 

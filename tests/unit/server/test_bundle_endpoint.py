@@ -128,7 +128,7 @@ async def test_no_certificate_is_asked_for_and_a_resumed_session_is_served():
 
 def _get(port, context, session):
     with (
-        socket.create_connection(("127.0.0.1", port), timeout=10) as raw,
+        socket.create_connection(("127.0.0.1", port), timeout=30) as raw,
         context.wrap_socket(raw, session=session) as tls,
     ):
         tls.sendall(b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")

@@ -21,7 +21,7 @@ async def port():
 async def ask(port, text):
     reader, writer = await asyncio.open_connection("127.0.0.1", port.port)
     writer.write(text.encode())
-    answer = await asyncio.wait_for(reader.read(), 10)
+    answer = await asyncio.wait_for(reader.read(), 30)
     writer.close()
     await writer.wait_closed()
     head, _, body = answer.decode().partition("\r\n\r\n")

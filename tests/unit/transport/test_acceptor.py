@@ -32,7 +32,7 @@ def callers(listening: socket.socket) -> Iterator[Callable[[int], None]]:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while not condition():
             await asyncio.sleep(0.002)
 

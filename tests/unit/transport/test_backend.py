@@ -56,7 +56,7 @@ async def kept(directory: Path) -> AsyncIterator[tuple[Backend, Served]]:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not condition():
             await asyncio.sleep(0.002)
 
@@ -76,7 +76,7 @@ async def first_words(backend: Backend, said: bytes = b"hello") -> bytes:
     writer.write(said)
     writer.write_eof()
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             return await reader.read()
     finally:
         writer.close()

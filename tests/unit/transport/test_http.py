@@ -50,7 +50,7 @@ class Served:
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         writer.write(data)
         try:
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(30):
                 return await reader.read()
         except ConnectionError:
             return b""
@@ -184,7 +184,7 @@ async def test_a_body_too_large_is_refused_while_it_arrives(chunked: bool) -> No
     async with served() as one:
         answer = await one.ask(head + body)
         assert answer.split(b" ")[1:2] in ([b"413"], [])
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while not one.disconnected:
                 await asyncio.sleep(0.005)
         assert one.bodies == []
@@ -196,7 +196,7 @@ async def test_a_request_that_does_not_arrive_is_given_up(monkeypatch: pytest.Mo
         for slow in (b"", b"GET / HT", b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\nab", GET + b"GET /"):
             answer = await one.ask(slow)  # returns when the server gave up
             assert answer.count(b"HTTP/1.1") == slow.count(GET)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while one.ended < 4:
                 await asyncio.sleep(0.005)
 
@@ -237,11 +237,11 @@ async def test_garbage_leaves_no_line_in_the_log(caplog: pytest.LogCaptureFixtur
 async def test_stop_ends_what_does_not_end_by_itself() -> None:
     async with served() as one:
         stuck = asyncio.create_task(one.ask(GET.replace(b"/ ", b"/slow ", 1)))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while not one.scopes:
                 await asyncio.sleep(0.005)
         await one.door.stop(grace=0.05)
         assert await stuck == b""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while not one.ended:
                 await asyncio.sleep(0.005)

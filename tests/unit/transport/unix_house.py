@@ -34,7 +34,7 @@ class House:
     listener: UnixListener[int] = field(init=False)
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while not condition():
                 await asyncio.sleep(0.005)
 

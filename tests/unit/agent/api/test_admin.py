@@ -71,7 +71,7 @@ async def asking(agent):
 
 async def explained(agent, **request) -> admin_pb2.Explanation:
     async with asking(agent) as stub:
-        return await stub.ExplainIdentity(admin_pb2.ExplainIdentityRequest(**request), timeout=10)
+        return await stub.ExplainIdentity(admin_pb2.ExplainIdentityRequest(**request), timeout=30)
 
 
 async def refused_with(agent) -> tuple[grpc.aio.AioRpcError, str]:
@@ -86,7 +86,7 @@ async def refused_with(agent) -> tuple[grpc.aio.AioRpcError, str]:
 
 async def denial(agent, denial_id: str) -> admin_pb2.Denial:
     async with asking(agent) as stub:
-        return await stub.ExplainDenial(admin_pb2.ExplainDenialRequest(id=denial_id), timeout=10)
+        return await stub.ExplainDenial(admin_pb2.ExplainDenialRequest(id=denial_id), timeout=30)
 
 
 @pytest.mark.bears("A20")

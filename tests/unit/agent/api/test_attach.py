@@ -40,7 +40,7 @@ async def test_a_process_that_answers_holds_its_task() -> None:
         assert (beat.beat, beat.ttl) == (1, 0.6)
         for number in range(2, 8):  # two leases long
             await call.write(tasks_pb2.AttachRequest(beat=beat.beat))
-            beat = await asyncio.wait_for(call.read(), 10)
+            beat = await asyncio.wait_for(call.read(), 30)
             assert beat.beat == number
         (request,) = agent.server.task_requests
         assert (request.task_id, request.workload.run) == ("task_1", agent.agent.reports.run_id)
@@ -112,7 +112,7 @@ async def test_a_session_that_the_server_takes_for_ended_goes_on_as_another() ->
         stub = Stub(channel, TASKS)
         with pytest.raises(grpc.aio.AioRpcError):
             await stub.StartTask(tasks_pb2.StartTaskRequest(), metadata=HEADER)
-        after = await asyncio.wait_for(call.read(), 10)
+        after = await asyncio.wait_for(call.read(), 30)
         assert after.svids[0].x509_svid != before.svids[0].x509_svid
         agent.server.task_error = None
         await stub.StartTask(tasks_pb2.StartTaskRequest(), metadata=HEADER)
@@ -121,5 +121,5 @@ async def test_a_session_that_the_server_takes_for_ended_goes_on_as_another() ->
         new = agent.server.task_requests[-1].workload.id
         agent.server.over = {new}
         agent.agent._online()
-        await asyncio.wait_for(call.read(), 10)
+        await asyncio.wait_for(call.read(), 30)
         await until(lambda: set(agent.server.sessions) - {old, new})

@@ -54,12 +54,12 @@ def of_selectors(stub):
 
 
 async def read(call):
-    return await asyncio.wait_for(call.read(), 10)
+    return await asyncio.wait_for(call.read(), 30)
 
 
 async def refused(awaited) -> tuple[grpc.StatusCode, str]:
     with pytest.raises(grpc.aio.AioRpcError) as why:
-        await asyncio.wait_for(awaited, 20)
+        await asyncio.wait_for(awaited, 30)
     return why.value.code(), why.value.details()
 
 

@@ -27,7 +27,7 @@ class Verifier:
     async def __aexit__(self, *_) -> None:
         self.call.cancel()
 
-    async def next(self, kind: str, seconds: float = 5.0) -> feed_pb2.FeedMessage:
+    async def next(self, kind: str, seconds: float = 30.0) -> feed_pb2.FeedMessage:
         async with asyncio.timeout(seconds):
             while True:
                 message = await self.call.read()

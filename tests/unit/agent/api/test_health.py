@@ -37,6 +37,6 @@ async def test_it_follows_readiness() -> None:
         call = stub.Watch(health_pb2.HealthCheckRequest())
         assert (await call.read()).status == NOT_SERVING
         agent.agent._is_joined = agent.agent.cache.is_synced = True
-        assert (await asyncio.wait_for(call.read(), 5)).status == SERVING
+        assert (await asyncio.wait_for(call.read(), 30)).status == SERVING
         assert (await stub.Watch(health_pb2.HealthCheckRequest(service="other")).read()).status == UNKNOWN
         await until(lambda: True)

@@ -26,7 +26,7 @@ async def test_a_tool_without_the_header_learns_of_the_public_services_alone(bin
 
             async def ask(**what):
                 await call.write(request(host="h", **what))
-                answer = await asyncio.wait_for(call.read(), 10)
+                answer = await asyncio.wait_for(call.read(), 30)
                 assert answer.original_request == request(host="h", **what)
                 return answer
 
@@ -49,4 +49,4 @@ async def test_a_tool_without_the_header_learns_of_the_public_services_alone(bin
             ):
                 assert (await ask(**hidden)).error_response.error_code == 5, hidden
             await call.done_writing()
-            assert await asyncio.wait_for(call.read(), 10) is grpc.aio.EOF
+            assert await asyncio.wait_for(call.read(), 30) is grpc.aio.EOF

@@ -60,7 +60,7 @@ async def sds(**changed):
 
 
 async def fetched(stub, *names: str, **more):
-    return secrets(await stub.FetchSecrets(request(*names, **more), timeout=10))  # without the security header
+    return secrets(await stub.FetchSecrets(request(*names, **more), timeout=30))  # without the security header
 
 
 async def refused(awaited) -> tuple[grpc.StatusCode, str]:
@@ -159,7 +159,7 @@ async def test_versions_and_nonces_and_what_is_pushed() -> None:
     async with sds() as (agent, stub):
         call = stub.StreamSecrets()
         await call.write(request("default"))
-        first = await asyncio.wait_for(call.read(), 10)
+        first = await asyncio.wait_for(call.read(), 30)
         assert (first.version_info, bool(first.nonce), first.type_url) == ("1", True, SECRET)
         # Acknowledged, without the node: nothing new, so no answer; then a change is pushed.
         ack = {"version_info": "1", "response_nonce": first.nonce, "node": None}
@@ -167,7 +167,7 @@ async def test_versions_and_nonces_and_what_is_pushed() -> None:
         changed = entry_message("e1", "/wl/me", [ME], revision=1)
         changed.entry.dns_names.append("me.example.org")
         agent.server.put(changed)
-        second = await asyncio.wait_for(call.read(), 10)
+        second = await asyncio.wait_for(call.read(), 30)
         assert second.version_info == "2"
         assert second.nonce != first.nonce
         assert secrets(second) != secrets(first)
@@ -176,11 +176,11 @@ async def test_versions_and_nonces_and_what_is_pushed() -> None:
         nack = {"version_info": "1", "response_nonce": second.nonce, "error_detail": status_pb2.Status(message="no")}
         await call.write(request("default", **nack))
         await call.write(request("ROOTCA", version_info="2", response_nonce=second.nonce))
-        third = await asyncio.wait_for(call.read(), 10)
+        third = await asyncio.wait_for(call.read(), 30)
         assert set(secrets(third)) == {"ROOTCA"}
         assert domains(secrets(third)["ROOTCA"])  # by the node that was named before
         agent.server.remove("e1")
-        assert await refused(asyncio.wait_for(call.read(), 10)) == (
+        assert await refused(asyncio.wait_for(call.read(), 30)) == (
             grpc.StatusCode.PERMISSION_DENIED,
             "no identity issued",
         )
@@ -191,8 +191,8 @@ async def test_a_client_that_ends_its_half_is_answered_and_let_go() -> None:
         call = stub.StreamSecrets()
         await call.write(request("ROOTCA"))
         await call.done_writing()
-        assert set(secrets(await asyncio.wait_for(call.read(), 10))) == {"ROOTCA"}
-        assert await asyncio.wait_for(call.read(), 10) is grpc.aio.EOF
+        assert set(secrets(await asyncio.wait_for(call.read(), 30))) == {"ROOTCA"}
+        assert await asyncio.wait_for(call.read(), 30) is grpc.aio.EOF
 
 
 async def test_a_client_that_only_asks_is_cut() -> None:

@@ -29,7 +29,7 @@ OTHER = ["unix:uid:4294967"]
 
 async def outcome(stub: Stub, name: str, request, metadata=HEADER):
     """The status and words of a call that must fail."""
-    call = getattr(stub, name)(request, metadata=metadata, timeout=10)
+    call = getattr(stub, name)(request, metadata=metadata, timeout=30)
     with pytest.raises(grpc.aio.AioRpcError) as failed:
         await (call.read() if WORKLOAD.methods[name].streams_out else call)
     return failed.value.code(), failed.value.details()
@@ -37,7 +37,7 @@ async def outcome(stub: Stub, name: str, request, metadata=HEADER):
 
 async def opened(agent: RunningAgent, stub: Stub, name: str = "FetchX509SVID"):
     call = getattr(stub, name)(dict(METHODS)[name], metadata=HEADER)
-    return call, await asyncio.wait_for(call.read(), 5)
+    return call, await asyncio.wait_for(call.read(), 30)
 
 
 @pytest.mark.bears("WA-06", "WA-12", "A01")
@@ -131,15 +131,15 @@ async def test_a_stream_follows_the_entries_with_full_sets() -> None:
     async with estate() as agent, agent.workload() as stub:
         call, first = await opened(agent, stub)
         agent.server.put(entry_message("e2", "/wl/two", [ME], hint="two", created_at=2_000_000_000))
-        second = await asyncio.wait_for(call.read(), 5)
+        second = await asyncio.wait_for(call.read(), 30)
         assert [one.spiffe_id for one in second.svids] == ["spiffe://example.org/wl/me", "spiffe://example.org/wl/two"]
         assert second.svids[0] == first.svids[0]  # the same, not signed again
         agent.server.remove("e1")
-        third = await asyncio.wait_for(call.read(), 5)
+        third = await asyncio.wait_for(call.read(), 30)
         assert [(one.spiffe_id, one.hint) for one in third.svids] == [("spiffe://example.org/wl/two", "two")]
         agent.server.remove("e2")
         with pytest.raises(grpc.aio.AioRpcError) as ended:
-            await asyncio.wait_for(call.read(), 5)
+            await asyncio.wait_for(call.read(), 30)
         assert (ended.value.code(), ended.value.details()) == (grpc.StatusCode.PERMISSION_DENIED, "no identity issued")
 
 
@@ -176,9 +176,9 @@ async def test_bundles_own_and_federated() -> None:
         }
         newer = FakeCa(TrustDomain("other.example"))
         agent.server.push_bundles(newer.message())
-        assert (await asyncio.wait_for(call.read(), 5)).bundles["spiffe://other.example"] == newer.bundle.x509_der()
+        assert (await asyncio.wait_for(call.read(), 30)).bundles["spiffe://other.example"] == newer.bundle.x509_der()
         agent.server.put(entry_message("e1", "/wl/me", [ME], revision=1))
-        assert set((await asyncio.wait_for(call.read(), 5)).bundles) == {"spiffe://example.org"}
+        assert set((await asyncio.wait_for(call.read(), 30)).bundles) == {"spiffe://example.org"}
 
 
 async def test_a_foreign_bundle_without_x509_authorities_is_absent_for_x509() -> None:

@@ -193,7 +193,7 @@ async def test_renewal_replaces_the_serial_at_the_first_use(here):
         here.nodes.require_active(first)
     assert caught.value.reason == "agent_not_active"
     loop = asyncio.create_task(here.nodes.run())
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while here.directory.node(SCRIPTED).serial != str(second.serial):
             await asyncio.sleep(0.005)
     loop.cancel()

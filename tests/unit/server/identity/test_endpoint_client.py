@@ -214,7 +214,7 @@ class TestAnswers:
         context = public_context(WEB.issue("127.0.0.1"))
         async with await asyncio.start_server(drip, "127.0.0.1", 0, ssl=context) as one:
             url = f"https://127.0.0.1:{one.sockets[0].getsockname()[1]}/"
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(30):
                 assert isinstance(await refused(client, web(url)), Unavailable)
 
     @pytest.mark.parametrize("status", ["204 No Content", "401 Unauthorized", "404 Not Found", "500 Oh"])

@@ -203,5 +203,5 @@ async def test_a_defect_ends_the_loop_and_is_not_lost(fixture):
     fixture.endpoints.answer = None
     await fixture.federate()
     with pytest.raises(AttributeError):
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             await fixture.polling.run()

@@ -18,7 +18,7 @@ async def stream(here, cursor=0, store=None, agent=AGENT):
     async with aclosing(here.watch.follow(agent, cursor, here.store.id if store is None else store)) as updates:
 
         async def following():
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(30):
                 return await anext(updates)
 
         yield following

@@ -37,7 +37,7 @@ class Rig:
     def run(self, *acts: Callable[[Writer], object]) -> Group:
         group = Group([Act(act, None) for act in acts])
         self.writer.submit(group)
-        assert self.settled.get(timeout=10) is group
+        assert self.settled.get(timeout=30) is group
         return group
 
     def check(self) -> None:

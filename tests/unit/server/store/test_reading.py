@@ -30,7 +30,7 @@ async def pool(tmp_path: Path) -> AsyncIterator[ReadPool]:
 
 
 async def test_queries_run_side_by_side_in_their_own_threads(pool: ReadPool) -> None:
-    together = threading.Barrier(READERS, timeout=10)
+    together = threading.Barrier(READERS, timeout=30)
 
     def query(_: Reader) -> str:
         together.wait()
@@ -82,4 +82,4 @@ async def test_who_is_told_that_no_answer_will_come_waits_no_longer_than_that(po
 
 async def test_a_query_that_raises_stop_iteration_ends_nobody(pool: ReadPool) -> None:
     with pytest.raises(RuntimeError):
-        await asyncio.wait_for(pool.run(lambda _: next(iter(()))), 5)
+        await asyncio.wait_for(pool.run(lambda _: next(iter(()))), 30)

@@ -200,7 +200,7 @@ async def test_where_several_write_groups_begin_apart_and_take_in_who_comes_mean
     later = start(queue, 2)
     await turns()
     assert len(writer.groups) == 1
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while len(writer.groups) < 2:
             await asyncio.sleep(0)
     assert queue._began - began >= 0.49

@@ -37,7 +37,7 @@ async def first_pages(subscription: Subscription) -> list[Snapshot]:
 
 
 async def next_frame(subscription: Subscription) -> FrameRow:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while True:
             message = await anext(subscription)
             if isinstance(message, FrameRow):
@@ -95,7 +95,7 @@ async def test_a_server_that_is_cut_off_from_the_store_is_silent_until_it_knows_
         await asyncio.sleep(0.2)
         assert [each.done() for each in waiting] == [False, False]
         store.is_current = True
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             heard = [await each for each in waiting]
         assert [type(each) for each in heard] == [Heartbeat, Snapshot]
     feed.stop()

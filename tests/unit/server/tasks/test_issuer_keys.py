@@ -93,11 +93,11 @@ async def test_closing_closes_a_connection_that_is_being_made(
         trusted = SubjectIssuer(f"https://127.0.0.1:{port}", frozenset({"broker"}), ca_path=issuer.ca_path)
         keys = IssuerKeys(trusted, clock)
         asked = asyncio.ensure_future(keys.find("key-1"))
-        await asyncio.wait_for(came.wait(), 10)
+        await asyncio.wait_for(came.wait(), 30)
         await keys.aclose()
         with pytest.raises(Unavailable):
             await asked
-        await asyncio.wait_for(gone.wait(), 10)
+        await asyncio.wait_for(gone.wait(), 30)
         came.clear()
         with pytest.raises(Unavailable):
             await keys.find("key-1")

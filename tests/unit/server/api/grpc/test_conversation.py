@@ -59,5 +59,5 @@ async def test_the_work_ends_with_the_stream():
     run = talk.run(work())
     assert await anext(run) == b"a"
     await run.aclose()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         await ended.wait()

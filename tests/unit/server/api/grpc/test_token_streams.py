@@ -73,7 +73,7 @@ class Asking:
 
 async def items(answers: AsyncIterator[tasks_pb2.IssueTokensResponse], count: int) -> dict[int, Any]:
     found: dict[int, Any] = {}
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while len(found) < count:
             found |= {item.id: item for item in (await anext(answers)).items}
     return found

@@ -93,7 +93,7 @@ async def test_the_loop_looks_at_the_start_and_after_each_change(governed: Gover
         neighbour = estate.actor(spiffe_id=NEIGHBOUR, x5t=X5T_2, session="ws_2", entry_id="entry-2", agent=OTHER_NODE)
         other = await estate.start(neighbour, user_token=estate.user_token("bob"))
         await governed.bundles.push(NOT_ALICE, by="operator:uid:0")
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(30):
             while not estate.feed.frame_of(task.id):
                 await asyncio.sleep(0.005)
         assert (await estate.store.read(lambda reader: reader.task(other.id))).state is State.ACTIVE
