@@ -215,12 +215,13 @@ def _handler_of(issuer: OidcIssuer) -> type[BaseHTTPRequestHandler]:
             asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
             issuer.polled.append(asked)
             for jti in (*asked["ack"], *asked.get("setErrs", {})):
-                issuer.events.pop(jti, None)
+                if issuer.fault != "deaf":
+                    issuer.events.pop(jti, None)
             if issuer.fault == "status" or self.headers.get("authorization", "") != issuer.poll_token:
                 self._send(401, b"{}")
                 return
             first = dict(itertools.islice(issuer.events.items(), asked["maxEvents"]))
-            more = len(first) < len(issuer.events)
+            more = len(first) < len(issuer.events) or issuer.fault == "more"
             self._send(200, json.dumps({"sets": first, "moreAvailable": more}).encode())
 
         def _send(self, status: int, body: bytes, **headers: str) -> None:

@@ -2,7 +2,8 @@
 
 Invariants: an event is acknowledged only after the commit that took it in; one that was taken in before is acknowledged again
 and changes nothing; one that is refused is reported as such, so that it does not come back for ever. What could not be judged
-now (keys, store) is left to come again. Only https, no redirect, a bounded answer, and one request at a time.
+now (keys, store) is left to come again, after a pause: whatever a transmitter answers, it is asked at once only when something new was
+settled. Only https, no redirect, a bounded answer, and one request at a time.
 """
 
 import asyncio
@@ -78,7 +79,7 @@ class Poller:
             await self._sleep(pause)
 
     async def fetch(self) -> bool:
-        """Ask once, take in what comes, and tell whether more waits there; raises Unavailable."""
+        """Ask once, take in what comes, and tell whether to ask again at once; raises Unavailable."""
         asked = {
             "maxEvents": MAX_EVENTS,
             "returnImmediately": True,
@@ -87,14 +88,16 @@ class Poller:
         }
         answer = await self._ask(strictjson.canonical(asked))
         # They were heard: the same are not told again.
+        told = {*self._acks, *self._errors}
         self._acks, self._errors = [], {}
         events = answer.get("sets")
         if not isinstance(events, dict) or len(events) > MAX_EVENTS:
             raise Unavailable("the transmitter's answer holds no list of events", code="ssf_answer")
         for jti, event in events.items():
             await self._take(jti, event)
-        # Acknowledgements leave at once, not with the next poll: otherwise the same events would be there again.
-        return answer.get("moreAvailable") is True or bool(self._acks or self._errors)
+        # Acknowledgements leave at once, not with the next poll: otherwise the same events would be there again. Where nothing came
+        # of this round, nothing comes of another: events that cannot be judged now, and those that were told of and are there still.
+        return not told.issuperset((*self._acks, *self._errors))
 
     async def _take(self, jti: str, event: JsonValue) -> None:
         try:
