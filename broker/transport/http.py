@@ -7,11 +7,13 @@ nothing of what the app does.
 import asyncio
 import logging
 import re
+import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from email.utils import format_datetime
-from typing import Any
+from typing import Any, Final
 
+from httptools import HttpParserInvalidMethodError
 from typing_extensions import override
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
@@ -31,6 +33,20 @@ KEEP_ALIVE = 15  # seconds an idle connection waits for its next request
 
 # RFC 9112 section 3.2: uri-host and port of RFC 3986, and nothing else.
 _HOST = re.compile(rb"(?:[A-Za-z0-9._~%!$&'()*+,;=-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?")
+
+# The beginning of a request whose method is one that the parser has never heard of, and not just noise (RFC 9110 section 9.1).
+_METHOD = re.compile(rb"[A-Z][A-Z-]{0,31} [/*]")
+
+# What is refused before the app sees it says why like everything else: JSON, a code, nothing of what was sent.
+_REFUSALS: Final[Mapping[int, bytes]] = {
+    400: b'{"error":"invalid_request","error_description":"this is not one well-formed HTTP request"}',
+    413: b'{"error":"body_too_large","error_description":"the body is too large"}',
+    431: b'{"error":"head_too_large","error_description":"the request line or the headers are too large or too many"}',
+    501: b'{"error":"method_unknown","error_description":"no resource knows this method"}',
+    505: b'{"error":"http_version","error_description":"HTTP/1.1 or HTTP/2 is spoken here"}',
+}
+
+_REFUSED = ((b"content-type", b"application/json"), (b"cache-control", b"no-store"), (b"connection", b"close"))
 
 _LOG = logging.getLogger("broker.transport.http")
 
@@ -65,6 +81,7 @@ class _PeerProtocol(HttpToolsProtocol):
         self._in_head = True
         self._head_bytes = self._header_bytes = self._body_bytes = 0
         self._status = 400
+        self._received = b""
         self._deadline: asyncio.TimerHandle | None = None
 
     @override
@@ -88,6 +105,7 @@ class _PeerProtocol(HttpToolsProtocol):
             return
         if self._in_head:
             self._head_bytes += len(data)
+        self._received = data
         super().data_received(data)
         # The parser tells of a header only when it is whole: one without an end is seen here.
         if self._in_head and self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
@@ -151,7 +169,17 @@ class _PeerProtocol(HttpToolsProtocol):
             if cycle.response_started:
                 self.transport.abort()
                 return
-        self.transport.write(STATUS_LINE[self._status] + b"connection: close\r\ncontent-length: 0\r\n\r\n")
+        if isinstance(sys.exception(), HttpParserInvalidMethodError) and _METHOD.match(self._received):
+            self._status = 501
+        self._door.date()
+        head = [
+            *self.server_state.default_headers,
+            *_REFUSED,
+            (b"content-length", b"%d" % len(_REFUSALS[self._status])),
+        ]
+        body = b"" if self.parser.get_method() == b"HEAD" else _REFUSALS[self._status]
+        lines = b"".join(b"%s: %s\r\n" % each for each in head)
+        self.transport.write(STATUS_LINE[self._status] + lines + b"\r\n" + body)
         self.transport.close()
 
     def _require_one_meaning(self) -> None:

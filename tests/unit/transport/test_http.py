@@ -1,6 +1,7 @@
 """HTTP/1.1 by uvicorn's protocol class on a transport of our own, with its limits."""
 
 import asyncio
+import json
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -153,6 +154,36 @@ async def test_a_head_that_another_program_may_read_otherwise_is_refused(head: b
         assert answer.split(b" ")[1:2] == [status]
         assert b"\r\nconnection: close\r\n" in answer
         assert one.scopes == []
+
+
+@pytest.mark.parametrize(
+    ("request_", "status", "error"),
+    [
+        (b"FROBNICATE /token HTTP/1.1\r\nhost: x\r\n\r\n", 501, "method_unknown"),
+        (b"frobnicate /token HTTP/1.1\r\nhost: x\r\n\r\n", 400, "invalid_request"),
+        (b"GET /token HTTP/1.1\r\n\r\n", 400, "invalid_request"),
+        (b"GET / HTTP/1.1\r\nhost: x\r\n" + b"x: y\r\n" * (MAX_HEADERS + 1) + b"\r\n", 431, "head_too_large"),
+        (b"GET / HTTP/2.0\r\nhost: x\r\n\r\n", 505, "http_version"),
+    ],
+    ids=["method", "no method", "no host", "many headers", "version"],
+)
+async def test_a_refusal_of_the_parser_is_one_as_any_other(request_: bytes, status: int, error: str) -> None:
+    async with served() as one:
+        head, _, body = (await one.ask(request_)).partition(b"\r\n\r\n")
+        lines = head.lower().split(b"\r\n")
+        assert lines[0].split(b" ")[1] == b"%d" % status
+        assert {b"content-type: application/json", b"cache-control: no-store", b"connection: close"} <= set(lines)
+        assert b"content-length: %d" % len(body) in lines
+        assert any(line.startswith(b"date: ") for line in lines)
+        assert json.loads(body)["error"] == error
+        assert one.scopes == []
+
+
+async def test_a_refused_head_has_no_body() -> None:
+    async with served() as one:
+        answer = await one.ask(b"HEAD / HTTP/1.1\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 400 ")
+        assert answer.endswith(b"\r\n\r\n")
 
 
 @pytest.mark.parametrize("host", [b"x", b"localhost:8443", b"[::1]:8443", b"10.0.0.1:", b""])
