@@ -98,7 +98,9 @@ def _judge_logout(payload: Mapping[str, JsonValue], issuer: SubjectIssuer, now: 
         raise _invalid("it has expired", "signal_expired")
     if "nonce" in payload:
         raise _invalid("it has a nonce, as an ID token has", "signal_claims")
-    if payload.get("events") != {LOGOUT_EVENT: {}}:
+    events = payload.get("events")
+    # Back-Channel Logout §2.4: the event's object should be empty, and need not be. A second event would be passed over: refused.
+    if not isinstance(events, dict) or events.keys() != {LOGOUT_EVENT} or not isinstance(events[LOGOUT_EVENT], dict):
         raise _invalid("its events are not exactly the logout", "signal_event")
     sub, sid = short(payload, "sub"), short(payload, "sid")
     if sub is None and sid is None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from broker.audit.events import Event
+from broker.server.tasks.signals import LOGOUT_EVENT
 from tests.attacks.tasks.userends_rig import CAEP, RISC, Scene, outcome, playing
 from tests.fakes.oidc import OidcIssuer, SigningKey
 from tests.unit.server.api.http.door import assert_error
@@ -61,6 +62,9 @@ class TestForeignWords:
             ({"events": {}}, "signal_event"),
             ({"events": {"http://schemas.openid.net/event/backchannel-logout": {}, "x": {}}}, "signal_event"),
             ({"events": {"http://schemas.openid.net/event/backchannel-logout": "{}"}}, "signal_event"),
+            ({"events": {"http://schemas.openid.net/event/backchannel-logout": []}}, "signal_event"),
+            ({"events": {"http://schemas.openid.net/event/backchannel-logout": None}}, "signal_event"),
+            ({"events": ["http://schemas.openid.net/event/backchannel-logout"]}, "signal_event"),
             ({"jti": None}, "signal_jti"),
             ({"sub": None, "sid": None}, "signal_subject"),
             ({"exp": 5}, "signal_times"),
@@ -81,6 +85,12 @@ class TestForeignWords:
         assert (await work.introspected(), await work.verifier(), await work.renewal()) == (True, "alive", "done")
         (refused,) = await scene.records(Event.SIGNAL_REFUSED)
         assert refused.fields["code"] == code
+
+    async def test_the_event_of_a_logout_need_not_be_empty(self, scene: Scene) -> None:
+        work = await scene.work()
+        told = scene.logout_token(sid="s-1", events={LOGOUT_EVENT: {"reason": "the user left"}})
+        assert (await scene.logout(told)).status_code == 200
+        assert await work.is_dead()
 
     @pytest.mark.bears("RV20")
     async def test_a_forged_and_a_repeated_logout_token_change_nothing(self, scene: Scene, tmp_path: Path) -> None:
