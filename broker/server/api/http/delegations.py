@@ -31,7 +31,8 @@ PAGE: Final = 100
 
 _JSON: Final = "application/json"
 _BEARER: Final = re.compile(r"[Bb][Ee][Aa][Rr][Ee][Rr] +([A-Za-z0-9._~+/-]+=*)")
-_USER: Final = Parameter("Authorization", "Bearer and a user's token of a client that makes delegations", required=True)
+USER: Final = ("user",)
+"""As OpenAPI calls a caller who is known by a user's token."""
 _SHOWN: Final = {200: Answer("the delegation", {_JSON: shapes.DELEGATION})}
 
 
@@ -40,9 +41,10 @@ _SHOWN: Final = {200: Answer("the delegation", {_JSON: shapes.DELEGATION})}
         "create_delegation",
         "Leave a delegation standing: agents that it names may start tasks within it while the user is away.",
         answers={201: Answer("it stands", {_JSON: shapes.DELEGATION})},
-        headers=(_USER, Parameter("Idempotency-Key", "the same request under the same key makes one")),
+        headers=(Parameter("Idempotency-Key", "the same request under the same key makes one"),),
         body={_JSON: shapes.NEW_DELEGATION},
         public=True,
+        known_by=USER,
     )
 )
 async def create(request: Request, services: HttpServices) -> Response:
@@ -59,8 +61,8 @@ async def create(request: Request, services: HttpServices) -> Response:
         "list_delegations",
         "The user's own delegations, oldest first; ``after`` in the address goes on.",
         answers={200: Answer("a page", {_JSON: shapes.DELEGATIONS})},
-        headers=(_USER,),
         public=True,
+        known_by=USER,
     )
 )
 async def list_own(request: Request, services: HttpServices) -> Response:
@@ -79,7 +81,7 @@ async def list_own(request: Request, services: HttpServices) -> Response:
 
 
 @described(
-    Operation("get_delegation", "One of the user's own delegations.", answers=_SHOWN, headers=(_USER,), public=True)
+    Operation("get_delegation", "One of the user's own delegations.", answers=_SHOWN, public=True, known_by=USER)
 )
 async def show(request: Request, services: HttpServices) -> Response:
     """Give one."""
@@ -94,8 +96,8 @@ async def show(request: Request, services: HttpServices) -> Response:
         "withdraw_delegation",
         "End one of the user's own delegations, with every task that was started on it.",
         answers=_SHOWN,
-        headers=(_USER,),
         public=True,
+        known_by=USER,
     )
 )
 async def withdraw(request: Request, services: HttpServices) -> Response:

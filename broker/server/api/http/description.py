@@ -64,6 +64,9 @@ class Operation:
     headers: tuple[Parameter, ...] = ()
     body: Mapping[str, Schema] = field(default_factory=lambda: _NONE)
     public: bool = False
+    """No certificate is needed."""
+    known_by: tuple[str, ...] = ()
+    """How a caller is known otherwise, any one of them: names of ``securitySchemes``, empty for one that needs nothing more."""
     form_optional: bool = False
     query: tuple[Parameter, ...] = ()
     """Parameters in the address, none of them required."""

@@ -15,6 +15,16 @@ from broker.version import __version__
 CACHE_SECONDS: Final = 300
 FORM: Final = "application/x-www-form-urlencoded"
 
+SCHEMES: Final[Mapping[str, Mapping[str, str]]] = {
+    "svid": {"type": "mutualTLS", "description": "an X.509-SVID of this trust domain (RFC 8705 §2)"},
+    "user": {"type": "http", "scheme": "bearer", "description": "a user's token of a client that makes delegations"},
+    "transmitter": {
+        "type": "http",
+        "scheme": "bearer",
+        "description": "the token of a transmitter's stream, if it has one",
+    },
+}
+
 _PLACE: Final = re.compile(r"\{([a-z_]+)(?::[a-z]+)?\}")
 _REFUSALS: Final[Mapping[Vocabulary, Mapping[int, str]]] = {
     Vocabulary.OAUTH: {
@@ -66,9 +76,7 @@ def document(routes: Iterable[BaseRoute], issuer: str) -> dict[str, Any]:
         "paths": paths,
         "components": {
             "schemas": dict(shapes.COMPONENTS),
-            "securitySchemes": {
-                "svid": {"type": "mutualTLS", "description": "an X.509-SVID of this trust domain (RFC 8705 §2)"}
-            },
+            "securitySchemes": {name: dict(scheme) for name, scheme in SCHEMES.items()},
         },
     }
 
@@ -103,7 +111,9 @@ def _operation(operation: Operation, places: Iterable[str]) -> dict[str, Any]:
     written: dict[str, Any] = {
         "operationId": operation.id,
         "summary": operation.summary,
-        "security": [] if operation.public else [{"svid": []}],
+        "security": [
+            {name: []} if name else {} for name in (*(() if operation.public else ("svid",)), *operation.known_by)
+        ],
         "responses": {str(status): _answer(answer) for status, answer in operation.answers.items()}
         | _refusals(operation),
     }

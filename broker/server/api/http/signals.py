@@ -58,6 +58,7 @@ async def logout(request: Request, services: HttpServices) -> Response:
         body={SET: shapes.JWT},
         answers={202: Answer("it is taken in, durably")},
         public=True,
+        known_by=("", "transmitter"),
     )
 )
 async def event(request: Request, services: HttpServices) -> Response:

@@ -109,8 +109,17 @@ _OPERATION: Final = Operation(
         Parameter("request_context", "rctx of a transaction token, as JSON", _DETAILS),
         Parameter("request_details", "tctx of a transaction token, as JSON", _DETAILS),
     ),
-    headers=(Parameter("Idempotency-Key", "the same request under the same key gives the same token"),),
+    headers=(
+        Parameter("Idempotency-Key", "the same request under the same key gives the same token"),
+        Parameter(
+            "DPoP", "a proof of the key that the token is to be bound to, with a nonce of this server (RFC 9449)"
+        ),
+        Parameter("Workload-Identity-Token", "instead of a certificate, where the metadata name spiffe_wit"),
+        Parameter("Workload-Proof-Token", "with Workload-Identity-Token: the proof of its key"),
+    ),
     answers={200: Answer("a token", {"application/json": shapes.TOKEN})},
+    # By client_assertion or Workload-Identity-Token, which OpenAPI has no scheme for.
+    known_by=("",),
 )
 
 

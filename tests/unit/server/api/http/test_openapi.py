@@ -42,10 +42,30 @@ async def test_the_document_is_openapi(door: HttpDoorway) -> None:
     assert document["openapi"] == "3.1.0"
     assert document["servers"] == [{"url": ISSUER}]
     assert {"/token", "/introspect", "/revoke", "/keys", "/tasks/{task_id}", "/tasks/{task_id}/complete"} <= set(document["paths"])  # fmt: skip
-    assert document["paths"]["/token"]["post"]["security"] == [{"svid": []}]
+    assert document["paths"]["/introspect"]["post"]["security"] == [{"svid": []}]
     assert document["paths"]["/keys"]["get"]["security"] == []
     form = document["paths"]["/token"]["post"]["requestBody"]["content"]["application/x-www-form-urlencoded"]["schema"]
     assert form["additionalProperties"] is False
+
+
+async def test_who_calls_is_said_by_schemes(door: HttpDoorway) -> None:
+    document = await the_document(door)
+    paths, schemes = document["paths"], document["components"]["securitySchemes"]
+    # OpenAPI 3.1 has readers pass over a header parameter of this name: what is wanted there is a scheme's.
+    named = [one["name"] for path in paths.values() for each in path.values() for one in each.get("parameters", ())]
+    assert "Authorization" not in named
+    for method in ("get", "post"):
+        assert paths["/delegations"][method]["security"] == [{"user": []}]
+    for method in ("get", "delete"):
+        assert paths["/delegations/{delegation_id}"][method]["security"] == [{"user": []}]
+    assert (schemes["user"]["type"], schemes["user"]["scheme"]) == ("http", "bearer")
+    assert paths["/ssf/events"]["post"]["security"] == [{}, {"transmitter": []}]
+    # A certificate, or a JWT-SVID or WIT with a proof.
+    assert paths["/token"]["post"]["security"] == [{"svid": []}, {}]
+    headers = {one["name"] for one in paths["/token"]["post"]["parameters"]}
+    assert headers == {"Idempotency-Key", "DPoP", "Workload-Identity-Token", "Workload-Proof-Token"}
+    used = {name for path in paths.values() for each in path.values() for one in each["security"] for name in one}
+    assert used == set(schemes)
 
 
 async def test_the_identity_half_alone_describes_itself() -> None:
