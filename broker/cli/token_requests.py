@@ -121,7 +121,12 @@ def revoke(*, issuer: str, end_task: bool, token: str, **asked: str | None) -> N
 
     with_issuer(here, issuer, _presented(asked), act)
     here.shown.one(REVOKED, {"ended": form["end"]})
-    here.shown.talk("whoever follows the feed knows already; who introspects hears it with the next question")
+    here.shown.talk(
+        "where it was this identity's own: whoever follows the feed knows already, who introspects hears it next"
+    )
+    here.shown.talk(
+        "the issuer answers the same for a token that is unknown or another's, and for a task of another process"
+    )
 
 
 def _presented(asked: Mapping[str, str | None]) -> Any:

@@ -55,8 +55,11 @@ class TaskTokens:
         self.rules = rules
         self.standing = standing or Standing()
 
-    def verify(self, token: str) -> TaskClaims:
-        """Check form, signature and issuer of one of our tokens, whatever its audience; raises InvalidToken."""
+    def verify(self, token: str, *, at: datetime | None = None) -> TaskClaims:
+        """Check form, signature and issuer of one of our tokens, whatever its audience; raises InvalidToken.
+
+        ``at`` is another moment than this one, for who asks which task a token was of, and not whether it is good.
+        """
         audience = jose.parse_compact(token).payload.get("aud")
         if not isinstance(audience, str):
             raise InvalidToken("the token's audience is not one text", code="token_audience")
@@ -64,7 +67,7 @@ class TaskTokens:
             resource = Resource(audience)
         except Invalid:
             raise InvalidToken("the token's audience is no service's", code="token_audience") from None
-        now = self._clock.now()
+        now = at or self._clock.now()
         # Compared with itself: the audience is what the caller asks about, not what it is.
         verified = verify_task_token(
             token, self._keys.task_keys(), issuer=self._issuer, audience=resource, now=now, bearer=True

@@ -1,10 +1,11 @@
 """``POST /revoke``: a workload gives one of its own tokens back (RFC 7009).
 
 The answer is 200 for every token, also one that is unknown, dead or another's: it tells nothing. One parameter is ours: ``end`` with
-the value ``task`` ends the token's task as well, where it is the caller's own.
+the value ``task`` ends the token's task as well, where it is the caller's own, also by a token that has expired: tasks live longer.
 """
 
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Final
 
 from starlette.requests import Request
@@ -51,7 +52,7 @@ async def revoke(request: Request, services: HttpServices) -> Response:
         token, ending = form.require("token"), form.get("end") or ENDS[0]
         if ending not in ENDS:
             raise Invalid("end is not token or task", code="invalid_end")
-        jti = _jti_of(token, actor, services)
+        jti = _jti_of(token, actor, services, _moment(token, ending, services))
     if jti is not None:
         with_task = actor if ending == "task" else None
         await services.lifecycle.revoke_token(jti, owner=actor.spiffe_id, ending=with_task)
@@ -67,10 +68,22 @@ def offered(services: HttpServices) -> Mapping[str, JsonValue]:
     }
 
 
-def _jti_of(token: str, actor: Actor, services: HttpServices) -> str | None:
+def _moment(token: str, ending: str, services: HttpServices) -> datetime:
+    """Give when the token must be good: now; where its task is to end, when it was issued."""
+    now = services.clock.now()
+    if ending != "task":
+        return now
+    try:
+        issued_at = jose.numeric_date(jose.parse_compact(token).payload, "iat", required=True)
+    except Invalid:
+        return now
+    return min(now, datetime.fromtimestamp(issued_at, UTC))
+
+
+def _jti_of(token: str, actor: Actor, services: HttpServices, at: datetime) -> str | None:
     """Give the id of a token of ours that may be the caller's, None of anything else; raises Invalid for a grant of ours."""
     try:
-        claims = services.tokens.verify(token)
+        claims = services.tokens.verify(token, at=at)
     except Invalid:
         pass
     else:
@@ -78,8 +91,8 @@ def _jti_of(token: str, actor: Actor, services: HttpServices) -> str | None:
             services.refusals.prying(Event.TOKEN_REFUSED, actor, claims)
         return claims.jti
     try:
-        keys, now = services.keys.task_keys(), services.clock.now()
-        verified = verify_transaction(token, keys, issuer=services.issuer, trust_domain=services.trust_domain, now=now)
+        keys = services.keys.task_keys()
+        verified = verify_transaction(token, keys, issuer=services.issuer, trust_domain=services.trust_domain, now=at)
     except Invalid:
         _refuse_grant(token, services)
         return None

@@ -75,6 +75,30 @@ async def test_a_task_ends_with_its_token_where_it_is_ones_own(door: HttpDoorway
     assert_error(await door.post("/revoke", [("token", "x"), ("end", "all")]), 400, "invalid_request")
 
 
+@pytest.mark.bears("RV11")
+async def test_a_task_ends_by_a_token_that_has_expired(door: HttpDoorway) -> None:
+    svid = door.come_as(AGENT)
+    assert svid is not None
+    await door.estate.report("ws_1", svid.x5t)
+    first = (await door.token()).json()
+    other = (await door.token()).json()
+    txn = (await transaction(door, other["access_token"])).json()["access_token"]
+    door.estate.clock.advance(240)
+    door.come_as(door.svid())  # another process of the same workload
+    await door.post("/revoke", [("token", first["access_token"]), ("end", "task")])
+    door.come_as(NEIGHBOUR)
+    await door.post("/revoke", [("token", first["access_token"]), ("end", "task")])
+    door.come_as(svid)
+    await door.post("/revoke", [("token", first["access_token"])])
+    assert (await door.client.get(f"/tasks/{first['task']}")).json()["state"] == "active"
+    for token, task in ((first["access_token"], first["task"]), (txn, other["task"])):
+        response = await door.post("/revoke", [("token", token), ("end", "task")])
+        assert (response.status_code, response.content) == (200, b"")
+        shown = (await door.client.get(f"/tasks/{task}")).json()
+        assert (shown["state"], shown["cause"]) == ("revoked", "cancelled")
+    assert len(await door.estate.records("task_ended")) == 2
+
+
 async def test_other_formats_are_taken_back_or_refused(door: HttpDoorway) -> None:
     token = await held(door)
     txn = (await transaction(door, token)).json()["access_token"]
