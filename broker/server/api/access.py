@@ -15,7 +15,7 @@ from typing import Final, TypeAlias
 
 from broker.errors import Refused
 from broker.server.identity.directory import Directory
-from broker.server.identity.nodes import AGENT_PATH, Nodes
+from broker.server.identity.nodes import AGENT_PATH, AgentRefused, Nodes
 from broker.spiffe import SpiffeId, TrustDomain, X509Svid
 from broker.transport.peercred import KernelPeer
 from broker.transport.tls import Anonymous, SvidPeer
@@ -144,12 +144,14 @@ class Access:
         return {path: partial(self._require, path) for path in METHODS}
 
     def _require(self, path: str, caller: Caller) -> None:
-        if not self.allows(caller, METHODS[path]):
-            raise Refused(
-                f"authorization denied for method {path}",  # SPIRE's words
-                code="access_denied",
-                hint="docs/reference/roles.md says which roles may",
-            )
+        try:
+            allowed = self.allows(caller, METHODS[path])
+        except AgentRefused as error:
+            # SPIRE says the same words to everybody, and what is wrong with an agent in the details.
+            why = f"{error.message}; {error.hint}" if error.hint else error.message
+            raise AgentRefused(_denied(path), code=error.reason, hint=why) from None
+        if not allowed:
+            raise Refused(_denied(path), code="access_denied", hint="docs/reference/roles.md says which roles may")
 
     def allows(self, caller: Caller, roles: frozenset[Role]) -> bool:
         """Tell whether the caller has one of the roles; raises Refused, with what is wrong with it, for an agent that is none."""
@@ -183,6 +185,10 @@ def admit_local(peer: KernelPeer) -> LocalPeer:
     if peer.uid not in {0, os.geteuid()}:
         raise Refused("only root and the server's own user may administer it here", code="access_denied")
     return LocalPeer(peer.uid, peer.pid)
+
+
+def _denied(path: str) -> str:
+    return f"authorization denied for method {path}"  # SPIRE's words
 
 
 def agent_of(caller: Caller) -> X509Svid:

@@ -154,6 +154,24 @@ async def test_an_agent_that_does_not_count_any_more_has_no_role_at_all(here, ru
             assert caught.value.reason == code
 
 
+async def test_a_refused_agent_hears_spire_s_words_and_why_beside_them(here, rules):
+    await here.add_node(serial="1")
+    await here.nodes.ban(AGENT, "test")
+    path = "/spire.api.server.entry.v1.Entry/GetAuthorizedEntries"
+    for caller, code, why in (
+        (peer(here, str(AGENT)), "agent_banned", f'agent "{AGENT}" is banned'),
+        (peer(here, f"{AGENT}x"), "agent_not_attested", f'agent "{AGENT}x" is not attested; attest the node again'),
+        (Anonymous(), "access_denied", "docs/reference/roles.md says which roles may"),
+    ):
+        with pytest.raises(Refused) as caught:
+            rules.checks()[path](caller)
+        assert (caught.value.message, caught.value.reason, caught.value.hint) == (
+            f"authorization denied for method {path}",
+            code,
+            why,
+        )
+
+
 async def test_foreign_trust_domains_have_no_role(here):
     foreign = authority()
     key = ec.generate_private_key(ec.SECP256R1())
