@@ -8,7 +8,7 @@ from typing import Final
 from broker.agent.app import Agent
 from broker.agent.settings import AgentSettings
 from broker.errors import BrokerError
-from broker.transport.hardening import harden
+from broker.transport.hardening import harden, settle
 
 ENDING: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # settings are read at the start: none says read again
 
@@ -36,6 +36,7 @@ async def _run(settings: AgentSettings) -> None:
         signal.signal(number, told)
     try:
         async with Agent(settings) as agent:
+            settle()
             await agent.serve(stop)
     except BaseExceptionGroup as group:
         # One cause is enough to say what to do; the others follow from it.

@@ -36,7 +36,7 @@ from broker.server.tasks_half import TasksHalf, tasks_half
 from broker.spiffe import SpiffeId
 from broker.telemetry.log import get_logger
 from broker.telemetry.metrics import Metrics
-from broker.transport.hardening import harden
+from broker.transport.hardening import harden, settle
 from broker.transport.tls import SvidPeer
 from broker.transport.tls_listener import TlsListener
 from broker.version import __version__
@@ -282,6 +282,7 @@ async def run(settings: ServerSettings, *, environ: Mapping[str, str] = os.envir
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     async with server(settings, environ=environ) as running:
+        settle()
         stopped = asyncio.create_task(stop.wait())
         waited: set[asyncio.Future[Any]] = {stopped, running.failed}
         await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)

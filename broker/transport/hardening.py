@@ -4,6 +4,7 @@ Nor does a burst of a hostile caller stay in its memory, or gRPC's core write to
 """
 
 import ctypes
+import gc
 import os
 import resource
 from typing import Final
@@ -32,6 +33,14 @@ def harden() -> None:
     if hasattr(libc, "mallopt"):  # glibc's
         libc.mallopt(_M_ARENA_MAX, ARENAS)
         libc.mallopt(_M_TRIM_THRESHOLD, TRIM)
+
+
+def settle() -> None:
+    """Have the collector of garbage leave alone what is there: a program that has started keeps nearly all of it until it ends.
+
+    A full round looks at everything else, and meanwhile nobody is answered: 30 to 70 ms for what a program has when it starts.
+    """
+    gc.freeze()
 
 
 def silence_grpc() -> None:

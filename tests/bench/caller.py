@@ -20,6 +20,7 @@ from broker.errors import BrokerError
 from broker.sdk import Workload
 from broker.sdk.endpoint import SECURITY_HEADER
 from broker.sdk.tls import client_context
+from tests.bench.frames import FrameCaller
 from tests.bench.measure import percentile
 
 WARM_SECONDS = 0.3
@@ -50,6 +51,21 @@ async def load_grpc(socket: str, path: str, request: bytes, callers: int, second
             elapsed = time.perf_counter() - began
             calls += len(took)
     return {**_told(took, elapsed, size), "calls": calls}
+
+
+async def load_frames(socket: str, path: str, request: bytes, callers: int, seconds: float) -> Mapping[str, Any]:
+    """The same calls without gRPC's library on their side."""
+    _, caller = await asyncio.get_running_loop().create_unix_connection(lambda: FrameCaller(path, request), socket)
+    elapsed, calls = 0.0, 0
+    try:
+        for length in (WARM_SECONDS, seconds):
+            began = time.perf_counter()
+            await caller.call(callers, began + length)
+            elapsed = time.perf_counter() - began
+            calls += len(caller.took)
+    finally:
+        caller.close()
+    return {**_told(caller.took, elapsed, caller.size), "calls": calls}
 
 
 class Poster(asyncio.Protocol):
@@ -136,6 +152,10 @@ class Load:
         """Call a method with a request given in base64."""
         return await load_grpc(socket, path, base64.b64decode(request), callers, seconds)
 
+    async def frames(self, socket: str, path: str, request: str, callers: int, seconds: float) -> Mapping[str, Any]:
+        """The same, without gRPC's library on this side."""
+        return await load_frames(socket, path, base64.b64decode(request), callers, seconds)
+
     async def start(self, user_token: str, resource: str) -> Mapping[str, Any]:
         """Start a task that lasts as long as this process; give the request for one more token of it."""
         self._me = await self._stack.enter_async_context(Workload.connect())
@@ -173,7 +193,7 @@ def _length(head: bytes) -> int:
 async def serve() -> None:
     async with AsyncExitStack() as stack:
         load = Load(stack)
-        commands = {"grpc": load.grpc, "start": load.start, "form": load.form}
+        commands = {"grpc": load.grpc, "frames": load.frames, "start": load.start, "form": load.form}
         async for request in heard():
             try:
                 answer = await commands[request["do"]](**request["with"])

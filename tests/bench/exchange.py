@@ -2,8 +2,8 @@
 
 import json
 import time
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -20,30 +20,45 @@ ISSUE_PATH = "/broker.agent.v1.Tasks/IssueToken"
 
 
 async def exchange_socket(house: House, seconds: float) -> list[Item]:
-    """By the agent, against the same client, a bare relay and a bare echo: the same two hops with nothing to do."""
+    """By the agent, against the same client, a bare relay and a bare echo: the same two hops with nothing to do.
+
+    Twice: by frames, so that the load takes little of the processors that it shares with who is measured, and with gRPC's own
+    library (``_by_grpcio``).
+    """
     async with _started(house) as (caller, request):
-        load = {"path": ISSUE_PATH, "request": request, "callers": CALLERS, "seconds": seconds / ROUNDS / 2}
+        load = {"path": ISSUE_PATH, "request": request, "callers": CALLERS, "seconds": seconds / ROUNDS / 4}
         size = (await caller.do("grpc", socket=house.agent_socket, **load | {"seconds": 0.1}))["size"]
         echo, relay = house.socket("echo2"), house.socket("relay")
-        ours, bare = [], []
+        told: dict[str, list[Mapping[str, Any]]] = {}
         spent = dict.fromkeys(("agent", "server"), 0.0)
         async with (
             house.bare("echo", "--socket", echo, "--answer", str(size)),
             house.bare("relay", "--socket", relay, "--to", echo),
         ):
-            for _ in range(ROUNDS):
-                bare.append(await caller.do("grpc", socket=relay, **load))
-                before = {part: cpu_seconds(house.pid(part)) for part in spent}
-                ours.append(await caller.do("grpc", socket=house.agent_socket, **load))
-                for part, seconds_before in before.items():
-                    spent[part] += cpu_seconds(house.pid(part)) - seconds_before
+            for by in ("frames", "grpc") * ROUNDS:
+                told.setdefault(f"bare {by}", []).append(await caller.do(by, socket=relay, **load))
+                with _spending(house, spent):
+                    told.setdefault(by, []).append(await caller.do(by, socket=house.agent_socket, **load))
     # What others on the machine change least.
-    each = ", ".join(f"{part} {used / sum(one['calls'] for one in ours) * 1e6:.0f} us" for part, used in spent.items())
+    calls = sum(one["calls"] for by in ("frames", "grpc") for one in told[by])
+    each = ", ".join(f"{part} {used / calls * 1e6:.0f} us" for part, used in spent.items())
     house.tell(f"  processor time of one exchange: {each}")
     with commits(house.directory / "commits.db") as commit:
         durable = 1 / time_per_call(commit, COMMITS, clock=time.perf_counter)
     house.tell(f"  SQLite, one row in each commit, synchronous=FULL: {durable:,.0f} commits/s")
-    return _judged("exchange_socket", ours, bare, SOCKET_RATE)
+    return [
+        *_judged("exchange_socket", told["frames"], told["bare frames"], SOCKET_RATE),
+        *_judged("exchange_socket_by_grpcio", told["grpc"], told["bare grpc"], SOCKET_RATE),
+    ]
+
+
+@contextmanager
+def _spending(house: House, spent: dict[str, float]) -> Iterator[None]:
+    """Add to it what each part spends of the processors during the block."""
+    before = {part: cpu_seconds(house.pid(part)) for part in spent}
+    yield
+    for part, seconds_before in before.items():
+        spent[part] += cpu_seconds(house.pid(part)) - seconds_before
 
 
 async def exchange_https(house: House, seconds: float) -> list[Item]:
