@@ -167,6 +167,19 @@ class TestForeignWords:
             answer = await scene.door.raw("/ssf/events", body.encode(), {"content-type": kind})
             assert (answer.status_code, answer.json()["err"]) == (400, "invalid_request")
 
+    @pytest.mark.parametrize(
+        ("direction", "ends"), [("increase", False), ("decrease", True), ("sideways", True), (None, True), (1, True)]
+    )
+    async def test_a_level_of_assurance_that_does_not_rise_ends_what_was_given(
+        self, scene: Scene, direction: Any, ends: bool
+    ) -> None:
+        work = await scene.work()
+        scene.estate.clock.advance(5)
+        kind = CAEP + "assurance-level-change"
+        told = {"namespace": "RFC8176", "current_level": "pwd", "change_direction": direction}
+        assert (await scene.push(scene.event(kind, events={kind: told}))).status_code == 202
+        assert await work.is_dead() is ends
+
     async def test_an_event_that_asks_for_nothing_is_acknowledged(self, scene: Scene) -> None:
         work = await scene.work()
         for kind in (

@@ -181,6 +181,8 @@ DOORS: dict[str, tuple[Door, str, str]] = {
     ),
     "caep_credential_change": (lambda s, w: s.push(s.event(CAEP + "credential-change")), "user_changed", "issuer"),
     "caep_token_claims_change": (lambda s, w: s.push(s.event(CAEP + "token-claims-change")), "user_changed", "issuer"),
+    "caep_assurance_level_change": (lambda s, w: s.push(s.event(CAEP + "assurance-level-change")), "user_changed", "issuer"),
+    "risc_credential_compromise": (lambda s, w: s.push(s.event(RISC + "credential-compromise")), "user_changed", "issuer"),
     "risc_account_disabled": (lambda s, w: s.push(s.event(RISC + "account-disabled")), "user_disabled", "issuer"),
     "risc_account_purged": (lambda s, w: s.push(s.event(RISC + "account-purged")), "user_disabled", "issuer"),
     "user_disabled": (lambda s, w: s.estate.ends.users.disable("alice", by="operator:uid:0"), "user_disabled", "operator"),
