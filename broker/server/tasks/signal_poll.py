@@ -125,7 +125,9 @@ class Poller:
 
     async def _answer(self, body: bytes) -> Mapping[str, JsonValue]:
         read = bytearray()
-        url, headers = self._transmitter.poll_url, {"content-type": "application/json"}
+        url = self._transmitter.poll_url
+        # The language of the descriptions under setErrs (RFC 8936 §2.4.4).
+        headers = {"content-type": "application/json", "content-language": "en"}
         async with (
             asyncio.timeout(FETCH_SECONDS),
             dialling() as trace,

@@ -74,6 +74,7 @@ async def test_one_that_hears_no_acknowledgement_is_told_once_more_in_each_round
         await run(poller_of(scene))
         told = [(asked["ack"], sorted(asked.get("setErrs", {}))) for asked in oidc.polled]
         assert told == [([], []), *[(["one"], ["two"])] * ROUNDS]
+        assert oidc.poll_language == "en", "RFC 8936 has the language of an error's description named"
         assert len(await scene.records("signal_received")) == 1
     oidc.events, oidc.fault = {}, ""
 
