@@ -231,9 +231,9 @@ class Signals:
             return outcome
 
         outcome = await self._store.write(lambda writer: act(writer, self._clock.now()))
-        if outcome.stopped is None:
-            return outcome
-        return Outcome(outcome.effect, await self._stops.finished(outcome.stopped))
+        if outcome.stopped:
+            await self._stops.finished(*outcome.stopped)
+        return outcome
 
     async def refused(self, door: str, error: BrokerError, issuer: str = "") -> None:
         """Record that a signal was refused, at a bounded rate."""
