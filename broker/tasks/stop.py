@@ -26,6 +26,8 @@ class StopKind(StrEnum):
     """A user, whole: every word of theirs, standing delegations too."""
     SESSIONS = "sessions"
     """The sessions that a user had until then."""
+    SESSIONLESS = "sessionless"
+    """What a user gave until then in tokens that name no session: which of them was meant cannot be told."""
     SESSION = "session"
     """One session of a user (:func:`session_name`)."""
     DELEGATION = "delegation"
@@ -92,6 +94,8 @@ def names_of(delegation: Delegation) -> tuple[tuple[StopKind, str], ...]:
     names.append((StopKind.SESSIONS, delegation.user))
     if delegation.session is not None:
         names.append((StopKind.SESSION, session_name(delegation.issuer, delegation.session)))
+    else:
+        names.append((StopKind.SESSIONLESS, delegation.user))
     return tuple(names)
 
 
@@ -129,7 +133,7 @@ def _forbids(stop: Stop, delegation: Delegation) -> bool:
     match stop.kind:
         case StopKind.SESSION | StopKind.DELEGATION:
             return True
-        case StopKind.USER | StopKind.SESSIONS:
+        case StopKind.USER | StopKind.SESSIONS | StopKind.SESSIONLESS:
             # A word whose time is not known was given before everything.
             return stop.disabled or delegation.given_at is None or delegation.given_at < stop.not_before
         case StopKind.AGENT | StopKind.AUDIENCE:

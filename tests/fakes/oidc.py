@@ -81,6 +81,7 @@ class OidcIssuer:
         self.events: dict[str, str] = {}
         self.polled: list[dict[str, Any]] = []
         self.poll_token = ""
+        self.poll_language = ""
         self.ca_path = directory / "oidc-ca.pem"
         context = self._tls()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler_of(self))
@@ -214,13 +215,15 @@ def _handler_of(issuer: OidcIssuer) -> type[BaseHTTPRequestHandler]:
             """As a transmitter of security events: give those that were not acknowledged (RFC 8936)."""
             asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
             issuer.polled.append(asked)
+            issuer.poll_language = self.headers.get("content-language", "")
             for jti in (*asked["ack"], *asked.get("setErrs", {})):
                 if issuer.fault != "deaf":
                     issuer.events.pop(jti, None)
             if issuer.fault == "status" or self.headers.get("authorization", "") != issuer.poll_token:
                 self._send(401, b"{}")
                 return
-            first = dict(itertools.islice(issuer.events.items(), asked["maxEvents"]))
+            most = None if issuer.fault == "eager" else asked["maxEvents"]
+            first = dict(itertools.islice(issuer.events.items(), most))
             more = len(first) < len(issuer.events) or issuer.fault == "more"
             self._send(200, json.dumps({"sets": first, "moreAvailable": more}).encode())
 

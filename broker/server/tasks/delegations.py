@@ -12,7 +12,7 @@ from typing import Final, TypeVar
 
 from broker.clock import Clock
 from broker.errors import BrokerError, Invalid, InvalidToken, NotFound, PolicyDenied, Refused, Unavailable
-from broker.server.store.ports import Store, Writer
+from broker.server.store.ports import Reader, Store, Writer
 from broker.server.store.user_rows import DelegationPage
 from broker.server.tasks import user_records
 from broker.server.tasks.answers import Answers, digest_of, spent
@@ -138,7 +138,7 @@ class Delegations:
         """End one of the user's own, with its tasks; ending it twice is fine. Raises NotFound, and as :meth:`create`."""
 
         async def ended(subject: Subject) -> StandingDelegation:
-            return await self._end(delegation_id, by=subject.user, user=subject.user, issuer=subject.issuer)
+            return await self._end(delegation_id, by=subject.user, subject=subject)
 
         return await self._as_maker(token, ended, by=by)
 
@@ -146,8 +146,7 @@ class Delegations:
         """Give one of the user's own; raises NotFound, and as :meth:`create`."""
 
         async def found(subject: Subject) -> StandingDelegation:
-            known = await self._store.read(lambda reader: reader.delegation(_id(delegation_id)))
-            return _owned(known, subject.user, subject.issuer)
+            return await self._store.read(lambda reader: self._own(reader, subject, delegation_id))
 
         return await self._as_maker(token, found, by=by)
 
@@ -155,9 +154,11 @@ class Delegations:
         """Give a page of the user's own, oldest first; raises Invalid, and as :meth:`create`."""
 
         async def page(subject: Subject) -> DelegationPage:
-            return await self._store.read(
-                lambda reader: reader.list_delegations(subject.user, after=after, limit=limit)
-            )
+            def query(reader: Reader) -> DelegationPage:
+                self._standing.require_signed_in(reader, subject, self._clock.now())
+                return reader.list_delegations(subject.user, after=after, limit=limit)
+
+            return await self._store.read(query)
 
         return await self._as_maker(token, page, by=by)
 
@@ -173,10 +174,7 @@ class Delegations:
 
     async def get(self, delegation_id: str) -> StandingDelegation:
         """Give one; raises NotFound."""
-        found = await self._store.read(lambda reader: reader.delegation(_id(delegation_id)))
-        if found is None:
-            raise _unknown()
-        return found
+        return await self._store.read(lambda reader: _known(reader, delegation_id))
 
     async def list(self, user: str | None, *, after: str | None = None, limit: int = 100) -> DelegationPage:
         """Give a page, of one user or of all, oldest first; raises Invalid."""
@@ -273,14 +271,20 @@ class Delegations:
             acr=subject.acr,
         )
 
+    def _own(self, reader: Reader, subject: Subject, delegation_id: str) -> StandingDelegation:
+        # A token of a session that is over shows nothing and ends nothing, for as long as it would have been good.
+        self._standing.require_signed_in(reader, subject, self._clock.now())
+        found = _known(reader, delegation_id)
+        if (found.user, found.issuer) != (subject.user, subject.issuer):
+            raise _unknown()
+        return found
+
     async def _end(
-        self, delegation_id: str, *, by: str, reason: str = "", user: str = "", issuer: str = ""
+        self, delegation_id: str, *, by: str, reason: str = "", subject: Subject | None = None
     ) -> StandingDelegation:
         def act(writer: Writer) -> tuple[StandingDelegation, Stopped | None]:
             now = self._clock.now()
-            known = writer.delegation(_id(delegation_id))
-            if known is None or (user and (known.user, known.issuer) != (user, issuer)):
-                raise _unknown()
+            known = _known(writer, delegation_id) if subject is None else self._own(writer, subject, delegation_id)
             ended = writer.end_delegation(known.id, Cause.DELEGATION_WITHDRAWN, now)
             if ended is None:
                 return known, None
@@ -301,8 +305,9 @@ class Delegations:
         return ended
 
 
-def _owned(found: StandingDelegation | None, user: str, issuer: str) -> StandingDelegation:
-    if found is None or (found.user, found.issuer) != (user, issuer):
+def _known(reader: Reader, delegation_id: str) -> StandingDelegation:
+    found = reader.delegation(_id(delegation_id))
+    if found is None:
         raise _unknown()
     return found
 

@@ -8,6 +8,7 @@ settled. Only https, no redirect, a bounded answer, and one request at a time.
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
+from itertools import islice
 from typing import Final
 
 import httpx2
@@ -91,9 +92,10 @@ class Poller:
         told = {*self._acks, *self._errors}
         self._acks, self._errors = [], {}
         events = answer.get("sets")
-        if not isinstance(events, dict) or len(events) > MAX_EVENTS:
+        if not isinstance(events, dict):
             raise Unavailable("the transmitter's answer holds no list of events", code="ssf_answer")
-        for jti, event in events.items():
+        # Of more than were asked for (RFC 8936 §2.2 lets it) the rest comes again: it is not acknowledged.
+        for jti, event in islice(events.items(), MAX_EVENTS):
             await self._take(jti, event)
         # Acknowledgements leave at once, not with the next poll: otherwise the same events would be there again. Where nothing came
         # of this round, nothing comes of another: events that cannot be judged now, and those that were told of and are there still.
@@ -125,7 +127,9 @@ class Poller:
 
     async def _answer(self, body: bytes) -> Mapping[str, JsonValue]:
         read = bytearray()
-        url, headers = self._transmitter.poll_url, {"content-type": "application/json"}
+        url = self._transmitter.poll_url
+        # The language of the descriptions under setErrs (RFC 8936 §2.4.4).
+        headers = {"content-type": "application/json", "content-language": "en"}
         async with (
             asyncio.timeout(FETCH_SECONDS),
             dialling() as trace,

@@ -41,10 +41,13 @@ _CAEP: Final = "https://schemas.openid.net/secevent/caep/event-type/"
 _RISC: Final = "https://schemas.openid.net/secevent/risc/event-type/"
 _SSF: Final = "https://schemas.openid.net/secevent/ssf/event-type/"
 VERIFICATION: Final = _SSF + "verification"
+ASSURANCE: Final = _CAEP + "assurance-level-change"
 ACTS: Final[Mapping[str, Act]] = {
     _CAEP + "session-revoked": Act.LOGOUT,
     _CAEP + "credential-change": Act.CHANGED,
     _CAEP + "token-claims-change": Act.CHANGED,
+    ASSURANCE: Act.CHANGED,
+    _RISC + "credential-compromise": Act.CHANGED,
     _RISC + "sessions-revoked": Act.LOGOUT,
     _RISC + "account-disabled": Act.DISABLED,
     _RISC + "account-purged": Act.PURGED,
@@ -166,7 +169,8 @@ class SecurityEvents:
         if not isinstance(event, dict) or len(kind) > MAX_KIND:
             raise _invalid("its event is not an object", "signal_event")
         forget_at = datetime.fromtimestamp(issued_at + MAX_SET_AGE + 2 * LEEWAY, UTC)
-        act = ACTS.get(kind)
+        # CAEP 1.0 §3.4: what was given on less still counts when the level rises.
+        act = None if event.get("change_direction") == "increase" and kind == ASSURANCE else ACTS.get(kind)
         word = None if act is None else self._word(act, payload, event, transmitter, issued_at)
         return Signal(transmitter.issuer, kind.rpartition("/")[2] or kind, _jti(payload), forget_at, word)
 
@@ -227,9 +231,9 @@ class Signals:
             return outcome
 
         outcome = await self._store.write(lambda writer: act(writer, self._clock.now()))
-        if outcome.stopped is None:
-            return outcome
-        return Outcome(outcome.effect, await self._stops.finished(outcome.stopped))
+        if outcome.stopped:
+            await self._stops.finished(*outcome.stopped)
+        return outcome
 
     async def refused(self, door: str, error: BrokerError, issuer: str = "") -> None:
         """Record that a signal was refused, at a bounded rate."""

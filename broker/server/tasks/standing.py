@@ -108,6 +108,11 @@ class Standing:
             require_going((each for each in stops if each.tokens_from <= now.timestamp()), delegation, now)
         self._require_confirmed(reader, delegation, now)
 
+    def require_signed_in(self, reader: Reader, subject: Subject, now: datetime) -> None:
+        """Refuse a user's token whose user or session was stopped, where nothing is given on it; raises Refused, Unavailable."""
+        delegation = subject.delegation()
+        require_going(reader.stops(names_of(delegation)), delegation, now)
+
     def hear(self, writer: Writer, subject: Subject, now: datetime) -> bool:
         """Take a user's token at its word: its session is confirmed by it. Raises Refused where the word was stopped.
 

@@ -127,7 +127,7 @@ def _searches(reader: Reader, standing: Stop) -> list[LivingTasks]:
     """Say where the tasks are that a stop may end."""
     name = standing.name
     match standing.kind:
-        case StopKind.USER | StopKind.SESSIONS:
+        case StopKind.USER | StopKind.SESSIONS | StopKind.SESSIONLESS:
             return [LivingTasks(user=name)]
         case StopKind.SESSION:
             issuer, _, sid = name.partition(" ")
@@ -186,10 +186,15 @@ class Stops:
 
         return await self.finished(await self._store.write(now))
 
-    async def finished(self, stopped: Stopped) -> Stopped:
-        """Write down what a committed stop ends and its transaction did not; give what it came to. Raises Unavailable."""
+    async def finished(self, stopped: Stopped, *beside: Stopped) -> Stopped:
+        """Write down what a committed stop ends and its transaction did not; give what it came to. Raises Unavailable.
+
+        ``beside``: others of the same word, which count as one with it.
+        """
         if self._count is not None:
             self._count(stopped.stop.cause.value)
+        for other in beside:
+            await self._finish(other)
         return await self._finish(stopped)
 
     async def sweep(self) -> int:

@@ -11,6 +11,7 @@ from broker.tasks.stop import Stop, StopKind
 _FIELD = {
     StopKind.USER: "user",
     StopKind.SESSIONS: "user",
+    StopKind.SESSIONLESS: "user",
     StopKind.SESSION: "user_session",
     StopKind.DELEGATION: "delegation",
     StopKind.AGENT: "agent",

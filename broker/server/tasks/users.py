@@ -4,7 +4,7 @@ Each is one stop, set in one transaction (:mod:`broker.server.tasks.stops`). A s
 only by a newer word. A user who is disabled has no standing delegation that outlives it where the account is gone.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
 
@@ -55,10 +55,10 @@ class Word:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What it did: the effect, and the stop where there is one."""
+    """What it did: the effect, and the stops that it set."""
 
     effect: Effect
-    stopped: Stopped | None = None
+    stopped: tuple[Stopped, ...] = ()
 
 
 _CAUSES = {
@@ -73,7 +73,6 @@ def take(writer: Writer, word: Word, now: datetime) -> Outcome:
     """Take one word in, within the caller's transaction."""
     if word.act is Act.ENABLED:
         return _enable(writer, word.user, word.source, word.at, by=word.source, now=now)
-    wanted = _stop_of(word, now)
     if word.act in (Act.DISABLED, Act.PURGED):
         known = [each for each in writer.stops([(StopKind.USER, word.user)]) if each.source == word.source]
         if any(word.at < each.not_before and not each.disabled for each in known):
@@ -81,7 +80,11 @@ def take(writer: Writer, word: Word, now: datetime) -> Outcome:
             return Outcome(Effect.STALE)
     if word.act is Act.PURGED:
         _end_delegations(writer, word.user, Cause.USER_DISABLED, by=word.source, now=now)
-    return Outcome(Effect.DONE, stop(writer, wanted, by=word.source, now=now))
+    wanted = [_stop_of(word, now)]
+    if wanted[0].kind is StopKind.SESSION and word.user:
+        # NOTE(security): a token without ``sid`` may be of that session, and nothing else would ever end what was given in it.
+        wanted.append(replace(wanted[0], kind=StopKind.SESSIONLESS, name=word.user))
+    return Outcome(Effect.DONE, tuple(stop(writer, each, by=word.source, now=now) for each in wanted))
 
 
 def _stop_of(word: Word, now: datetime) -> Stop:

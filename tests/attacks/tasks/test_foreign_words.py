@@ -8,6 +8,7 @@ import pytest
 
 from broker.audit.events import Event
 from broker.server.tasks.signals import LOGOUT_EVENT
+from broker.tasks import State
 from tests.attacks.tasks.userends_rig import CAEP, RISC, Scene, outcome, playing
 from tests.fakes.oidc import OidcIssuer, SigningKey
 from tests.unit.server.api.http.door import assert_error
@@ -167,6 +168,19 @@ class TestForeignWords:
             answer = await scene.door.raw("/ssf/events", body.encode(), {"content-type": kind})
             assert (answer.status_code, answer.json()["err"]) == (400, "invalid_request")
 
+    @pytest.mark.parametrize(
+        ("direction", "ends"), [("increase", False), ("decrease", True), ("sideways", True), (None, True), (1, True)]
+    )
+    async def test_a_level_of_assurance_that_does_not_rise_ends_what_was_given(
+        self, scene: Scene, direction: Any, ends: bool
+    ) -> None:
+        work = await scene.work()
+        scene.estate.clock.advance(5)
+        kind = CAEP + "assurance-level-change"
+        told = {"namespace": "RFC8176", "current_level": "pwd", "change_direction": direction}
+        assert (await scene.push(scene.event(kind, events={kind: told}))).status_code == 202
+        assert await work.is_dead() is ends
+
     async def test_an_event_that_asks_for_nothing_is_acknowledged(self, scene: Scene) -> None:
         work = await scene.work()
         for kind in (
@@ -176,3 +190,29 @@ class TestForeignWords:
             assert (await scene.push(scene.event(kind))).status_code == 202
         assert await work.renewal() == "done"
         assert {record.fields["effect"] for record in await scene.records(Event.SIGNAL_RECEIVED)} == {"none"}
+
+    @pytest.mark.bears("TX20")
+    @pytest.mark.parametrize("told", ["logout", "event"])
+    async def test_what_was_given_in_no_named_session_ends_with_any(self, scene: Scene, told: str) -> None:
+        """Access tokens of many issuers have no ``sid``; their sign-outs name user and session."""
+        old = scene.user_token(sid=None)
+        work, other = await scene.work(sid=None), await scene.work(sid="s-2")
+        bobs = await scene.work("bob", sid=None)
+        scene.estate.clock.advance(10)
+        if told == "logout":
+            await scene.logout(scene.logout_token(sub="alice", sid="s-9"))
+        else:
+            await scene.push(scene.event(SESSION_REVOKED, subject=scene.subject(session="s-9")))
+        assert await work.is_dead()
+        assert (await work.state()).state is State.REVOKED
+        assert await outcome(scene.estate.start(user_token=old)) == "user_session_ended"
+        for going in (other, bobs):
+            assert (await going.introspected(), await going.verifier(), await going.renewal()) == (
+                True,
+                "alive",
+                "done",
+            )
+        # Whoever signs in anew, or is signed in elsewhere and gets a token later, goes on.
+        scene.estate.clock.advance(10)
+        assert await work.exchange(sid=None) == "done"
+        assert await outcome(scene.estate.start(user_token=scene.user_token(sid=None, auth_time=None))) == "done"

@@ -407,6 +407,13 @@ async def test_the_grant_type_is_the_exchange_and_no_other(house: Rig) -> None:
         response = await house.token(grant_type=other)
         assert (response.status_code, response.json()["error"]) == (400, "unsupported_grant_type")
     assert len(house.records("token_refused")) == 4
+    # With its own parameter, too; beside the exchange that is one too many.
+    for parameter in ("assertion", "refresh_token", "code", "device_code", "username"):
+        alone = await house.post("/token", [("grant_type", "x"), (parameter, "x")], TRIAGE)
+        assert (alone.status_code, alone.json()["error"]) == (400, "unsupported_grant_type")
+        for more in ({}, {"requested_token_type": TXN_TOKEN}, {"requested_token_type": ID_JAG}):
+            beside = await house.token(**{parameter: "x"}, **more)
+            assert (beside.status_code, beside.json()["error_code"]) == (400, "parameter_unknown")
 
 
 @pytest.mark.bears("TX09", "TX15")

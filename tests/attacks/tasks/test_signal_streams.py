@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from broker.server.tasks.config import Transmitter
-from broker.server.tasks.signal_poll import Poller
+from broker.server.tasks.signal_poll import MAX_EVENTS, Poller
+from broker.server.tasks.signals import VERIFICATION
 from tests.attacks.tasks.userends_rig import CAEP, Scene, playing
 from tests.fakes.oidc import OidcIssuer
 
@@ -74,6 +75,7 @@ async def test_one_that_hears_no_acknowledgement_is_told_once_more_in_each_round
         await run(poller_of(scene))
         told = [(asked["ack"], sorted(asked.get("setErrs", {}))) for asked in oidc.polled]
         assert told == [([], []), *[(["one"], ["two"])] * ROUNDS]
+        assert oidc.poll_language == "en", "RFC 8936 has the language of an error's description named"
         assert len(await scene.records("signal_received")) == 1
     oidc.events, oidc.fault = {}, ""
 
@@ -85,3 +87,16 @@ async def test_events_that_cannot_be_judged_now_are_not_asked_for_in_a_circle(sc
     assert len(scene.oidc.polled) == ROUNDS
     assert all(asked["ack"] == [] and "setErrs" not in asked for asked in scene.oidc.polled)
     assert set(scene.oidc.events) == {"one"}
+
+
+async def test_of_more_than_were_asked_for_none_is_lost(tmp_path: Path, oidc: OidcIssuer) -> None:
+    oidc.events, oidc.polled, oidc.poll_token, oidc.fault = {}, [], "Bearer secret", "eager"
+    async with playing(tmp_path, oidc, transmitters=(transmitter(oidc),)) as scene:
+        work = await scene.work()
+        oidc.events = {f"e{n}": scene.event(VERIFICATION, jti=f"e{n}") for n in range(MAX_EVENTS)}
+        oidc.events["last"] = scene.event(CAEP + "session-revoked", jti="last")
+        await run(poller_of(scene))
+        assert oidc.events == {}
+        assert await work.is_dead()
+        assert len(await scene.records("signal_received")) == MAX_EVENTS + 1
+    oidc.fault = ""

@@ -181,6 +181,8 @@ DOORS: dict[str, tuple[Door, str, str]] = {
     ),
     "caep_credential_change": (lambda s, w: s.push(s.event(CAEP + "credential-change")), "user_changed", "issuer"),
     "caep_token_claims_change": (lambda s, w: s.push(s.event(CAEP + "token-claims-change")), "user_changed", "issuer"),
+    "caep_assurance_level_change": (lambda s, w: s.push(s.event(CAEP + "assurance-level-change")), "user_changed", "issuer"),
+    "risc_credential_compromise": (lambda s, w: s.push(s.event(RISC + "credential-compromise")), "user_changed", "issuer"),
     "risc_account_disabled": (lambda s, w: s.push(s.event(RISC + "account-disabled")), "user_disabled", "issuer"),
     "risc_account_purged": (lambda s, w: s.push(s.event(RISC + "account-purged")), "user_disabled", "issuer"),
     "user_disabled": (lambda s, w: s.estate.ends.users.disable("alice", by="operator:uid:0"), "user_disabled", "operator"),
@@ -304,6 +306,23 @@ class TestConfusedDeputies:
         fresh = scene.user_token(azp=APP)
         await scene.logout(scene.logout_token(sid="s-1"))
         assert_error(await scene.delegate(token=fresh), 403, "user_session_ended")
+
+    @pytest.mark.parametrize("over", ["user_session_ended", "user_disabled"])
+    async def test_a_token_of_who_is_gone_shows_nothing_and_ends_nothing(self, scene: Scene, over: str) -> None:
+        made = (await scene.delegate()).json()
+        token, address = scene.user_token(azp=APP), f"/delegations/{made['id']}"
+        scene.estate.clock.advance(5)
+        if over == "user_disabled":
+            await scene.push(scene.event(RISC + "account-disabled"))
+        else:
+            await scene.logout(scene.logout_token(sub="alice"))
+        scene.door.come_as(None)
+        for method, path in (("GET", "/delegations"), ("GET", address), ("DELETE", address)):
+            headers = {"authorization": f"Bearer {token}"}
+            assert_error(await scene.door.client.request(method, path, headers=headers), 403, over)
+        assert (await scene.estate.ends.delegations.get(made["id"])).ended_at is None
+        codes = [record.fields["code"] for record in await scene.records(Event.DELEGATION_REFUSED)]
+        assert codes == [over] * 3
 
 
 class TestStandingDelegations:

@@ -85,7 +85,11 @@ def test_every_stop_that_can_concern_a_word_is_looked_up() -> None:
         (StopKind.SESSIONS, "alice"),
         (StopKind.SESSION, f"{ISSUER} s-1"),
     )
-    assert names_of(replace(WORD, session=None)) == ((StopKind.USER, "alice"), (StopKind.SESSIONS, "alice"))
+    assert names_of(replace(WORD, session=None)) == (
+        (StopKind.USER, "alice"),
+        (StopKind.SESSIONS, "alice"),
+        (StopKind.SESSIONLESS, "alice"),
+    )
     assert names_of(STANDING) == ((StopKind.USER, "alice"), (StopKind.DELEGATION, "dlg_1"))
     # A session is its issuer's: another issuer's of the same name is another.
     assert session_name(ISSUER, "s-1") != session_name("https://other.example.org", "s-1")

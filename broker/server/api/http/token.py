@@ -66,6 +66,8 @@ _ALLOWED: Final = frozenset(
     }
     | PARAMETERS
 )
+# Other grants' own are read, so that who asks for one is told that it is not among ours (RFC 6749 §5.2); nothing looks at them.
+_READ: Final = _ALLOWED | {"assertion", "code", "device_code", "password", "refresh_token", "username"}
 _WRITER: Final = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 _OF_TASK_TOKENS: Final = _ALLOWED - {"request_context", "request_details"}
 _REPEATABLE: Final = frozenset({"resource", "audience"})
@@ -161,7 +163,7 @@ async def _client(request: Request, services: HttpServices) -> tuple[Actor, Form
         actor = None if presented(request, services) is None else actor_of(request, services)
     if actor is not None:
         async with services.refusals.recorded(Event.TOKEN_REFUSED, actor, ""):
-            form = await read_form(request, allowed=_ALLOWED, repeatable=_REPEATABLE)
+            form = await read_form(request, allowed=_READ, repeatable=_REPEATABLE)
             refuse_second(request, form)
             proof = await dpop_proof(request, services.clients, _endpoint(services))
             if proof is not None:
@@ -170,7 +172,7 @@ async def _client(request: Request, services: HttpServices) -> tuple[Actor, Form
                 actor = replace(actor, jkt=proof.jkt)
             return actor, form, proof
     async with services.refusals.recorded_stranger(Event.TOKEN_REFUSED):
-        form = await read_form(request, allowed=_ALLOWED, repeatable=_REPEATABLE)
+        form = await read_form(request, allowed=_READ, repeatable=_REPEATABLE)
         shown = await authenticate(request, form, services.clients, _endpoint(services))
     async with services.refusals.recorded(Event.TOKEN_REFUSED, shown.actor, ""):
         await services.clients.proofs.spend(shown.proof, shown.assertion)
