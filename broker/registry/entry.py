@@ -5,12 +5,12 @@ kept is not known here. Fields and meanings are SPIRE's (``spire.api.types.Entry
 """
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final, Self
 
 from broker.errors import Invalid
+from broker.registry.dns_names import checked_dns_names
 from broker.spiffe import Selector, SpiffeId, TrustDomain
 
 SERVER_PATH: Final = "/spire/server"
@@ -24,10 +24,6 @@ MAX_TTL: Final = 2**31 - 1
 """Largest lifetime, in seconds: the wire's int32. The server clamps it to its authority."""
 MAX_HINT: Final = 1024
 """Longest hint, in UTF-8 bytes (SPIFFE Workload API §5.2.1)."""
-MAX_DNS_NAMES: Final = 64
-"""Most DNS names of one entry: more would make every handshake of the workload large."""
-MAX_DNS_NAME: Final = 253
-"""Longest DNS name, in characters (RFC 1035 §2.3.4, without the final dot)."""
 MAX_FEDERATES_WITH: Final = 256
 """Most foreign trust domains: each brings a whole bundle to the workload."""
 MAX_AUDIENCES: Final = 64
@@ -36,7 +32,6 @@ MAX_TEXT: Final = 1024
 """Longest description, owner or audience, in UTF-8 bytes."""
 
 _ID: Final = re.compile(r"[A-Za-z0-9._-]+")
-_LABEL: Final = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 _TEXT: Final = re.compile("[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]*")
 
 
@@ -79,7 +74,7 @@ class Entry:
         try:
             object.__setattr__(self, "dns_names", checked_dns_names(self.dns_names))
         except Invalid as error:
-            raise _invalid(error.message, error.hint) from None
+            raise Invalid(f"invalid DNS name: {error.message}", code="invalid_entry", hint=error.hint) from None
         for name, text, limit in (
             ("hint", self.hint, MAX_HINT),
             ("description", self.description, MAX_TEXT),
@@ -147,38 +142,6 @@ class Entry:
             raise _invalid("it federates with its own trust domain")
         if len(self.allowed_audiences) > MAX_AUDIENCES or "" in self.allowed_audiences:
             raise _invalid(f"it has an empty audience, or more than {MAX_AUDIENCES}")
-
-
-def checked_dns_names(names: Iterable[str]) -> tuple[str, ...]:
-    """Give the DNS names of one certificate, in lower case and their order; raises Invalid (code ``invalid_dns_name``)."""
-    names = tuple(names)
-    if len(names) > MAX_DNS_NAMES:
-        raise _no_name(f"it has more than {MAX_DNS_NAMES} DNS names")
-    lowered = tuple(_dns_name(name) for name in names)
-    if len(set(lowered)) != len(lowered):
-        raise _no_name("it has a DNS name twice")
-    for name in lowered:
-        # A wildcard that covers another name of the same certificate is a mistake of one of the two.
-        if not name.startswith("*.") and "*." + name.partition(".")[2] in lowered:
-            raise _no_name("one of its DNS names is covered by its wildcard")
-    return lowered
-
-
-def _dns_name(name: str) -> str:
-    # ASCII first: lower() folds the Kelvin sign to k.
-    if not name.isascii() or len(name) > MAX_DNS_NAME:
-        raise _no_name("a DNS name is too long or not ASCII", hint="write international names in their xn-- form")
-    lowered = name.lower()
-    labels = lowered.split(".")
-    if labels[0] == "*" and len(labels) > 2:
-        labels = labels[1:]
-    if not all(_LABEL.fullmatch(label) for label in labels):
-        raise _no_name("a DNS name is malformed")
-    return lowered
-
-
-def _no_name(what: str, hint: str = "") -> Invalid:
-    return Invalid(what, code="invalid_dns_name", hint=hint)
 
 
 def _check_text(name: str, text: str, limit: int) -> None:

@@ -87,7 +87,8 @@ class Agent:
     ) -> agent_pb2.RenewAgentResponse:
         """Sign anew for an agent that cannot attest again."""
         await self._limits.certificates.take(caller, context)
-        svid = await self._admission.renew(agent_of(caller), request.params.csr)
+        asked = request.params.csr if request.HasField("params") else None
+        svid = await self._admission.renew(agent_of(caller), asked)
         return agent_pb2.RenewAgentResponse(svid=_svid_message(svid))
 
     async def PostStatus(  # noqa: N802
