@@ -16,6 +16,9 @@ from broker.spiffe import Selector, SpiffeId, TrustDomain
 SERVER_PATH: Final = "/spire/server"
 """An entry under this parent names a set of nodes by their selectors (a node alias), not a workload."""
 
+STORE_RULE: Final = "invalid registration entry"
+"""What the words of SPIRE's store begin with, for what its wire lets pass."""
+
 MAX_ID: Final = 255
 """Longest entry id, in characters, as in SPIRE."""
 MAX_SELECTORS: Final = 128
@@ -65,8 +68,10 @@ class Entry:
     jwt_svid_include_jti: bool = False
 
     def __post_init__(self) -> None:
-        if len(self.id) > MAX_ID or _ID.fullmatch(self.id) is None:
-            raise _invalid("its id is empty, too long or holds a character that is not allowed")
+        if len(self.id) > MAX_ID:
+            raise _unstorable("entry ID too long")
+        if _ID.fullmatch(self.id) is None:
+            raise _unstorable("entry ID contains invalid characters", "letters, digits, dots, dashes and underscores")
         self._check_ids()
         self._check_selectors()
         self._check_numbers()
@@ -75,6 +80,8 @@ class Entry:
             object.__setattr__(self, "dns_names", checked_dns_names(self.dns_names))
         except Invalid as error:
             raise Invalid(f"invalid DNS name: {error.message}", code="invalid_entry", hint=error.hint) from None
+        if len(self.hint.encode("utf-8", "replace")) > MAX_HINT:
+            raise Invalid(f"hint is too long, max length is {MAX_HINT} characters", code="invalid_entry")
         for name, text, limit in (
             ("hint", self.hint, MAX_HINT),
             ("description", self.description, MAX_TEXT),
@@ -91,7 +98,7 @@ class Entry:
         if not self.spiffe_id.is_member_of(trust_domain):
             raise _invalid("its SPIFFE ID is not in the server's trust domain", hint=f"use spiffe://{trust_domain}/…")
         if self.store_svid and len({selector.type for selector in self.selectors}) > 1:
-            raise _invalid("selector types must be the same when store SVID is enabled")
+            raise _unstorable("selector types must be the same when store SVID is enabled")
         if self.store_svid and self.disable_x509_svid_prefetch:
             raise _invalid("an SVID that goes to a store is always fetched beforehand")
         return self
@@ -127,9 +134,9 @@ class Entry:
             raise _invalid(f"it has more than {MAX_SELECTORS} selectors")
 
     def _check_numbers(self) -> None:
-        for name, seconds in (("x509_svid_ttl", self.x509_svid_ttl), ("jwt_svid_ttl", self.jwt_svid_ttl)):
+        for name, seconds in (("X509SvidTtl", self.x509_svid_ttl), ("JwtSvidTtl", self.jwt_svid_ttl)):
             if not 0 <= seconds <= MAX_TTL:
-                raise _invalid(f"its {name} is not between 0 and {MAX_TTL} seconds")
+                raise _unstorable(f"{name} is not set", f"a lifetime lies between 0 and {MAX_TTL} seconds")
         if self.revision < 0:
             raise _invalid("its revision is negative")
         if self.created_at.tzinfo is None or (self.expires_at is not None and self.expires_at.tzinfo is None):
@@ -149,6 +156,10 @@ def _check_text(name: str, text: str, limit: int) -> None:
         raise _invalid(f"its {name} holds a control character or is not Unicode text")
     if len(text.encode()) > limit:
         raise _invalid(f"its {name} is longer than {limit} bytes")
+
+
+def _unstorable(what: str, hint: str = "") -> Invalid:
+    return Invalid(f"{STORE_RULE}: {what}", code="invalid_entry", hint=hint)
 
 
 def _invalid(what: str, hint: str = "") -> Invalid:

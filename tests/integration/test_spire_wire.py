@@ -301,7 +301,6 @@ async def test_entries_are_created_item_by_item(estate):
         texts = [result.status.message for result in answer.results]
         assert texts[0] == "OK"
         assert texts[1] == "similar entry already exists"
-        assert all("failed to convert entry" in text for text in texts[3:10])
         assert "invalid parent ID: request must specify SPIFFE ID" in texts[4]
         assert "invalid spiffe ID" in texts[5]
         assert "selector list is empty" in texts[6]
@@ -310,7 +309,6 @@ async def test_entries_are_created_item_by_item(estate):
             texts[10]
             == f'failed to convert entry: invalid spiffe ID: "spiffe://example.org/spire/agent/x" is not a workload in {home}; path is in the reserved namespace'
         )
-        assert texts[12] == "failed to convert entry: invalid DNS name: too many wildcards"
         assert texts[13] == f'failed to convert entry: invalid spiffe ID: "spiffe://o.org/l" is not a member of {home}'
         assert texts[14] == "failed to convert entry: selector type contains ':'"
         first, similar, last = answer.results[0].entry, answer.results[1].entry, answer.results[-1].entry
@@ -441,7 +439,7 @@ async def test_lists_are_filtered_and_paged_as_in_spire(estate):
         assert await found(by_federates_with=with_(FEDERATED.MATCH_EXACT, "b.org")) == {"/d"}
         assert await found(by_federates_with=with_(FEDERATED.MATCH_SUPERSET, "b.org")) == {"/abc", "/d"}
         assert await found(by_federates_with=with_(FEDERATED.MATCH_ANY, "c.org", "z.org")) == {"/abc"}
-        assert await found(by_federates_with=with_(FEDERATED.MATCH_SUBSET, "b.org", "c.org")) >= {"/abc", "/d"}
+        assert await found(by_federates_with=with_(FEDERATED.MATCH_SUBSET, "b.org", "c.org")) == {"/abc", "/d"}
 
         seen, token = [], ""
         while True:

@@ -42,7 +42,7 @@ def test_an_entry_without_selectors_is_refused() -> None:
 @pytest.mark.bears("WA-26")
 def test_a_hint_is_counted_in_bytes() -> None:
     assert entry("one", hint="x" * MAX_HINT).hint
-    with pytest.raises(Invalid, match="longer than 1024 bytes"):
+    with pytest.raises(Invalid, match="hint is too long, max length is 1024 characters"):
         entry("one", hint="é" * (MAX_HINT // 2 + 1))
 
 

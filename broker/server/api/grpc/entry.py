@@ -1,7 +1,8 @@
 """``spire.api.server.entry.v1.Entry``: SPIRE's API of registration entries, for operators and for SPIRE's agents."""
 
 import secrets
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final, TypeVar
@@ -11,7 +12,8 @@ from broker._proto.spire.api.server.entry.v1 import entry_pb2
 from broker._proto.spire.api.types import entry_pb2 as types_pb2
 from broker._proto.spire.api.types import status_pb2
 from broker.clock import Clock
-from broker.errors import BrokerError, Invalid, NotFound
+from broker.errors import BrokerError, Conflict, Invalid, NotFound
+from broker.registry.entry import STORE_RULE
 from broker.registry.entry import Entry as RegistryEntry
 from broker.server.api.access import Caller, agent_of, name_of
 from broker.server.api.grpc import convert, identities
@@ -151,17 +153,27 @@ def new_entry_id() -> str:
 def attempt(read: Callable[[], T]) -> T | BrokerError:
     """Read one item of a batch; its failure is its own."""
     try:
-        with reading("failed to convert entry"):
+        with _converting():
             return read()
     except Invalid as error:
         return error
+
+
+@contextmanager
+def _converting() -> Iterator[None]:
+    try:
+        yield
+    except Invalid as error:
+        if error.message.startswith(STORE_RULE):
+            raise
+        raise Invalid(f"failed to convert entry: {error.message}", code=error.reason, hint=error.hint) from None
 
 
 def edit_by(changes: Mapping[str, Any]) -> Edit:
     """Make an edit of these fields; what they make of the entry may be Invalid."""
 
     def edited(entry: RegistryEntry) -> RegistryEntry:
-        with reading("failed to convert entry"):
+        with _converting():
             return replace(entry, **changes)
 
     return edited
@@ -180,6 +192,12 @@ def _status(outcome: RegistryEntry | Similar | BrokerError, failed: str) -> stat
         return status_pb2.Status(code=13, message=f"{failed}: {outcome.message}")  # INTERNAL
     if isinstance(outcome, NotFound):
         return status_pb2.Status(code=5, message=failed)  # NOT_FOUND
+    if isinstance(outcome, Invalid) and outcome.message.startswith(STORE_RULE):
+        return status_pb2.Status(
+            code=3, message=f"{failed}: datastore-validation: {outcome.message}"
+        )  # INVALID_ARGUMENT
+    if isinstance(outcome, Conflict):
+        return status_pb2.Status(code=6, message=f"{failed}: {outcome.message}")  # ALREADY_EXISTS
     return status_of(outcome)
 
 
