@@ -8,6 +8,7 @@ from broker._proto.spire.api.types import bundle_pb2 as bundle_types
 from broker._proto.spire.api.types import entry_pb2 as types
 from broker._proto.spire.api.types import federationrelationship_pb2 as relationship_types
 from broker.server.api.grpc import bundle, entry, trustdomain
+from broker.server.identity.entries import MAX_BATCH
 from tests.integration.identity_rig import DEADLINE, admin_channel, estate, running
 from tests.integration.test_spire_wire import new, selectors
 
@@ -65,6 +66,25 @@ async def test_entries(estate):
             changing = entry_pb2.BatchUpdateEntryRequest(entries=[message], input_mask={field: True})
             (result,) = (await stub.BatchUpdateEntry(changing, timeout=DEADLINE)).results
             assert (result.status.code, result.status.message) == (code, text.format(verb="update"))
+
+
+async def test_a_batch_has_any_length(estate):
+    async with running(estate) as one, admin_channel(one) as admin:
+        stub = Stub(admin, entry.BINDING)
+        many = MAX_BATCH + 1
+        batch = [new(f"/{number}", id=str(number)) for number in range(many)]
+        created = (
+            await stub.BatchCreateEntry(entry_pb2.BatchCreateEntryRequest(entries=batch), timeout=DEADLINE)
+        ).results
+        assert [one.entry.id for one in created] == [str(number) for number in range(many)]
+        ids = [one.entry.id for one in created]
+        changes = entry_pb2.BatchUpdateEntryRequest(
+            entries=[types.Entry(id=one, hint=one) for one in ids], input_mask={"hint": True}
+        )
+        changed = (await stub.BatchUpdateEntry(changes, timeout=DEADLINE)).results
+        assert [one.entry.hint for one in changed] == ids
+        deleted = (await stub.BatchDeleteEntry(entry_pb2.BatchDeleteEntryRequest(ids=ids), timeout=DEADLINE)).results
+        assert [(one.id, one.status.code) for one in deleted] == [(one, 0) for one in ids]
 
 
 NO_CERTIFICATE = bundle_types.X509Certificate(asn1=b"x")

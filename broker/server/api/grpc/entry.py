@@ -18,9 +18,9 @@ from broker.registry.entry import Entry as RegistryEntry
 from broker.server.api.access import Caller, agent_of, name_of
 from broker.server.api.grpc import convert, identities
 from broker.server.api.grpc.identities import reading
-from broker.server.api.grpc.paging import pages
+from broker.server.api.grpc.paging import in_parts, pages
 from broker.server.identity.directory import Directory
-from broker.server.identity.entries import STRANGER, Edit, Entries, Similar
+from broker.server.identity.entries import MAX_BATCH, STRANGER, Edit, Entries, Similar
 from broker.server.identity.filters import EntryFilter, entry_order, entry_token
 from broker.spiffe import TrustDomain
 
@@ -78,7 +78,7 @@ class Entry:
         now, home = self._clock.now(), self._entries.trust_domain
         drafts = [attempt(partial(convert.entry_of, message, new_entry_id(), now, home)) for message in request.entries]
         results = []
-        for outcome in await self._entries.create(drafts, name_of(caller)):
+        for outcome in await in_parts(drafts, MAX_BATCH, partial(self._entries.create, actor=name_of(caller))):
             result = entry_pb2.BatchCreateEntryResponse.Result(status=_status(outcome, "failed to create entry"))
             shown = outcome.existing if isinstance(outcome, Similar) else outcome
             if isinstance(shown, RegistryEntry):
@@ -93,7 +93,7 @@ class Entry:
         mask, home = request.input_mask if request.HasField("input_mask") else None, self._entries.trust_domain
         edits = [(message.id, attempt(partial(_edit, message, mask, home))) for message in request.entries]
         results = []
-        for outcome in await self._entries.update(edits, name_of(caller)):
+        for outcome in await in_parts(edits, MAX_BATCH, partial(self._entries.update, actor=name_of(caller))):
             result = entry_pb2.BatchUpdateEntryResponse.Result(status=_status(outcome, "failed to update entry"))
             if isinstance(outcome, RegistryEntry):
                 result.entry.CopyFrom(_shown(outcome, request))
@@ -104,7 +104,7 @@ class Entry:
         self, request: entry_pb2.BatchDeleteEntryRequest, context: Context, caller: Caller
     ) -> entry_pb2.BatchDeleteEntryResponse:
         """Delete entries."""
-        outcomes = await self._entries.delete(request.ids, name_of(caller))
+        outcomes = await in_parts(request.ids, MAX_BATCH, partial(self._entries.delete, actor=name_of(caller)))
         return entry_pb2.BatchDeleteEntryResponse(
             results=[
                 entry_pb2.BatchDeleteEntryResponse.Result(status=status_of(outcome), id=entry_id)
