@@ -1,16 +1,25 @@
 """What SPIRE says of one item of a batch, word for word: its tools show it, and people's scripts look for it."""
 
+import grpc
+import grpc.aio
+import pytest
+
+from broker._proto.google.rpc import status_pb2
 from broker._proto.service import Stub
+from broker._proto.spire.api.server.agent.v1 import agent_pb2
 from broker._proto.spire.api.server.bundle.v1 import bundle_pb2
 from broker._proto.spire.api.server.entry.v1 import entry_pb2
+from broker._proto.spire.api.server.svid.v1 import svid_pb2
 from broker._proto.spire.api.server.trustdomain.v1 import trustdomain_pb2
 from broker._proto.spire.api.types import bundle_pb2 as bundle_types
 from broker._proto.spire.api.types import entry_pb2 as types
 from broker._proto.spire.api.types import federationrelationship_pb2 as relationship_types
-from broker.server.api.grpc import bundle, entry, trustdomain
+from broker._proto.spire.api.types.status_pb2 import PermissionDeniedDetails
+from broker.server.api.grpc import agent, bundle, entry, svid, trustdomain
 from broker.server.identity.entries import MAX_BATCH
-from tests.integration.identity_rig import DEADLINE, admin_channel, estate, running
-from tests.integration.test_spire_wire import new, selectors
+from tests.integration.identity_rig import DEADLINE, admin_channel, estate, id_message, running
+from tests.integration.spire_callers import ENTRY, callers
+from tests.integration.test_spire_wire import new, selectors, wishing
 
 __all__ = ["estate"]  # the fixture
 
@@ -66,6 +75,90 @@ async def test_entries(estate):
             changing = entry_pb2.BatchUpdateEntryRequest(entries=[message], input_mask={field: True})
             (result,) = (await stub.BatchUpdateEntry(changing, timeout=DEADLINE)).results
             assert (result.status.code, result.status.message) == (code, text.format(verb="update"))
+
+
+REQUEST = wishing()
+BROKEN = REQUEST[:-4] + bytes(byte ^ 1 for byte in REQUEST[-4:-1]) + REQUEST[-1:]
+MINT = wishing("spiffe://example.org/minted")
+CALLS = [
+    (agent, "agent", "RenewAgent", agent_pb2.RenewAgentRequest(params={}), "missing CSR"),
+    (agent, "agent", "RenewAgent", agent_pb2.RenewAgentRequest(params={"csr": b"x"}), "failed to parse CSR"),
+    (
+        svid, "local", "MintX509SVID",
+        svid_pb2.MintX509SVIDRequest(csr=MINT[:-4] + bytes(byte ^ 1 for byte in MINT[-4:-1]) + MINT[-1:]),
+        "failed to verify CSR signature",
+    ),
+    (svid, "downstream", "NewDownstreamX509CA", svid_pb2.NewDownstreamX509CARequest(csr=b"x"), "malformed CSR"),
+    (svid, "downstream", "NewDownstreamX509CA", svid_pb2.NewDownstreamX509CARequest(csr=BROKEN), "invalid CSR signature"),
+    (
+        svid, "local", "MintJWTSVID",
+        svid_pb2.MintJWTSVIDRequest(id={"trust_domain": "example.org", "path": "/x"}, audience=[""]),
+        "invalid JWT-SVID audience: cannot be empty",
+    ),
+]  # fmt: skip
+SIGNED = [
+    ({}, 3, "missing entry ID"),
+    ({"entry_id": "workload"}, 3, "missing CSR"),
+    ({"entry_id": "none", "csr": b"x"}, 5, "entry not found or not authorized"),
+    ({"entry_id": "workload", "csr": b"x"}, 3, "malformed CSR"),
+    ({"entry_id": "workload", "csr": BROKEN}, 3, "invalid CSR signature"),
+    ({"entry_id": "workload", "csr": REQUEST}, 0, "OK"),
+]
+
+
+async def test_requests_for_certificates(estate):
+    async with callers(estate) as here:
+        for module, role, method, request, text in CALLS:
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await getattr(here.stub(module.BINDING, role), method)(request, timeout=DEADLINE)
+            assert (refused.value.code(), refused.value.details()) == (grpc.StatusCode.INVALID_ARGUMENT, text)
+        listed = await here.stub(entry.BINDING, "local").ListEntries(entry_pb2.ListEntriesRequest(), timeout=DEADLINE)
+        (known,) = (one.id for one in listed.entries if one.spiffe_id.path == "/workload")
+        params = [
+            {**fields, "entry_id": known} if fields.get("entry_id") == "workload" else fields for fields, _, _ in SIGNED
+        ]
+        answer = await here.stub(svid.BINDING, "agent").BatchNewX509SVID(
+            svid_pb2.BatchNewX509SVIDRequest(params=params), timeout=DEADLINE
+        )
+        assert [(one.status.code, one.status.message) for one in answer.results] == [
+            (code, text) for _, code, text in SIGNED
+        ]
+        assert [one.HasField("svid") for one in answer.results] == [code == 0 for _, code, _ in SIGNED]
+        # No life, and less, mean the usual one.
+        for ttl in (-1, 0):
+            minting = svid_pb2.MintX509SVIDRequest(csr=MINT, ttl=ttl)
+            assert (await here.stub(svid.BINDING, "local").MintX509SVID(minting, timeout=DEADLINE)).svid.expires_at
+
+
+async def test_who_is_no_agent_is_told_so_in_the_details(estate):
+    async with callers(estate) as here:
+        for role, told in (("workload", [PermissionDeniedDetails.AGENT_NOT_ATTESTED]), ("anonymous", [])):
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await here.stub(entry.BINDING, role).GetAuthorizedEntries(
+                    entry_pb2.GetAuthorizedEntriesRequest(), timeout=DEADLINE
+                )
+            assert refused.value.details() == f"authorization denied for method /{ENTRY}/GetAuthorizedEntries"
+            assert reasons(refused.value) == told
+        banning = agent_pb2.BanAgentRequest(id=id_message(here.agent_id))
+        await here.stub(agent.BINDING, "local").BanAgent(banning, timeout=DEADLINE)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await here.stub(entry.BINDING, "agent").GetAuthorizedEntries(
+                entry_pb2.GetAuthorizedEntriesRequest(), timeout=DEADLINE
+            )
+        assert refused.value.details() == f"authorization denied for method /{ENTRY}/GetAuthorizedEntries"
+        assert reasons(refused.value) == [PermissionDeniedDetails.AGENT_BANNED]
+
+
+def reasons(error: grpc.aio.AioRpcError) -> list[int]:
+    """SPIRE's details of a refusal."""
+    found = []
+    for key, value in error.trailing_metadata() or ():
+        if key == "grpc-status-details-bin":
+            for detail in status_pb2.Status.FromString(value).details:
+                denied = PermissionDeniedDetails()
+                if detail.Unpack(denied):
+                    found.append(denied.reason)
+    return found
 
 
 async def test_a_batch_has_any_length(estate):

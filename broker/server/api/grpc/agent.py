@@ -65,7 +65,7 @@ class Agent:
         await self._limits.attest.take(caller, context)
         first = await anext(request, None)
         if first is None:
-            raise Invalid("failed to receive request from stream", code="attestation_order")
+            raise Invalid("failed to receive request from stream: EOF", code="attestation_order")
         with reading("malformed param"):
             _check_params(first)
         data = first.params.data
