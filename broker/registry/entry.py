@@ -5,16 +5,19 @@ kept is not known here. Fields and meanings are SPIRE's (``spire.api.types.Entry
 """
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final, Self
 
 from broker.errors import Invalid
+from broker.registry.dns_names import checked_dns_names
 from broker.spiffe import Selector, SpiffeId, TrustDomain
 
 SERVER_PATH: Final = "/spire/server"
 """An entry under this parent names a set of nodes by their selectors (a node alias), not a workload."""
+
+STORE_RULE: Final = "invalid registration entry"
+"""What the words of SPIRE's store begin with, for what its wire lets pass."""
 
 MAX_ID: Final = 255
 """Longest entry id, in characters, as in SPIRE."""
@@ -24,10 +27,6 @@ MAX_TTL: Final = 2**31 - 1
 """Largest lifetime, in seconds: the wire's int32. The server clamps it to its authority."""
 MAX_HINT: Final = 1024
 """Longest hint, in UTF-8 bytes (SPIFFE Workload API §5.2.1)."""
-MAX_DNS_NAMES: Final = 64
-"""Most DNS names of one entry: more would make every handshake of the workload large."""
-MAX_DNS_NAME: Final = 253
-"""Longest DNS name, in characters (RFC 1035 §2.3.4, without the final dot)."""
 MAX_FEDERATES_WITH: Final = 256
 """Most foreign trust domains: each brings a whole bundle to the workload."""
 MAX_AUDIENCES: Final = 64
@@ -36,7 +35,6 @@ MAX_TEXT: Final = 1024
 """Longest description, owner or audience, in UTF-8 bytes."""
 
 _ID: Final = re.compile(r"[A-Za-z0-9._-]+")
-_LABEL: Final = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 _TEXT: Final = re.compile("[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]*")
 
 
@@ -70,8 +68,10 @@ class Entry:
     jwt_svid_include_jti: bool = False
 
     def __post_init__(self) -> None:
-        if len(self.id) > MAX_ID or _ID.fullmatch(self.id) is None:
-            raise _invalid("its id is empty, too long or holds a character that is not allowed")
+        if len(self.id) > MAX_ID:
+            raise _unstorable("entry ID too long")
+        if _ID.fullmatch(self.id) is None:
+            raise _unstorable("entry ID contains invalid characters", "letters, digits, dots, dashes and underscores")
         self._check_ids()
         self._check_selectors()
         self._check_numbers()
@@ -79,7 +79,9 @@ class Entry:
         try:
             object.__setattr__(self, "dns_names", checked_dns_names(self.dns_names))
         except Invalid as error:
-            raise _invalid(error.message, error.hint) from None
+            raise Invalid(f"invalid DNS name: {error.message}", code="invalid_entry", hint=error.hint) from None
+        if len(self.hint.encode("utf-8", "replace")) > MAX_HINT:
+            raise Invalid(f"hint is too long, max length is {MAX_HINT} characters", code="invalid_entry")
         for name, text, limit in (
             ("hint", self.hint, MAX_HINT),
             ("description", self.description, MAX_TEXT),
@@ -96,7 +98,7 @@ class Entry:
         if not self.spiffe_id.is_member_of(trust_domain):
             raise _invalid("its SPIFFE ID is not in the server's trust domain", hint=f"use spiffe://{trust_domain}/…")
         if self.store_svid and len({selector.type for selector in self.selectors}) > 1:
-            raise _invalid("selector types must be the same when store SVID is enabled")
+            raise _unstorable("selector types must be the same when store SVID is enabled")
         if self.store_svid and self.disable_x509_svid_prefetch:
             raise _invalid("an SVID that goes to a store is always fetched beforehand")
         return self
@@ -132,9 +134,9 @@ class Entry:
             raise _invalid(f"it has more than {MAX_SELECTORS} selectors")
 
     def _check_numbers(self) -> None:
-        for name, seconds in (("x509_svid_ttl", self.x509_svid_ttl), ("jwt_svid_ttl", self.jwt_svid_ttl)):
+        for name, seconds in (("X509SvidTtl", self.x509_svid_ttl), ("JwtSvidTtl", self.jwt_svid_ttl)):
             if not 0 <= seconds <= MAX_TTL:
-                raise _invalid(f"its {name} is not between 0 and {MAX_TTL} seconds")
+                raise _unstorable(f"{name} is not set", f"a lifetime lies between 0 and {MAX_TTL} seconds")
         if self.revision < 0:
             raise _invalid("its revision is negative")
         if self.created_at.tzinfo is None or (self.expires_at is not None and self.expires_at.tzinfo is None):
@@ -149,43 +151,15 @@ class Entry:
             raise _invalid(f"it has an empty audience, or more than {MAX_AUDIENCES}")
 
 
-def checked_dns_names(names: Iterable[str]) -> tuple[str, ...]:
-    """Give the DNS names of one certificate, in lower case and their order; raises Invalid (code ``invalid_dns_name``)."""
-    names = tuple(names)
-    if len(names) > MAX_DNS_NAMES:
-        raise _no_name(f"it has more than {MAX_DNS_NAMES} DNS names")
-    lowered = tuple(_dns_name(name) for name in names)
-    if len(set(lowered)) != len(lowered):
-        raise _no_name("it has a DNS name twice")
-    for name in lowered:
-        # A wildcard that covers another name of the same certificate is a mistake of one of the two.
-        if not name.startswith("*.") and "*." + name.partition(".")[2] in lowered:
-            raise _no_name("one of its DNS names is covered by its wildcard")
-    return lowered
-
-
-def _dns_name(name: str) -> str:
-    # ASCII first: lower() folds the Kelvin sign to k.
-    if not name.isascii() or len(name) > MAX_DNS_NAME:
-        raise _no_name("a DNS name is too long or not ASCII", hint="write international names in their xn-- form")
-    lowered = name.lower()
-    labels = lowered.split(".")
-    if labels[0] == "*" and len(labels) > 2:
-        labels = labels[1:]
-    if not all(_LABEL.fullmatch(label) for label in labels):
-        raise _no_name("a DNS name is malformed")
-    return lowered
-
-
-def _no_name(what: str, hint: str = "") -> Invalid:
-    return Invalid(what, code="invalid_dns_name", hint=hint)
-
-
 def _check_text(name: str, text: str, limit: int) -> None:
     if _TEXT.fullmatch(text) is None:
         raise _invalid(f"its {name} holds a control character or is not Unicode text")
     if len(text.encode()) > limit:
         raise _invalid(f"its {name} is longer than {limit} bytes")
+
+
+def _unstorable(what: str, hint: str = "") -> Invalid:
+    return Invalid(f"{STORE_RULE}: {what}", code="invalid_entry", hint=hint)
 
 
 def _invalid(what: str, hint: str = "") -> Invalid:

@@ -63,8 +63,10 @@ class Relationship:
 
 def read_endpoint_url(url: str) -> SplitResult:
     """Read the address of an endpoint: https, with a host, without user information; raises Invalid (§5.2)."""
+    if not url:
+        raise Invalid("bundle endpoint URL must use the https scheme", code="bundle_endpoint_url")
     if len(url) > MAX_URL or _PLAIN.fullmatch(url) is None:
-        raise Invalid("the bundle endpoint URL is not a URL", code="bundle_endpoint_url")
+        raise Invalid("failed to parse bundle endpoint URL", code="bundle_endpoint_url")
     try:
         parts = urlsplit(url)
         port = parts.port

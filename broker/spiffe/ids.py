@@ -65,6 +65,8 @@ class SpiffeId:
         text = _text_of(self._text, InvalidSpiffeId)
         if len(text) > MAX_SPIFFE_ID:
             raise InvalidSpiffeId(f"the SPIFFE ID is longer than {MAX_SPIFFE_ID} bytes", code="spiffe_id_too_long")
+        if not text:
+            raise InvalidSpiffeId("cannot be empty", code="spiffe_id_wrong_scheme")
         if not text.startswith(SCHEME):
             raise InvalidSpiffeId(
                 "scheme is missing or invalid",

@@ -173,7 +173,7 @@ CALLS = [
     (agent, "local", "ListAgents", agent_pb2.ListAgentsRequest(filter={"by_selector_match": {}}), INVALID, "failed to parse selectors"),
     (agent, "agent", "PostStatus", agent_pb2.PostStatusRequest(agent_version="x" * 256), INVALID, "agent version is too long"),
     (agent, "agent", "ListAgents", agent_pb2.ListAgentsRequest(), DENIED, f"authorization denied for method /{AGENT}/ListAgents"),
-    (agent, "agent", "RenewAgent", agent_pb2.RenewAgentRequest(), INVALID, "missing CSR"),
+    (agent, "agent", "RenewAgent", agent_pb2.RenewAgentRequest(), INVALID, "params cannot be nil"),
     # the entry service
     (entry, "local", "GetEntry", entry_pb2.GetEntryRequest(), INVALID, "missing ID"),
     (entry, "local", "GetEntry", entry_pb2.GetEntryRequest(id="none"), NOT_FOUND, "entry not found"),
@@ -189,8 +189,8 @@ CALLS = [
     (svid, "local", "MintX509SVID", svid_pb2.MintX509SVIDRequest(csr=wishing(HERE, HERE)), INVALID, "only one URI SAN is expected"),
     (svid, "local", "MintX509SVID", svid_pb2.MintX509SVIDRequest(csr=wishing("https://a")), INVALID, "CSR URI SAN is invalid: scheme is missing or invalid"),
     (svid, "local", "MintX509SVID", svid_pb2.MintX509SVIDRequest(csr=wishing("spiffe://o.org/a")), INVALID, 'CSR URI SAN is invalid: "spiffe://o.org/a" is not a member of'),
-    (svid, "local", "MintX509SVID", svid_pb2.MintX509SVIDRequest(csr=wishing(HERE, dns=["a_b"])), INVALID, "CSR DNS name is invalid"),
-    (svid, "local", "MintX509SVID", svid_pb2.MintX509SVIDRequest(csr=wishing(HERE, dns=["*.a.org", "b.a.org"])), INVALID, "covered by its wildcard"),
+    (svid, "local", "MintX509SVID", svid_pb2.MintX509SVIDRequest(csr=wishing(HERE, dns=["a..b"])), INVALID, 'CSR DNS name is invalid: idna error\nidna: invalid label "a..b"'),
+    (svid, "local", "MintX509SVID", svid_pb2.MintX509SVIDRequest(csr=wishing(HERE, dns=["*.a.org", "b.a.org"])), INVALID, 'CSR DNS name contains a wildcard that covers another non-wildcard name: name "b.a.org" overlaps'),
     (svid, "local", "MintJWTSVID", svid_pb2.MintJWTSVIDRequest(), INVALID, "invalid SPIFFE ID: request must specify SPIFFE ID"),
     (svid, "local", "MintJWTSVID", svid_pb2.MintJWTSVIDRequest(id=workload_id("/x")), INVALID, "at least one audience is required"),
     (svid, "local", "MintJWTSVID", svid_pb2.MintJWTSVIDRequest(id=workload_id("/spire/server"), audience=["a"]), INVALID, "path is in the reserved namespace"),
@@ -290,7 +290,7 @@ async def test_entries_are_created_item_by_item(estate):
             new("/h", x509_svid_ttl=-1),
             new("/spire/agent/x"),
             new("/i", store_svid=True, selectors=selectors("a:b", "c:d")),
-            new("/j", dns_names=["*.a.org", "b.a.org"]),
+            new("/j", dns_names=["*.*.org"]),
             new("/l", "o.org"),
             new("/m", selectors=[selector_pb2.Selector(type="a:b", value="c")]),
             new("/k", additional_attributes=types.Entry.AdditionalAttributes(jwt_svid_include_jti=True)),
@@ -301,7 +301,6 @@ async def test_entries_are_created_item_by_item(estate):
         texts = [result.status.message for result in answer.results]
         assert texts[0] == "OK"
         assert texts[1] == "similar entry already exists"
-        assert all("failed to convert entry" in text for text in texts[3:10])
         assert "invalid parent ID: request must specify SPIFFE ID" in texts[4]
         assert "invalid spiffe ID" in texts[5]
         assert "selector list is empty" in texts[6]
@@ -440,7 +439,7 @@ async def test_lists_are_filtered_and_paged_as_in_spire(estate):
         assert await found(by_federates_with=with_(FEDERATED.MATCH_EXACT, "b.org")) == {"/d"}
         assert await found(by_federates_with=with_(FEDERATED.MATCH_SUPERSET, "b.org")) == {"/abc", "/d"}
         assert await found(by_federates_with=with_(FEDERATED.MATCH_ANY, "c.org", "z.org")) == {"/abc"}
-        assert await found(by_federates_with=with_(FEDERATED.MATCH_SUBSET, "b.org", "c.org")) >= {"/abc", "/d"}
+        assert await found(by_federates_with=with_(FEDERATED.MATCH_SUBSET, "b.org", "c.org")) == {"/abc", "/d"}
 
         seen, token = [], ""
         while True:

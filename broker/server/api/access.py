@@ -126,6 +126,8 @@ METHODS: Final[Mapping[str, frozenset[Role]]] = {
 }  # fmt: skip
 
 
+_SPIRES: Final = "/spire.api."
+_WHO_MAY: Final = "docs/reference/roles.md says which roles may"
 REQUESTS_IN_MESSAGES: Final = frozenset({"/broker.server.v1.Tasks/IssueTokens"})
 """Streams whose messages are requests of their own: the table is asked before each."""
 
@@ -144,14 +146,18 @@ class Access:
         return {path: partial(self._require, path) for path in METHODS}
 
     def _require(self, path: str, caller: Caller) -> None:
+        roles = METHODS[path]
         try:
-            allowed = self.allows(caller, METHODS[path])
+            allowed = self.allows(caller, roles)
         except AgentRefused as error:
             # SPIRE says the same words to everybody, and what is wrong with an agent in the details.
             why = f"{error.message}; {error.hint}" if error.hint else error.message
             raise AgentRefused(_denied(path), code=error.reason, hint=why) from None
-        if not allowed:
-            raise Refused(_denied(path), code="access_denied", hint="docs/reference/roles.md says which roles may")
+        if allowed:
+            return
+        if isinstance(caller, SvidPeer) and Role.AGENT in roles and path.startswith(_SPIRES):
+            raise AgentRefused(_denied(path), code="agent_not_attested", hint=_WHO_MAY)
+        raise Refused(_denied(path), code="access_denied", hint=_WHO_MAY)
 
     def allows(self, caller: Caller, roles: frozenset[Role]) -> bool:
         """Tell whether the caller has one of the roles; raises Refused, with what is wrong with it, for an agent that is none."""

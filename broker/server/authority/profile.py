@@ -102,6 +102,7 @@ class Leaf:
     validity: Validity
     dns_names: Sequence[str] = ()
     ip_addresses: Sequence[ipaddress.IPv4Address | ipaddress.IPv6Address] = ()
+    subject: x509.Name = _EMPTY
 
 
 def key_identifier(key: ec.EllipticCurvePublicKey | rsa.RSAPublicKey) -> str:
@@ -227,8 +228,9 @@ def _trust_domain(authority: x509.Certificate) -> TrustDomain | None:
 def leaf_subject(leaf: Leaf) -> x509.Name:
     """Name the leaf by its first DNS name, as SPIRE does: PostgreSQL and others read that and nothing else."""
     if not leaf.dns_names or len(leaf.dns_names[0]) > MAX_COMMON_NAME:
-        return _EMPTY
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, leaf.dns_names[0])])
+        return leaf.subject
+    others = [attribute for attribute in leaf.subject if attribute.oid != NameOID.COMMON_NAME]
+    return x509.Name([*others, x509.NameAttribute(NameOID.COMMON_NAME, leaf.dns_names[0])])
 
 
 def leaf_certificate(leaf: Leaf, key: PublicKey, issuer: Issuer) -> x509.CertificateBuilder:

@@ -41,6 +41,9 @@ MAX_CHALLENGES: Final = 8
 MAX_PAYLOAD: Final = 64 * 1024
 """Largest evidence or response: certificate chains of a TPM have some 20 KiB."""
 
+UNREADABLE: Final = "failed to parse CSR"
+"""What SPIRE calls an agent's request that cannot be read."""
+
 log = get_logger("nodes")
 
 
@@ -105,7 +108,7 @@ class Admission:
                 f'error getting node attestor: could not find node attestor type "{evidence.type[:64]}"',
                 code="attestor_unknown",
             )
-        key = requested_key(csr_der)
+        key = requested_key(csr_der, malformed=UNREADABLE)
         async with self._places:
             try:
                 verdict = await self._verdict(attestor, evidence, challenge_with)
@@ -118,14 +121,14 @@ class Admission:
         log.info("node_attested", agent=str(agent_id), attestor=evidence.type, serial=f"{prepared.leaf.serial:x}")
         return self._sign(agent_id, prepared, verdict.reattestable)
 
-    async def renew(self, svid: X509Svid, csr_der: bytes) -> AgentSvid:
+    async def renew(self, svid: X509Svid, csr_der: bytes | None) -> AgentSvid:
         """Sign a new SVID for an agent that cannot attest again; raises AgentRefused (``agent_must_reattest``)."""
         node = self._nodes.require_active(svid)
         if node.reattestable:
             raise AgentRefused("agent must reattest instead of renew", code="agent_must_reattest")
         if not csr_der:
-            raise Invalid("missing CSR", code="csr_size")
-        prepared = self._prepare(svid.id, requested_key(csr_der))
+            raise Invalid("params cannot be nil" if csr_der is None else "missing CSR", code="csr_size")
+        prepared = self._prepare(svid.id, requested_key(csr_der, malformed=UNREADABLE))
         now = self._clock.now()
 
         def act(writer: Writer) -> None:

@@ -31,12 +31,12 @@ class SetMatch(Enum):
     ANY = auto()
 
     def holds(self, has: frozenset[T], asked: frozenset[T]) -> bool:
-        """Compare: SUBSET means that the item has nothing but what is asked for."""
+        """Compare: SUBSET means that the item has some of what is asked for, and nothing else."""
         match self:
             case SetMatch.EXACT:
                 return has == asked
             case SetMatch.SUBSET:
-                return has <= asked
+                return bool(has) and has <= asked
             case SetMatch.SUPERSET:
                 return has >= asked
             case SetMatch.ANY:

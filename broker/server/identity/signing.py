@@ -20,7 +20,7 @@ from broker.errors import BrokerError, Invalid, NotFound, PolicyDenied
 from broker.registry.entry import MAX_TEXT, Entry
 from broker.server.authority import profile
 from broker.server.authority.authorities import Authorities
-from broker.server.authority.csr import requested_key
+from broker.server.authority.csr import Wishes, requested_key
 from broker.server.authority.jwt import ISSUED_BEFORE, JwtSvidClaims, sign_jwt_svid
 from broker.server.authority.profile import Leaf, PublicKey
 from broker.server.authority.x509 import X509Authority
@@ -183,16 +183,15 @@ class Signing:
         ttl = timedelta(seconds=entry.jwt_svid_ttl) if entry.jwt_svid_ttl else self._rules.jwt_ttl
         return await self._sign_jwt(entry.spiffe_id, asked, ttl, actor=str(agent), entry=entry)
 
-    async def mint_x509(
-        self, spiffe_id: SpiffeId, csr_der: bytes, dns_names: Sequence[str], ttl: timedelta | None, actor: str
-    ) -> SignedX509:
+    async def mint_x509(self, wishes: Wishes, csr_der: bytes, ttl: timedelta | None, actor: str) -> SignedX509:
         """Sign for an operator, without an entry; raises Invalid."""
-        self._check_mintable(spiffe_id)
+        self._check_mintable(wishes.spiffe_id)
+        key = requested_key(csr_der, unproven="failed to verify CSR signature")
         authority, now = self._authorities.x509(), self._clock.now()
         validity = authority.validity(now, ttl or self._rules.x509_ttl)
         self._note_end("x509", authority.id, now + (ttl or self._rules.x509_ttl), validity.not_after)
-        leaf = Leaf(spiffe_id, _serial(), validity, tuple(dns_names))
-        decided = _Decided(authority, leaf, requested_key(csr_der), "", "")
+        leaf = Leaf(wishes.spiffe_id, _serial(), validity, wishes.dns_names, subject=wishes.subject)
+        decided = _Decided(authority, leaf, key, "", "")
         await self._store.write(_recorder([_x509_record(decided, actor, now)], [decided.issued("")]))
         self._count("x509", 1)
         return decided.sign()
@@ -284,11 +283,12 @@ def _x509_record(decided: _Decided, actor: str, now: datetime) -> Record:
 
 
 def _audience(audience: Sequence[str]) -> tuple[str, ...]:
-    asked = tuple(dict.fromkeys(audience))
-    if not asked:
+    # As in SPIRE: what is empty names nobody.
+    asked = tuple(filter(None, dict.fromkeys(audience)))
+    if not audience:
         raise Invalid("at least one audience is required", code="audience_missing")
-    if "" in asked:
-        raise Invalid("an audience is empty", code="audience_missing")
+    if not asked:
+        raise Invalid("invalid JWT-SVID audience: cannot be empty", code="audience_missing")
     if len(asked) > MAX_AUDIENCES or any(len(one.encode("utf-8", "replace")) > MAX_TEXT for one in asked):
         raise Invalid(f"a JWT-SVID has at most {MAX_AUDIENCES} audiences of {MAX_TEXT} bytes", code="audience_too_many")
     return asked

@@ -65,7 +65,7 @@ class Agent:
         await self._limits.attest.take(caller, context)
         first = await anext(request, None)
         if first is None:
-            raise Invalid("failed to receive request from stream", code="attestation_order")
+            raise Invalid("failed to receive request from stream: EOF", code="attestation_order")
         with reading("malformed param"):
             _check_params(first)
         data = first.params.data
@@ -87,7 +87,8 @@ class Agent:
     ) -> agent_pb2.RenewAgentResponse:
         """Sign anew for an agent that cannot attest again."""
         await self._limits.certificates.take(caller, context)
-        svid = await self._admission.renew(agent_of(caller), request.params.csr)
+        asked = request.params.csr if request.HasField("params") else None
+        svid = await self._admission.renew(agent_of(caller), asked)
         return agent_pb2.RenewAgentResponse(svid=_svid_message(svid))
 
     async def PostStatus(  # noqa: N802

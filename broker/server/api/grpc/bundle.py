@@ -48,8 +48,8 @@ class Bundle:
         self, request: bundle_pb2.AppendBundleRequest, context: Context, caller: Caller
     ) -> types_pb2.Bundle:
         """Publish further authorities as the own trust domain's."""
-        x509 = _read("failed to convert X.509 authority", lambda: convert.x509_keys_of(request.x509_authorities))
         jwt = _read("failed to convert JWT authority", lambda: convert.jwt_keys_of(request.jwt_authorities))
+        x509 = _read("failed to convert X.509 authority", lambda: convert.x509_keys_of(request.x509_authorities))
         return _shown(await self._bundles.append(x509, jwt, name_of(caller)), request)
 
     # ---- those of others
@@ -162,8 +162,8 @@ def _read(doing: str, read: Callable[[], T]) -> T:
 
 
 def _draft(message: types_pb2.Bundle) -> PublishedBundle:
-    trust_domain = _trust_domain(message.trust_domain)
-    return _read("failed to convert bundle", lambda: convert.published_bundle_of(message, trust_domain))
+    _trust_domain(message.trust_domain)
+    return _read("failed to convert bundle", lambda: convert.published_bundle_of(message))
 
 
 def _drafts(messages: Iterable[types_pb2.Bundle]) -> list[PublishedBundle | BrokerError]:

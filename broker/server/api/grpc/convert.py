@@ -76,13 +76,17 @@ def error_status(error: BrokerError) -> status_pb2.Status:
 
 def selector_filter(message: selector_pb2.SelectorMatch) -> SetFilter[Selector]:
     """Read a filter over selectors; raises Invalid."""
-    return SetFilter(selectors_of(message.selectors), _match(message.match))
+    wanted = selectors_of(message.selectors)
+    if not wanted:
+        raise Invalid("empty selector set", code="invalid_filter")
+    return SetFilter(wanted, _match(message.match))
 
 
 def federation_filter(message: federateswith_pb2.FederatesWithMatch) -> SetFilter[TrustDomain]:
     """Read a filter over federated trust domains; raises Invalid."""
-    names = (text.removeprefix("spiffe://") for text in message.trust_domains)
-    return SetFilter(frozenset(map(TrustDomain, names)), _match(message.match))
+    if not message.trust_domains:
+        raise Invalid("empty trust domain set", code="invalid_filter")
+    return SetFilter(frozenset(map(TrustDomain, message.trust_domains)), _match(message.match))
 
 
 def _match(number: int) -> SetMatch:
@@ -197,8 +201,7 @@ def _entry_selectors(message: entry_pb2.Entry) -> frozenset[Selector]:
 
 def _federates_with(message: entry_pb2.Entry) -> frozenset[TrustDomain]:
     with reading("invalid federated trust domain"):
-        # By name, or as SPIRE's command line takes it: by the trust domain's SPIFFE ID.
-        return frozenset(TrustDomain(text.removeprefix("spiffe://")) for text in message.federates_with)
+        return frozenset(map(TrustDomain, message.federates_with))
 
 
 _PARENT, _OWN = "invalid parent ID", "invalid spiffe ID"
@@ -282,24 +285,17 @@ def bundle_message(bundle: PublishedBundle) -> bundle_pb2.Bundle:
     )
 
 
-def published_bundle_of(message: bundle_pb2.Bundle, trust_domain: TrustDomain) -> PublishedBundle:
-    """Read another trust domain's bundle; raises Invalid, also when it names another trust domain than this one."""
-    named = TrustDomain(message.trust_domain)
-    if named != trust_domain:
-        raise Invalid(
-            f'trust domain bundle ("{named}") must match the trust domain of the federation relationship'
-            f' ("{trust_domain}")',
-            code="bundle_trust_domain",
-        )
+def published_bundle_of(message: bundle_pb2.Bundle) -> PublishedBundle:
+    """Read another trust domain's bundle; raises Invalid."""
+    with reading("invalid trust domain"):
+        trust_domain = TrustDomain(message.trust_domain)
     if message.refresh_hint < 0:
         raise InvalidBundle("the bundle's refresh hint is out of range", code="bundle_number")
-    bundle = PublishedBundle(
-        trust_domain,
-        tuple(x509_keys_of(message.x509_authorities)),
-        tuple(jwt_keys_of(message.jwt_authorities)),
-        message.sequence_number,
-        message.refresh_hint,
-    )
+    with reading("unable to parse X.509 authority"):
+        x509 = tuple(x509_keys_of(message.x509_authorities))
+    with reading("unable to parse JWT authority"):
+        jwt = tuple(jwt_keys_of(message.jwt_authorities))
+    bundle = PublishedBundle(trust_domain, x509, jwt, message.sequence_number, message.refresh_hint)
     bundle.checked()
     return bundle
 

@@ -1,7 +1,8 @@
 """``spire.api.server.entry.v1.Entry``: SPIRE's API of registration entries, for operators and for SPIRE's agents."""
 
 import secrets
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final, TypeVar
@@ -11,14 +12,15 @@ from broker._proto.spire.api.server.entry.v1 import entry_pb2
 from broker._proto.spire.api.types import entry_pb2 as types_pb2
 from broker._proto.spire.api.types import status_pb2
 from broker.clock import Clock
-from broker.errors import BrokerError, Invalid, NotFound
+from broker.errors import BrokerError, Conflict, Invalid, NotFound
+from broker.registry.entry import STORE_RULE
 from broker.registry.entry import Entry as RegistryEntry
 from broker.server.api.access import Caller, agent_of, name_of
 from broker.server.api.grpc import convert, identities
 from broker.server.api.grpc.identities import reading
-from broker.server.api.grpc.paging import pages
+from broker.server.api.grpc.paging import in_parts, pages
 from broker.server.identity.directory import Directory
-from broker.server.identity.entries import STRANGER, Edit, Entries, Similar
+from broker.server.identity.entries import MAX_BATCH, STRANGER, Edit, Entries, Similar
 from broker.server.identity.filters import EntryFilter, entry_order, entry_token
 from broker.spiffe import TrustDomain
 
@@ -76,7 +78,7 @@ class Entry:
         now, home = self._clock.now(), self._entries.trust_domain
         drafts = [attempt(partial(convert.entry_of, message, new_entry_id(), now, home)) for message in request.entries]
         results = []
-        for outcome in await self._entries.create(drafts, name_of(caller)):
+        for outcome in await in_parts(drafts, MAX_BATCH, partial(self._entries.create, actor=name_of(caller))):
             result = entry_pb2.BatchCreateEntryResponse.Result(status=_status(outcome, "failed to create entry"))
             shown = outcome.existing if isinstance(outcome, Similar) else outcome
             if isinstance(shown, RegistryEntry):
@@ -91,7 +93,7 @@ class Entry:
         mask, home = request.input_mask if request.HasField("input_mask") else None, self._entries.trust_domain
         edits = [(message.id, attempt(partial(_edit, message, mask, home))) for message in request.entries]
         results = []
-        for outcome in await self._entries.update(edits, name_of(caller)):
+        for outcome in await in_parts(edits, MAX_BATCH, partial(self._entries.update, actor=name_of(caller))):
             result = entry_pb2.BatchUpdateEntryResponse.Result(status=_status(outcome, "failed to update entry"))
             if isinstance(outcome, RegistryEntry):
                 result.entry.CopyFrom(_shown(outcome, request))
@@ -102,7 +104,7 @@ class Entry:
         self, request: entry_pb2.BatchDeleteEntryRequest, context: Context, caller: Caller
     ) -> entry_pb2.BatchDeleteEntryResponse:
         """Delete entries."""
-        outcomes = await self._entries.delete(request.ids, name_of(caller))
+        outcomes = await in_parts(request.ids, MAX_BATCH, partial(self._entries.delete, actor=name_of(caller)))
         return entry_pb2.BatchDeleteEntryResponse(
             results=[
                 entry_pb2.BatchDeleteEntryResponse.Result(status=status_of(outcome), id=entry_id)
@@ -151,17 +153,27 @@ def new_entry_id() -> str:
 def attempt(read: Callable[[], T]) -> T | BrokerError:
     """Read one item of a batch; its failure is its own."""
     try:
-        with reading("failed to convert entry"):
+        with _converting():
             return read()
     except Invalid as error:
         return error
+
+
+@contextmanager
+def _converting() -> Iterator[None]:
+    try:
+        yield
+    except Invalid as error:
+        if error.message.startswith(STORE_RULE):
+            raise
+        raise Invalid(f"failed to convert entry: {error.message}", code=error.reason, hint=error.hint) from None
 
 
 def edit_by(changes: Mapping[str, Any]) -> Edit:
     """Make an edit of these fields; what they make of the entry may be Invalid."""
 
     def edited(entry: RegistryEntry) -> RegistryEntry:
-        with reading("failed to convert entry"):
+        with _converting():
             return replace(entry, **changes)
 
     return edited
@@ -180,6 +192,12 @@ def _status(outcome: RegistryEntry | Similar | BrokerError, failed: str) -> stat
         return status_pb2.Status(code=13, message=f"{failed}: {outcome.message}")  # INTERNAL
     if isinstance(outcome, NotFound):
         return status_pb2.Status(code=5, message=failed)  # NOT_FOUND
+    if isinstance(outcome, Invalid) and outcome.message.startswith(STORE_RULE):
+        return status_pb2.Status(
+            code=3, message=f"{failed}: datastore-validation: {outcome.message}"
+        )  # INVALID_ARGUMENT
+    if isinstance(outcome, Conflict):
+        return status_pb2.Status(code=6, message=f"{failed}: {outcome.message}")  # ALREADY_EXISTS
     return status_of(outcome)
 
 

@@ -1,12 +1,13 @@
 """``spire.api.server.svid.v1.SVID``: signing for agents' workloads, servers below, and operators."""
 
+from dataclasses import replace
 from datetime import timedelta
 from typing import Final
 
 from broker._proto.service import Context, ServiceBinding
 from broker._proto.spire.api.server.svid.v1 import svid_pb2
 from broker.errors import BrokerError, Invalid
-from broker.registry.entry import checked_dns_names
+from broker.registry.dns_names import checked_dns_names, require_no_overlap
 from broker.server.api.access import Caller, agent_of, name_of
 from broker.server.api.grpc.convert import error_status, jwt_message, ok_status, x509_message
 from broker.server.api.grpc.identities import id_in, reading, workload
@@ -32,12 +33,15 @@ class Svid:
         """Sign for an operator: here, and only here, the request's names count."""
         if not request.csr:
             raise Invalid("missing CSR", code="csr_size")
-        spiffe_id, asked = requested_names(request.csr)
+        wishes = requested_names(request.csr)
         with reading("CSR URI SAN is invalid"):
-            spiffe_id = workload(spiffe_id, self._signing.trust_domain)
+            workload(wishes.spiffe_id, self._signing.trust_domain)
         with reading("CSR DNS name is invalid"):
-            dns_names = checked_dns_names(asked)
-        svid = await self._signing.mint_x509(spiffe_id, request.csr, dns_names, _ttl(request.ttl), name_of(caller))
+            dns_names = checked_dns_names(wishes.dns_names)
+        with reading("CSR DNS name contains a wildcard that covers another non-wildcard name"):
+            require_no_overlap(dns_names)
+        wishes = replace(wishes, dns_names=dns_names)
+        svid = await self._signing.mint_x509(wishes, request.csr, _ttl(request.ttl), name_of(caller))
         return svid_pb2.MintX509SVIDResponse(svid=x509_message(svid))
 
     async def MintJWTSVID(  # noqa: N802
@@ -98,6 +102,5 @@ def _request(params: svid_pb2.NewX509SVIDParams) -> X509Request | Invalid:
 
 
 def _ttl(seconds: int) -> timedelta | None:
-    if seconds < 0:
-        raise Invalid("a life is not negative", code="invalid_ttl")
-    return timedelta(seconds=seconds) if seconds else None
+    # As in SPIRE: no life, and less, mean the usual one.
+    return timedelta(seconds=seconds) if seconds > 0 else None

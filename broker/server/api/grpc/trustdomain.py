@@ -13,6 +13,8 @@ from broker.errors import BrokerError, Invalid
 from broker.server.api.access import Caller, name_of
 from broker.server.api.grpc import convert
 from broker.server.api.grpc.bundle import attempt, status_of
+from broker.server.api.grpc.identities import reading
+from broker.server.identity.bundles import PublishedBundle
 from broker.server.identity.filters import domain_token
 from broker.server.identity.polling import Polling
 from broker.server.identity.relationships import Edit, Federation, Relationships
@@ -110,10 +112,22 @@ def _converted(message: types_pb2.FederationRelationship) -> Federation:
         relationship = Relationship(trust_domain, message.bundle_endpoint_url, profile, endpoint_id)
         if not message.HasField("trust_domain_bundle"):
             return Federation(relationship)
-        return Federation(relationship, convert.published_bundle_of(message.trust_domain_bundle, trust_domain))
+        return Federation(relationship, _bundle_of(message, trust_domain))
     except Invalid as error:
         message_text = f"failed to convert federation relationship: {error.message}"
         raise Invalid(message_text, code=error.reason, hint=error.hint) from None
+
+
+def _bundle_of(message: types_pb2.FederationRelationship, trust_domain: TrustDomain) -> PublishedBundle:
+    with reading("failed to parse bundle"):
+        bundle = convert.published_bundle_of(message.trust_domain_bundle)
+    if bundle.trust_domain != trust_domain:
+        raise Invalid(
+            f'trust domain bundle ("{message.trust_domain_bundle.trust_domain}") must match the trust domain of the'
+            f' federation relationship ("{trust_domain}")',
+            code="bundle_trust_domain",
+        )
+    return bundle
 
 
 def _profile(message: types_pb2.FederationRelationship) -> tuple[Profile, SpiffeId | None]:

@@ -12,9 +12,12 @@ KEPT_AFTER_END: Final = timedelta(days=1)
 PROOFS_EACH: Final = 4
 """Proofs that go with each row of another kind: they are short, have one index, and come with every request that has one."""
 
-_EXPIRED: Final = (
-    "DELETE FROM join_tokens WHERE token_hash IN (SELECT token_hash FROM join_tokens WHERE expires_at <= ? LIMIT ?)",
-    "DELETE FROM idempotency WHERE (owner, key) IN (SELECT owner, key FROM idempotency WHERE expires_at <= ? LIMIT ?)",
+# Who comes with one that is over is told so, for as long.
+_JOIN_TOKENS: Final = (
+    "DELETE FROM join_tokens WHERE token_hash IN (SELECT token_hash FROM join_tokens WHERE expires_at <= ? LIMIT ?)"
+)
+_REMEMBERED: Final = (
+    "DELETE FROM idempotency WHERE (owner, key) IN (SELECT owner, key FROM idempotency WHERE expires_at <= ? LIMIT ?)"
 )
 STOPS_KEPT: Final = timedelta(days=365)
 """How long a stop that disables nobody is kept: longer than any word that was given before it can still be shown."""
@@ -81,7 +84,8 @@ class Sweeping(SqlTables):
         """Forget up to ``limit`` rows (or task trees) of each kind that are past their time; give how many rows went."""
         over = micros(now)
         long_over = micros(now - KEPT_AFTER_END)
-        gone = sum(self._sql.run(text, (over, limit)) for text in _EXPIRED)
+        gone = self._sql.run(_JOIN_TOKENS, (long_over, limit))
+        gone += self._sql.run(_REMEMBERED, (over, limit))
         gone += self._sql.run(_FRAMES, (int(now.timestamp()), limit))
         gone += sum(self._sql.run(text, (over, limit * PROOFS_EACH)) for text in _PROOFS)
         gone += self._sql.run(_SESSIONS, (long_over, limit))

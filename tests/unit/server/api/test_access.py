@@ -162,6 +162,7 @@ async def test_a_refused_agent_hears_spire_s_words_and_why_beside_them(here, rul
         (peer(here, str(AGENT)), "agent_banned", f'agent "{AGENT}" is banned'),
         (peer(here, f"{AGENT}x"), "agent_not_attested", f'agent "{AGENT}x" is not attested; attest the node again'),
         (Anonymous(), "access_denied", "docs/reference/roles.md says which roles may"),
+        (peer(here, "spiffe://example.org/app"), "agent_not_attested", "docs/reference/roles.md says which roles may"),
     ):
         with pytest.raises(Refused) as caught:
             rules.checks()[path](caller)

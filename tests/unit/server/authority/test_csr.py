@@ -57,9 +57,9 @@ def test_the_sender_must_hold_the_key(key):
 
 
 def test_an_operators_request_names_one_id():
-    spiffe_id, dns_names = requested_names(request(names=("spiffe://example.org/a",)))
-    assert str(spiffe_id) == "spiffe://example.org/a"
-    assert dns_names == ()
+    wishes = requested_names(request(names=("spiffe://example.org/a",)))
+    assert str(wishes.spiffe_id) == "spiffe://example.org/a"
+    assert wishes.dns_names == ()
     for names in ((), ("spiffe://example.org/a", "spiffe://example.org/b"), ("https://example.org",)):
         with pytest.raises(Invalid):
             requested_names(request(names=names))

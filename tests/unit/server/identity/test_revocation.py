@@ -10,6 +10,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from broker.errors import Conflict, Invalid, InvalidSvid, NotFound, Refused, Unavailable
 from broker.server.authority.crl_publisher import CrlPublisher
+from broker.server.authority.csr import Wishes
 from broker.server.identity import revocation
 from broker.server.identity.revocation import Target
 from broker.server.identity.signing import X509Request
@@ -157,7 +158,7 @@ async def test_an_agent_that_does_not_tell_loses_all_of_the_entry_on_its_node(st
 @pytest.mark.parametrize("target", [Target(entry_id="app"), Target(spiffe_id=APP)])
 async def test_all_that_live(started, target):
     chains = await signed(started, 3)
-    minted = (await started.signing.mint_x509(SpiffeId(APP), REQUEST, (), None, "op")).chain_der
+    minted = (await started.signing.mint_x509(Wishes(SpiffeId(APP), (), x509.Name([])), REQUEST, None, "op")).chain_der
     await session(started, chains[1])
     done = await started.revocation.revoke(target, 0, "a")
     expected = {*map(serial, chains), *([serial(minted)] if target.spiffe_id else [])}

@@ -106,7 +106,7 @@ async def test_what_cannot_be_converted(service):
     )  # fmt: skip
     assert {code for code, _ in statuses(answer)} == {INVALID}
     assert all(message.startswith("failed to convert bundle: ") for _, message in statuses(answer))
-    assert statuses(answer)[2][1] == "failed to convert bundle: missing key ID"
+    assert statuses(answer)[2][1] == "failed to convert bundle: unable to parse JWT authority: missing key ID"
 
 
 @pytest.mark.parametrize("field", ["x509_authorities", "jwt_authorities", "refresh_hint", "sequence_number"])
