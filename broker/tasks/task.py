@@ -180,9 +180,15 @@ def activate(task: Task, cause: Cause | None, now: datetime, expected_version: i
 
 
 def suspend(task: Task, cause: Cause, now: datetime, expected_version: int | None = None) -> Task:
-    """Stop an active task for a while; the same task when it is suspended already. Raises Conflict."""
+    """Stop an active task for a while; the same task when it is suspended already. Raises Conflict.
+
+    An operator's word counts over every other: what stood still for another cause waits for an operator from then on.
+    """
     if task.state is State.SUSPENDED and effective_state(task, now) is State.SUSPENDED:
-        return task
+        if cause is not Cause.OPERATOR or task.cause is Cause.OPERATOR:
+            return task
+        _require_open(task, expected_version)
+        return replace(task, cause=cause, version=task.version + 1)
     _require_open(task, expected_version)
     return _transition(task, State.SUSPENDED, cause, now)
 

@@ -214,9 +214,7 @@ class Changes:
         self._policy.rules.may_begin(task, Action.RESUME).require()
         self._standing.require(writer, task.delegation, now, agent=task.agent)
         if who.caller is None:
-            known = None if task.session is None else writer.session(task.session)
-            # Whose process is gone waits for the agent's next one, which takes it up by its own identity.
-            session = None if known is None or known.ended_at is not None else known.id
+            session = _living(writer, task)
             return Changed(
                 resume(writer, task, by=by, now=now, session=session, expected_version=expected, reason=reason)
             )
@@ -310,7 +308,9 @@ def _taken_up(writer: Writer, task: Task, caller: Caller) -> str | None:
 
     Continuity is not authority: the process that is gone gives nothing to the next one but the task's name.
     """
-    if task.agent != caller.actor.spiffe_id or task.session in {None, caller.session}:
+    if task.agent != caller.actor.spiffe_id:
+        return _living(writer, task)
+    if task.session in {None, caller.session}:
         return task.session
     assert task.session is not None
     known = writer.session(task.session)
@@ -333,6 +333,15 @@ def _taken_up(writer: Writer, task: Task, caller: Caller) -> str | None:
             hint="an operator resumes it, or start a new task",
         )
     return caller.session
+
+
+def _living(writer: Writer, task: Task) -> str | None:
+    """Give a task's session, for who lets it go on and does not work on it.
+
+    Whose process is gone waits for the agent's next one, which takes it up by its own identity.
+    """
+    known = None if task.session is None else writer.session(task.session)
+    return None if known is None or known.ended_at is not None else known.id
 
 
 def _checked_resume(task: Task, expected: int | None, now: datetime) -> bool:

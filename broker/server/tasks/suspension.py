@@ -39,15 +39,18 @@ def suspend(
     """Suspend an active task within the caller's transaction; the same task when it is suspended already.
 
     No token of it or below it lives on. The tasks below keep their own state: while one above them is not active they can do
-    nothing. Raises Conflict when it is over or pending, or has moved on from ``expected_version``.
+    nothing. Where an operator suspends one that stood still for another cause, that is written and recorded, and no frame is needed.
+    Raises Conflict when it is over or pending, or has moved on from ``expected_version``.
     """
     held = suspended(task, cause, now, expected_version)
     if held is task:
         return Suspension(task, 0)
-    held = replace(held, epoch=writer.bump_epoch(task.root))
+    is_news = task.state is not State.SUSPENDED
+    if is_news:
+        held = replace(held, epoch=writer.bump_epoch(task.root))
     writer.replace_task(held, expected_version=task.version)
     seq = 0
-    for frame in _frames(writer, held, now):
+    for frame in _frames(writer, held, now) if is_news else ():
         seq = writer.add_frame(frame)
     writer.record(records.task_suspended(held, by, frame_seq=seq, at=now, reason=reason))
     writer.change(TASK_CHANGE, held.id, held.state.value)

@@ -98,6 +98,25 @@ async def test_what_comes_late_is_told_the_first_answer_and_revives_nothing(life
     assert refusals(life) == ["idempotency_mismatch", "idempotency_mismatch", *["conflict"] * 4, "task_ended"]
 
 
+@pytest.mark.bears("RV12")
+async def test_an_agent_that_pauses_first_does_not_undo_an_operators_suspension(life: Life) -> None:
+    agent = await life.agent(TRIAGE, "ws_1")
+    task = await life.start(agent)
+    token = await life.issue(agent, task.id)
+    assert (await post(agent, task, "suspend")).json()["cause"] == "paused"
+    held = (await life.operator.change(task.id, "suspend", reason="what is it doing?")).task
+    assert (held.state, held.cause, held.version) == ("suspended", "operator", 3)
+    assert code(await post(agent, task, "resume"), 403) == "resume_not_allowed"
+    # Its own pause takes nothing back, and the operator's again is the same.
+    assert (await post(agent, task, "suspend")).json()["cause"] == "operator"
+    assert (await life.operator.change(task.id, "suspend")).task.version == 3
+    assert code(await post(agent, task, "resume"), 403) == "resume_not_allowed"
+    assert await refused(life.issue(agent, task.id)) == "task_suspended"
+    assert [record.actor for record in life.about(task.id, "task_suspended")] == [str(TRIAGE), "operator:uid:0"]
+    assert (await life.operator.change(task.id, "resume")).task.state == "active"
+    assert not await life.is_active(token)
+
+
 @pytest.mark.bears("RV13")
 async def test_of_two_operators_one_has_read_too_early(life: Life) -> None:
     agent = await life.agent(TRIAGE, "ws_1")

@@ -193,6 +193,18 @@ async def test_another_process_takes_a_suspended_task_up_and_no_token_along(esta
     assert old.value.reason == "session_ended"
 
 
+async def test_one_above_lets_go_on_what_has_lost_its_process_for_the_next_one(estate: Estate) -> None:
+    (top, _), (_, task) = await chain(estate, 2)
+    await change(estate, top, task, Operation.SUSPEND)
+    await estate.sessions.report(NODE, [], ["ws_hop_1"])
+    resumed = (await change(estate, top, task, Operation.RESUME)).task
+    assert (resumed.state, resumed.session) == (State.ACTIVE, None), "not that of a process that is gone"
+    following = hop(estate, 1, session="ws_next", x5t=f"{8:0>42}w")
+    fresh = await estate.issue(task, following)
+    assert estate.verify(fresh).claims.cnf.session == "ws_next"
+    assert (await task_of(estate, task.id)).session == "ws_next"
+
+
 async def test_an_active_task_ends_with_its_process(estate: Estate) -> None:
     task = await estate.start()
     await estate.sessions.report(NODE, [], ["ws_1"])

@@ -228,6 +228,10 @@ class TaskTree(RuleBasedStateMachine):
             node.is_paused = not by_operator
             for each in self.held:
                 each.is_dead = each.is_dead or node in each.node.line()
+        elif own is State.SUSPENDED and by_operator and node.is_paused:
+            # It waits for an operator from now on, whatever it stood still for.
+            node.move(State.SUSPENDED)
+            node.is_paused = False
 
     @precondition(lambda self: self.nodes)
     @rule(pick=PICK, by_operator=st.booleans())
