@@ -129,16 +129,17 @@ async def load_form(
     for _ in range(callers):
         _, poster = await loop.create_connection(lambda: Poster(head.encode() + body), host, port, ssl=context)
         posters.append(poster)
-    elapsed = 0.0
+    elapsed, calls = 0.0, 0
     try:
         for length in (WARM_SECONDS, seconds):
             began = time.perf_counter()
             await asyncio.gather(*(poster.post(began + length) for poster in posters))
             elapsed = time.perf_counter() - began
+            calls += sum(len(poster.took) for poster in posters)
     finally:
         for poster in posters:
             poster.close()
-    return _told([one for poster in posters for one in poster.took], elapsed, posters[0].size)
+    return {**_told([one for poster in posters for one in poster.took], elapsed, posters[0].size), "calls": calls}
 
 
 class Load:

@@ -39,10 +39,7 @@ async def exchange_socket(house: House, seconds: float) -> list[Item]:
                 told.setdefault(f"bare {by}", []).append(await caller.do(by, socket=relay, **load))
                 with _spending(house, spent):
                     told.setdefault(by, []).append(await caller.do(by, socket=house.agent_socket, **load))
-    # What others on the machine change least.
-    calls = sum(one["calls"] for by in ("frames", "grpc") for one in told[by])
-    each = ", ".join(f"{part} {used / calls * 1e6:.0f} us" for part, used in spent.items())
-    house.tell(f"  processor time of one exchange: {each}")
+    _tell_spent(house, spent, [*told["frames"], *told["grpc"]])
     with commits(house.directory / "commits.db") as commit:
         durable = 1 / time_per_call(commit, COMMITS, clock=time.perf_counter)
     house.tell(f"  SQLite, one row in each commit, synchronous=FULL: {durable:,.0f} commits/s")
@@ -61,6 +58,13 @@ def _spending(house: House, spent: dict[str, float]) -> Iterator[None]:
         spent[part] += cpu_seconds(house.pid(part)) - seconds_before
 
 
+def _tell_spent(house: House, spent: Mapping[str, float], told: list[Mapping[str, Any]]) -> None:
+    # What others on the machine change least.
+    calls = sum(one["calls"] for one in told)
+    each = ", ".join(f"{part} {used / calls * 1e6:.0f} us" for part, used in spent.items())
+    house.tell(f"  processor time of one exchange: {each}")
+
+
 async def exchange_https(house: House, seconds: float) -> list[Item]:
     """By mutual TLS with kept connections, against a bare uvicorn that reads the same form over TLS."""
     server = urlsplit(house.issuer)
@@ -71,12 +75,15 @@ async def exchange_https(house: House, seconds: float) -> list[Item]:
         size = (await caller.do("form", **product, **load | {"seconds": 0.1}))["size"]
         files = json.dumps({"certificate": str(issuer.leaf), "key": str(issuer.leaf_key)})
         ours, bare = [], []
+        spent = {"server": 0.0}
         async with house.program("bare", "form", "--answer", str(size - 13), "--files", files) as uvicorn:
             port = (await uvicorn.hear())["port"]
             other = {"host": "127.0.0.1", "port": port, "ca": str(issuer.ca)}
             for _ in range(ROUNDS):
                 bare.append(await caller.do("form", **other, **load))
-                ours.append(await caller.do("form", **product, **load))
+                with _spending(house, spent):
+                    ours.append(await caller.do("form", **product, **load))
+    _tell_spent(house, spent, ours)
     return _judged("exchange_https", ours, bare, HTTPS_RATE)
 
 
