@@ -16,9 +16,6 @@ from broker.spiffe import Selector, SpiffeId, TrustDomain
 SERVER_PATH: Final = "/spire/server"
 """An entry under this parent names a set of nodes by their selectors (a node alias), not a workload."""
 
-STORE_RULE: Final = "invalid registration entry"
-"""What the words of SPIRE's store begin with, for what its wire lets pass."""
-
 MAX_ID: Final = 255
 """Longest entry id, in characters, as in SPIRE."""
 MAX_SELECTORS: Final = 128
@@ -36,6 +33,10 @@ MAX_TEXT: Final = 1024
 
 _ID: Final = re.compile(r"[A-Za-z0-9._-]+")
 _TEXT: Final = re.compile("[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]*")
+
+
+class Unstorable(Invalid):
+    """SPIRE's wire lets it pass, and its store does not: the words say so."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,8 +159,8 @@ def _check_text(name: str, text: str, limit: int) -> None:
         raise _invalid(f"its {name} is longer than {limit} bytes")
 
 
-def _unstorable(what: str, hint: str = "") -> Invalid:
-    return Invalid(f"{STORE_RULE}: {what}", code="invalid_entry", hint=hint)
+def _unstorable(what: str, hint: str = "") -> Unstorable:
+    return Unstorable(f"invalid registration entry: {what}", code="invalid_entry", hint=hint)
 
 
 def _invalid(what: str, hint: str = "") -> Invalid:

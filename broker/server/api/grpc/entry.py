@@ -13,8 +13,8 @@ from broker._proto.spire.api.types import entry_pb2 as types_pb2
 from broker._proto.spire.api.types import status_pb2
 from broker.clock import Clock
 from broker.errors import BrokerError, Conflict, Invalid, NotFound
-from broker.registry.entry import STORE_RULE
 from broker.registry.entry import Entry as RegistryEntry
+from broker.registry.entry import Unstorable
 from broker.server.api.access import Caller, agent_of, name_of
 from broker.server.api.grpc import convert, identities
 from broker.server.api.grpc.identities import reading
@@ -163,9 +163,9 @@ def attempt(read: Callable[[], T]) -> T | BrokerError:
 def _converting() -> Iterator[None]:
     try:
         yield
+    except Unstorable:
+        raise
     except Invalid as error:
-        if error.message.startswith(STORE_RULE):
-            raise
         raise Invalid(f"failed to convert entry: {error.message}", code=error.reason, hint=error.hint) from None
 
 
@@ -192,7 +192,7 @@ def _status(outcome: RegistryEntry | Similar | BrokerError, failed: str) -> stat
         return status_pb2.Status(code=13, message=f"{failed}: {outcome.message}")  # INTERNAL
     if isinstance(outcome, NotFound):
         return status_pb2.Status(code=5, message=failed)  # NOT_FOUND
-    if isinstance(outcome, Invalid) and outcome.message.startswith(STORE_RULE):
+    if isinstance(outcome, Unstorable):
         return status_pb2.Status(
             code=3, message=f"{failed}: datastore-validation: {outcome.message}"
         )  # INVALID_ARGUMENT

@@ -37,6 +37,10 @@ def test_sets_are_compared_as_in_spire(how, asked, holds):
     assert SetFilter(frozenset(asked), how).holds(frozenset({A, B})) is holds
 
 
+def test_what_has_nothing_is_no_subset_as_in_spire():
+    assert not SetFilter(frozenset({A}), SetMatch.SUBSET).holds(frozenset())
+
+
 def test_an_empty_filter_is_not_true_of_everything():
     with pytest.raises(Invalid):
         SetFilter(frozenset(), SetMatch.ANY)
