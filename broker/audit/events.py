@@ -50,6 +50,12 @@ class Event(StrEnum):
     DELEGATION_CREATED = "delegation_created"
     DELEGATION_REFUSED = "delegation_refused"
     DELEGATION_ENDED = "delegation_ended"
+    APPROVAL_REQUESTED = "approval_requested"
+    APPROVAL_GIVEN = "approval_given"
+    APPROVAL_DENIED = "approval_denied"
+    APPROVAL_WITHDRAWN = "approval_withdrawn"
+    APPROVAL_EXPIRED = "approval_expired"
+    APPROVAL_REFUSED = "approval_refused"
     AUTHORITY_PREPARED = "authority_prepared"
     AUTHORITY_ACTIVATED = "authority_activated"
     AUTHORITY_RETIRED = "authority_retired"
@@ -158,6 +164,8 @@ _TOKEN: Final = _TASK | {
     "jkt",
     "active",
     "kind",
+    "approval",  # the one that it was issued on
+    "parameter_digest",
 }
 _USER: Final = frozenset(
     {
@@ -181,6 +189,23 @@ _USER: Final = frozenset(
         "expires_at",
         "subject_hash",
         "effect",
+    }
+)
+_APPROVAL: Final = frozenset(
+    {
+        "issuer",  # the requester's
+        "audience",
+        "scope",
+        "authority_hash",
+        "parameter_digest",
+        "state",
+        "expires_at",
+        "approver",
+        "approver_issuer",
+        "client",  # the one that the approver decided through
+        "user_session",  # the approver's
+        "subject_hash",
+        "approved_until",
     }
 )
 _AUTHORITY: Final = frozenset({"kind", "not_before", "not_after", "state", "sequence", "algorithm"})
@@ -221,6 +246,14 @@ _FAMILIES: Final = {
         Event.DELEGATION_CREATED,
         Event.DELEGATION_REFUSED,
         Event.DELEGATION_ENDED,
+    ),
+    _APPROVAL: (
+        Event.APPROVAL_REQUESTED,
+        Event.APPROVAL_GIVEN,
+        Event.APPROVAL_DENIED,
+        Event.APPROVAL_WITHDRAWN,
+        Event.APPROVAL_EXPIRED,
+        Event.APPROVAL_REFUSED,
     ),
     _AUTHORITY: (
         Event.AUTHORITY_PREPARED,

@@ -69,6 +69,8 @@ def subject_issuer(settings: SubjectSettings) -> SubjectIssuer:
         session_lease=0 if settings.session_lease is None else int(settings.session_lease.total_seconds()),
         delegation_clients=frozenset(settings.delegation_clients),
         delegation_max_age=int(settings.delegation_max_age.total_seconds()),
+        approval_clients=frozenset(settings.approval_clients),
+        approval_max_age=int(settings.approval_max_age.total_seconds()),
         jwks_url=settings.jwks_url,
     )
 

@@ -33,6 +33,14 @@ class SubjectSettings(Table):
     delegation_max_age: Duration = Field(
         default=timedelta(minutes=5), description="how long after the sign-in (auth_time) one may be made"
     )
+    approval_clients: tuple[str, ...] = Field(
+        default=(),
+        description="clients (azp, or the only aud) through which people decide approvals: never one whose tokens reach an"
+        " agent; none: nobody of this issuer approves anything",
+    )
+    approval_max_age: Duration = Field(
+        default=timedelta(minutes=5), description="how long after the sign-in (auth_time) a person may say yes"
+    )
     jwks_url: str = Field(
         default="",
         description="where its keys are; empty: as its configuration document says, which may name another host of the"

@@ -252,6 +252,7 @@ async def tasks_half(
         refusals=refusals,
         supervisor=supervisor,
         delegations=ends.delegations,
+        approvals=ends.approvals,
         logout_tokens=ends.logout_tokens,
         events=ends.events,
         signals=ends.signals,

@@ -1,4 +1,4 @@
-"""Wiring of what ends by its user: stops, signals of identity providers, standing delegations."""
+"""Wiring of what people say and what ends by them: stops, signals of identity providers, standing delegations, approvals."""
 
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from broker.errors import Misconfigured
 from broker.server.settings import ServerSettings
 from broker.server.store.ports import Store
 from broker.server.task_settings import TransmitterSettings
+from broker.server.tasks.approvals import Approvals
 from broker.server.tasks.config import Transmitter, check_transmitters
 from broker.server.tasks.decision import Policy
 from broker.server.tasks.delegations import Delegations
@@ -32,6 +33,7 @@ class UserEnds:
     stops: Stops
     users: Users
     delegations: Delegations
+    approvals: Approvals
     logout_tokens: LogoutTokens
     events: SecurityEvents
     signals: Signals
@@ -87,6 +89,9 @@ def user_ends(
             refusals=refusals,
             ids=ids,
             policy=policy,
+        ),
+        approvals=Approvals(
+            store=store, clock=clock, subjects=subjects, standing=standing, refusals=refusals, rules=policy.rules
         ),
         logout_tokens=LogoutTokens(subjects, clock),
         events=events,

@@ -178,6 +178,7 @@ def issue_claims(
     not_after: Iterable[datetime] = (),
     ancestors: Sequence[Task] = (),
     use: str | None = None,
+    parameter_digest: str | None = None,
 ) -> TaskClaims:
     """Make the claims of one token from our records; the end is the earliest of all ends (``not_after`` are others).
 
@@ -219,6 +220,7 @@ def issue_claims(
             purpose=purpose_hash(task.purpose),
             authority_hash=task.authority.digest,
             use=use,
+            parameter_digest=parameter_digest,
         ),
         acr=delegation.acr,
         auth_time=None if delegation.auth_time is None else _seconds(delegation.auth_time),

@@ -13,12 +13,15 @@ USES: Final = frozenset({"once"})
 """What ``task.use`` may say; absent means any number of uses within the token's life."""
 
 _TASK_REQUIRED: Final = frozenset({"id", "root", "epoch", "hop", "purpose", "authority_hash"})
-_TASK_MEMBERS: Final = _TASK_REQUIRED | {"parent", "use"}
+_TASK_MEMBERS: Final = _TASK_REQUIRED | {"parent", "use", "parameter_digest"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskReference:
-    """The claim ``task``. ``hop`` counts the agents of the chain; ``purpose`` and ``authority_hash`` are hashes."""
+    """The claim ``task``. ``hop`` counts the agents of the chain; ``purpose`` and ``authority_hash`` are hashes.
+
+    ``use`` restricts how often the token may be used, ``parameter_digest`` what for: the one call whose parameters have this hash.
+    """
 
     id: str
     root: str
@@ -28,6 +31,7 @@ class TaskReference:
     purpose: str
     authority_hash: str
     use: str | None = None
+    parameter_digest: str | None = None
 
     def to_json(self) -> dict[str, JsonValue]:
         """Give the members that are present."""
@@ -43,6 +47,8 @@ class TaskReference:
         }
         if self.use is not None:
             value["use"] = self.use
+        if self.parameter_digest is not None:
+            value["parameter_digest"] = self.parameter_digest
         return value
 
     @classmethod
@@ -62,4 +68,7 @@ class TaskReference:
             purpose=digest(value["purpose"], "task.purpose"),
             authority_hash=digest(value["authority_hash"], "task.authority_hash"),
             use=use if isinstance(use, str) else None,
+            parameter_digest=(
+                digest(value["parameter_digest"], "task.parameter_digest") if "parameter_digest" in value else None
+            ),
         )

@@ -91,6 +91,7 @@ class TasksApi:
             request_context=request.request_context,
             request_details=request.request_details,
             jkt=request.jkt,
+            parameter_digest=request.parameter_digest,
             bearer=request.bearer,
             user_token=request.user_token,
         )

@@ -12,6 +12,7 @@ the caller, who repeats it under the same idempotency key.
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol, TypeVar
 
+from broker.server.store.approval_ports import ApprovalReads, ApprovalWrites
 from broker.server.store.federation_ports import FederationReads, FederationWrites
 from broker.server.store.life_ports import LifeReads, LifeWrites
 from broker.server.store.policy_ports import PolicyReads, PolicyWrites
@@ -74,6 +75,7 @@ class Reader(
     SupervisionReads,
     LifeReads,
     ProofReads,
+    ApprovalReads,
     Protocol,
 ):
     """All that a read may ask, from one snapshot."""
@@ -96,6 +98,7 @@ class Writer(
     SupervisionReads,
     LifeWrites,
     ProofWrites,
+    ApprovalWrites,
     Housekeeping,
     Protocol,
 ):
@@ -157,6 +160,8 @@ class Store(Protocol):
 
 
 __all__ = [
+    "ApprovalReads",
+    "ApprovalWrites",
     "AuthorityReads",
     "AuthorityWrites",
     "EntryReads",

@@ -139,7 +139,8 @@ class SubjectIssuer:
     ``namespace`` is put before every ``sub``, so that two issuers cannot name the same user. ``required_claims`` must be in
     each token with just these values (a tenant, a hosted domain). ``session_lease`` (seconds, 0: none): how long after the
     issuer's last word of a session it counts. ``delegation_clients``: those whose tokens may make a standing delegation, within
-    ``delegation_max_age`` seconds of the sign-in. ``jwks_url`` is where its keys are, if they are not to be looked up.
+    ``delegation_max_age`` seconds of the sign-in; ``approval_clients`` and ``approval_max_age`` in the same way those through which
+    people decide approvals. ``jwks_url`` is where its keys are, if they are not to be looked up.
     """
 
     issuer: str
@@ -151,6 +152,8 @@ class SubjectIssuer:
     session_lease: int = 0
     delegation_clients: frozenset[str] = frozenset()
     delegation_max_age: int = DEFAULT_DELEGATION_AGE
+    approval_clients: frozenset[str] = frozenset()
+    approval_max_age: int = DEFAULT_DELEGATION_AGE
     jwks_url: str = ""
 
     def __post_init__(self) -> None:
@@ -158,7 +161,7 @@ class SubjectIssuer:
         check_https(self.issuer, "the subject issuer")
         if self.jwks_url:
             check_https(self.jwks_url.partition("?")[0], "the address of the issuer's keys")
-        if self.session_lease < 0 or self.delegation_max_age < 1:
+        if self.session_lease < 0 or self.delegation_max_age < 1 or self.approval_max_age < 1:
             raise Misconfigured(f"a time of the subject issuer {self.issuer} is not one", code="subject_times")
         if not self.audiences or "" in self.audiences:
             raise Misconfigured(
@@ -171,6 +174,12 @@ class SubjectIssuer:
             raise Misconfigured(
                 f"{min(unknown)} makes delegations and is no client of {self.issuer}",
                 code="delegation_client_unknown",
+                hint="name it in clients, too",
+            )
+        if unknown := self.approval_clients - self.clients - self.audiences:
+            raise Misconfigured(
+                f"{min(unknown)} decides approvals and is no client of {self.issuer}",
+                code="approval_client_unknown",
                 hint="name it in clients, too",
             )
         if _NAMESPACE.fullmatch(self.namespace) is None:

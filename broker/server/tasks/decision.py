@@ -8,6 +8,7 @@ store, no network: the caller brings ``now`` and the rows, from inside the trans
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from typing import Final
 
 from broker.errors import Invalid, InvalidToken, NotFound, PolicyDenied, Refused
 from broker.server.tasks.admission import Admitted, Caller
@@ -33,6 +34,12 @@ class Policy:
     detail_types: DetailTypes = field(default_factory=DetailTypes)
 
 
+ONCE: Final = "once"
+"""What ``task.use`` says of a token for one use."""
+ONCE_TTL: Final = timedelta(seconds=60)
+"""Longest life of such a token: it is asked for when the call is made."""
+
+
 @dataclass(frozen=True, slots=True)
 class Grant:
     """What one token may say: for which audience, with what authority there, until when at the latest."""
@@ -42,6 +49,8 @@ class Grant:
     cnf: Confirmation | None
     ttl: timedelta
     not_after: tuple[datetime, ...]
+    use: str | None = None
+    parameter_digest: str | None = None
 
 
 def decide_start(
@@ -121,7 +130,10 @@ def decide_issue(
     if bound.ends_with_svid:
         ends.append(admitted.actor.not_after)
     ttl = min(_token_ttl(policy.defaults, audience), bound.longest)
-    return Grant(audience, authority, bound.cnf, ttl, tuple(ends))
+    if not request.parameter_digest:
+        return Grant(audience, authority, bound.cnf, ttl, tuple(ends))
+    # For one call, whose parameters are known: it is no use for another.
+    return Grant(audience, authority, bound.cnf, min(ttl, ONCE_TTL), tuple(ends), ONCE, request.parameter_digest)
 
 
 def decide_child(

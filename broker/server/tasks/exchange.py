@@ -23,6 +23,7 @@ from broker.server.store.rows import TokenRow
 from broker.server.tasks import records
 from broker.server.tasks.admission import Admitted, Claim, Starters, Vouching, admit, claim
 from broker.server.tasks.answers import Answers, digest_of, spent
+from broker.server.tasks.approved import Approving, Permission
 from broker.server.tasks.bindings import token_type
 from broker.server.tasks.decision import (
     Grant,
@@ -47,6 +48,7 @@ from broker.spiffe import jose
 from broker.spiffe.jose import PublicKey
 from broker.spiffe.strictjson import JsonValue
 from broker.tasks import Resource, Task, TaskClaims, issue_claims, lineage_epoch
+from broker.tasks.approval import ApprovalPending
 from broker.tasks.verify import TOKEN_TYPE, verify_task_token
 
 MAX_PAYLOAD: Final = 5632
@@ -113,6 +115,7 @@ class Exchange:
         self._is_alive = is_alive
         self._issuer = issuer
         self._standing = standing or Standing()
+        self._approving = Approving(policy.rules, self._standing, ids)
         self._count = count
         self._glances = Glances(issuer)
 
@@ -139,7 +142,10 @@ class Exchange:
                 shown = self._own_token(request)
             elif request.user_token:
                 shown = await self._subjects.verify(request.user_token, request.kind)
-            return self._sign(await self._store.write(lambda writer: self._issue(writer, claimed, shown, request)))
+            committed = await self._store.write(lambda writer: self._issue(writer, claimed, shown, request))
+            if isinstance(committed, ApprovalPending):
+                raise committed
+            return self._sign(committed)
 
     def is_own(self, token: str) -> bool:
         """Tell whether a token says that it is one of ours: as a subject it leads to the task behind it, not to a new one."""
@@ -196,7 +202,7 @@ class Exchange:
 
     def _issue(
         self, writer: Writer, claimed: Claim, shown: Subject | Presented | None, request: IssueRequest
-    ) -> _Committed:
+    ) -> _Committed | ApprovalPending:
         now = self._clock.now()
         admitted = admit(writer, claimed, now)
         presented = shown if isinstance(shown, Presented) else None
@@ -218,13 +224,17 @@ class Exchange:
         else:
             grant = narrowed(self._policy, admitted, lineage, request, presented, now=now)
         self._require_standing(writer, lineage[-1], admitted, request, now)
-        decision = self._permitted(lineage[-1], grant, now)
         by = () if presented is None else (presented.claims.jti,)
         digest = request.idempotency_key and digest_of("issue", subject, request.task_id, *_token_parts(request), *by)
         answers = Answers(writer, owner=admitted.owner, key=request.idempotency_key, digest=digest, now=now)
-        if (kept := answers.recall_claims()) is not None:
+        kept = answers.recall_claims()
+        issued = None if kept is None else TaskClaims.parse(kept).jti
+        permission = self._approving.permit(writer, admitted, lineage, grant, now, issued=issued)
+        if isinstance(permission, ApprovalPending):
+            return permission
+        if kept is not None:
             return _again(kept, lineage)
-        committed = self._new_token(writer, admitted, lineage, grant, answers, decision=decision)
+        committed = self._new_token(writer, admitted, lineage, permission, answers)
         failpoints.reach("exchange.before_commit")
         return committed
 
@@ -245,9 +255,9 @@ class Exchange:
         task = self._new_task(writer, admitted, subject, start, now)
         grant = decide_issue(self._policy, admitted, (task,), issue, now=now)
         self._require_standing(writer, task, admitted, issue, now)
-        committed = self._new_token(
-            writer, admitted, (task,), grant, answers, decision=self._permitted(task, grant, now)
-        )
+        # NOTE(security): where a person has to decide nothing begins: asked again, this request would be of another task.
+        permission = Permission(grant, self._permitted(task, grant, now))
+        committed = self._new_token(writer, admitted, (task,), permission, answers)
         failpoints.reach("exchange.before_commit")
         return committed
 
@@ -287,13 +297,11 @@ class Exchange:
         writer: Writer,
         admitted: Admitted,
         lineage: Sequence[Task],
-        grant: Grant,
+        permission: Permission,
         answers: Answers,
-        *,
-        decision: Decision,
     ) -> _Committed:
         """Write one token: what is committed is what will be signed."""
-        task, now = lineage[-1], answers.now
+        task, grant, now = lineage[-1], permission.grant, answers.now
         claims = issue_claims(
             task,
             issuer=self._issuer,
@@ -306,6 +314,8 @@ class Exchange:
             ttl=grant.ttl,
             not_after=grant.not_after,
             ancestors=tuple(reversed(lineage[:-1])),
+            use=grant.use,
+            parameter_digest=grant.parameter_digest,
         )
         text = payload_text(claims.to_payload())
         row = TokenRow(
@@ -322,7 +332,12 @@ class Exchange:
             hash=records.sha256(text.encode()),
         )
         writer.add_token(row)
-        writer.record(records.token_issued(row, claims, admitted.actor, now, decision=decision))
+        permission.used(writer, claims.jti, now)
+        writer.record(
+            records.token_issued(
+                row, claims, admitted.actor, now, decision=permission.decision, approval=permission.approval_id
+            )
+        )
         answers.keep(text)
         return _Committed(claims, text)
 
@@ -370,7 +385,8 @@ def _parts(request: StartRequest) -> tuple[str | int | None, ...]:
 def _token_parts(request: IssueRequest) -> tuple[str | int | None, ...]:
     binding = "bearer" if request.bearer else request.jkt
     authority = None if request.authority is None else request.authority.text()
-    return request.resource.text, request.scope, authority, *([binding] if binding else [])
+    once = [request.parameter_digest] if request.parameter_digest else []
+    return request.resource.text, request.scope, authority, *([binding] if binding else []), *once
 
 
 def payload_text(payload: Mapping[str, JsonValue]) -> str:

@@ -134,8 +134,10 @@ def _moved(task: Task, reason: str) -> dict[str, FieldValue]:
     return fields
 
 
-def token_issued(row: TokenRow, claims: TaskClaims, actor: Actor, at: datetime, *, decision: Decision) -> Record:
-    """Record that a token was issued: for whom, bound to what, until when. Its hash is of its claims."""
+def token_issued(
+    row: TokenRow, claims: TaskClaims, actor: Actor, at: datetime, *, decision: Decision, approval: str | None = None
+) -> Record:
+    """Record that a token was issued: for whom, bound to what, until when, on which approval. Its hash is of its claims."""
     fields: dict[str, FieldValue] = {
         "door": actor.door.value,
         "agent": str(row.agent),
@@ -156,6 +158,8 @@ def token_issued(row: TokenRow, claims: TaskClaims, actor: Actor, at: datetime, 
         "expires_at": claims.exp,
         **decided(decision),
     }
+    if claims.task.use is not None:
+        fields |= {"approval": approval, "parameter_digest": claims.task.parameter_digest}
     return Record(Event.TOKEN_ISSUED, at, str(row.agent), row.task_id, fields)
 
 

@@ -22,6 +22,7 @@ from broker.server.tasks.policy.decision import DeniedByPolicy
 from broker.server.tasks.records import decided, sha256
 from broker.server.tasks.requests import Actor, Door
 from broker.tasks import NonceWanted, TaskClaims
+from broker.tasks.approval import ApprovalPending
 
 PER_SECOND: Final = 50.0
 """Records a second in the long run: a few percent of what the store can write."""
@@ -63,8 +64,8 @@ class _Recorded(AbstractAsyncContextManager[None]):
     ) -> None:
         if error is not None and not isinstance(error, BrokerError):
             return
-        # Unavailable, NonceWanted: nobody was refused, nothing was decided.
-        if error is not None and not isinstance(error, Unavailable | NonceWanted):
+        # Unavailable, NonceWanted, ApprovalPending: nobody was refused, nothing was decided.
+        if error is not None and not isinstance(error, Unavailable | NonceWanted | ApprovalPending):
             await self._refusals.refused(self._event, self._actor, self._subject, error)
         if self._tell is not None:
             self._tell(error)

@@ -14,7 +14,7 @@ from broker.server.tasks.subjects import SubjectKind
 from broker.spiffe import SpiffeId, strictjson
 from broker.tasks import Authority, Resource
 from broker.tasks.task import Supervision
-from broker.tasks.texts import THUMBPRINT, check_id, check_purpose
+from broker.tasks.texts import THUMBPRINT, check_digest, check_id, check_purpose
 
 MAX_KEY: Final = 255
 """Longest idempotency key, in characters."""
@@ -108,11 +108,15 @@ class IssueRequest:
     """The thumbprint of the key that the token is to be bound to; empty: to the certificate."""
     bearer: bool = False
     """Ask for a token that is bound to nobody, where server and audience permit it."""
+    parameter_digest: str = ""
+    """The hash of the one call's parameters that a token for one use is wanted for; empty: for any number of calls."""
 
     def __post_init__(self) -> None:
         """Check each field; raises Invalid."""
         if self.jkt and (self.bearer or THUMBPRINT.fullmatch(self.jkt) is None):
             raise Invalid("the key's thumbprint is malformed, or the token is to be a bearer's", code="invalid_binding")
+        if self.parameter_digest:
+            check_digest(self.parameter_digest, "parameter digest")
         if self.task_id:
             check_id(self.task_id, "task id")
         check_scope(self.scope)

@@ -15,6 +15,7 @@ from broker.registry.entry import Entry
 from broker.server.store.ports import Reader, Store
 from broker.server.store.rows import TokenRow
 from broker.server.tasks.admission import Starters
+from broker.server.tasks.approved import judge_token
 from broker.server.tasks.config import Audiences
 from broker.server.tasks.exchange import TaskKeys
 from broker.server.tasks.policy.asked import Action
@@ -128,7 +129,10 @@ class TaskTokens:
             require_lineage_active(lineage[-1], tuple(reversed(lineage[:-1])), now)
             self.standing.require_token(reader, lineage[-1].delegation, row, now)
             # What the policy of this moment would not issue is not alive, whoever holds it.
-            self.rules.may_issue(lineage[-1], Resource(row.resource), authority, now, action).require()
+            resource, task = Resource(row.resource), lineage[-1]
+            judge_token(
+                reader, self.rules, task, resource=resource, authority=authority, jti=jti, now=now, action=action
+            ).require()
         except BrokerError:
             return False
         return self.standing_entry(reader, row, now) is not None

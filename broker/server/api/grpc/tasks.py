@@ -129,6 +129,7 @@ class Tasks:
                     authority=Authority.parse(details) if details else None,
                     idempotency_key=request.idempotency_key,
                     jkt=request.jkt,
+                    parameter_digest=request.parameter_digest,
                     bearer=request.bearer,
                     user_token=request.user_token,
                 )

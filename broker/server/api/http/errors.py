@@ -25,6 +25,7 @@ from broker.errors import (
     Unavailable,
 )
 from broker.tasks import NonceWanted
+from broker.tasks.approval import POLL_SECONDS, ApprovalPending
 from broker.telemetry.log import get_logger
 from broker.transport.grpc_status import new_reference, place_of
 
@@ -75,6 +76,11 @@ _OAUTH_CODES: Final[Mapping[str, _Answer]] = {
     # The same section: "unacceptable based on policy".
     "policy_denied": (400, "invalid_request"),
     "approval_required": (400, "invalid_request"),
+    # CIBA Core §11: what who waits for a person is told.
+    "approval_pending": (400, "authorization_pending"),
+    "slow_down": (400, "slow_down"),
+    "approval_denied": (400, "access_denied"),
+    "too_many_approvals": (400, "access_denied"),
 }
 _OAUTH: Final[tuple[tuple[type[BrokerError], _Answer], ...]] = (
     (Refused, (400, "invalid_grant")),
@@ -189,6 +195,9 @@ def _shown(request: Request, error: BrokerError, status: int, code: str) -> Resp
     headers = dict(NO_STORE)
     if isinstance(error, NonceWanted):
         headers[DPOP_NONCE] = error.nonce
+    if isinstance(error, ApprovalPending):
+        body["approval"] = error.approval_id
+        headers["retry-after"] = str(POLL_SECONDS)
     if status == 401:
         headers["www-authenticate"] = _challenge(request)
     if status == 503:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from broker.clock import Clock
 from broker.server.api.http.clients import Clients
 from broker.server.store.ports import Store
+from broker.server.tasks.approvals import Approvals
 from broker.server.tasks.assertions import Assertions
 from broker.server.tasks.changes import Changes
 from broker.server.tasks.config import Audiences
@@ -40,6 +41,7 @@ class HttpServices:
     supervisor: Supervisor
     bundles: Callable[[], BundleSet]
     delegations: Delegations
+    approvals: Approvals
     logout_tokens: LogoutTokens
     events: SecurityEvents
     signals: Signals

@@ -61,6 +61,7 @@ _ALLOWED: Final = frozenset(
         "task",
         "purpose",
         "token_binding",
+        "parameter_digest",
         "request_context",
         "request_details",
     }
@@ -106,6 +107,7 @@ _OPERATION: Final = Operation(
         Parameter("task", "another token of this running task"),
         Parameter("purpose", "what a new task is for, in a sentence"),
         Parameter("token_binding", "ask for a token that is bound to nobody", {"const": "bearer"}),
+        Parameter("parameter_digest", "ask for a token for one use, for the call whose parameters have this hash"),
         Parameter("client_assertion", "a JWT-SVID for this issuer alone, with a DPoP proof, instead of a certificate"),
         Parameter("client_assertion_type", "with client_assertion", {"const": JWT_SPIFFE}),
         Parameter("request_context", "rctx of a transaction token, as JSON", _DETAILS),
@@ -225,6 +227,7 @@ def _read(form: Form, actor: Actor, key: str, services: HttpServices, jkt: str) 
             delegation_id=delegation_id,
             jkt=jkt,
             bearer=bearer,
+            parameter_digest=form.get("parameter_digest") or "",
         )
         return _Asked(None, issue, issued_type)
     start = StartRequest(
@@ -235,7 +238,9 @@ def _read(form: Form, actor: Actor, key: str, services: HttpServices, jkt: str) 
         idempotency_key=key,
         delegation_id=delegation_id,
     )
-    return _Asked(start, IssueRequest(resource, scope=scope, jkt=jkt, bearer=bearer), issued_type)
+    digest = form.get("parameter_digest") or ""
+    issue = IssueRequest(resource, scope=scope, jkt=jkt, bearer=bearer, parameter_digest=digest)
+    return _Asked(start, issue, issued_type)
 
 
 def _wants_bearer(form: Form) -> bool:

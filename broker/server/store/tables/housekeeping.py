@@ -69,6 +69,7 @@ _DEAD_TREES: Final = (
     " ORDER BY t.ended_at LIMIT ?"
 )
 _TREE: Final = (
+    "DELETE FROM approvals WHERE task_id IN (SELECT id FROM tasks WHERE root = ?)",
     "DELETE FROM tokens WHERE task_id IN (SELECT id FROM tasks WHERE root = ?)",
     "DELETE FROM task_resumes WHERE task_id IN (SELECT id FROM tasks WHERE root = ?)",
     "DELETE FROM root_epochs WHERE root = ?",

@@ -14,6 +14,7 @@ from broker.clock import Clock
 from broker.errors import BrokerError
 from broker.server.store.ports import Store, Writer, making_nothing_due
 from broker.server.store.rows import TaskFilter
+from broker.server.tasks.approved import judge_token
 from broker.server.tasks.lifecycle import end, revoke_token
 from broker.server.tasks.policy.decision import Decision
 from broker.server.tasks.policy.rules import Rules
@@ -128,7 +129,9 @@ class Rejudge:
             try:
                 # The row keeps the scope: where the token was narrower than that, it is refused rather than left.
                 authority = task.authority.for_resource(resource).for_scope(row.scope)
-                decision = self._rules.may_issue(task, resource, authority, now)
+                decision = judge_token(
+                    writer, self._rules, task, resource=resource, authority=authority, jti=row.jti, now=now
+                )
             except BrokerError:
                 continue  # not a matter of the policy: the task's own authority does not reach there any more
             if not decision.is_allowed:

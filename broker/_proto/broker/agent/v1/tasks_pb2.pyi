@@ -29,7 +29,7 @@ class StartTaskRequest(_message.Message):
     def __init__(self, spiffe_id: _Optional[str] = ..., user_token: _Optional[str] = ..., purpose: _Optional[str] = ..., authorization_details: _Optional[str] = ..., ttl: _Optional[int] = ..., limits: _Optional[str] = ..., supervision: _Optional[str] = ..., idempotency_key: _Optional[str] = ..., delegation_id: _Optional[str] = ...) -> None: ...
 
 class IssueTokenRequest(_message.Message):
-    __slots__ = ("spiffe_id", "task_id", "resource", "scope", "authorization_details", "idempotency_key", "jkt", "bearer", "user_token", "requested_token_type", "audience", "request_context", "request_details")
+    __slots__ = ("spiffe_id", "task_id", "resource", "scope", "authorization_details", "idempotency_key", "jkt", "bearer", "parameter_digest", "user_token", "requested_token_type", "audience", "request_context", "request_details")
     SPIFFE_ID_FIELD_NUMBER: _ClassVar[int]
     TASK_ID_FIELD_NUMBER: _ClassVar[int]
     RESOURCE_FIELD_NUMBER: _ClassVar[int]
@@ -38,6 +38,7 @@ class IssueTokenRequest(_message.Message):
     IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
     JKT_FIELD_NUMBER: _ClassVar[int]
     BEARER_FIELD_NUMBER: _ClassVar[int]
+    PARAMETER_DIGEST_FIELD_NUMBER: _ClassVar[int]
     USER_TOKEN_FIELD_NUMBER: _ClassVar[int]
     REQUESTED_TOKEN_TYPE_FIELD_NUMBER: _ClassVar[int]
     AUDIENCE_FIELD_NUMBER: _ClassVar[int]
@@ -51,12 +52,13 @@ class IssueTokenRequest(_message.Message):
     idempotency_key: str
     jkt: str
     bearer: bool
+    parameter_digest: str
     user_token: str
     requested_token_type: str
     audience: str
     request_context: str
     request_details: str
-    def __init__(self, spiffe_id: _Optional[str] = ..., task_id: _Optional[str] = ..., resource: _Optional[str] = ..., scope: _Optional[str] = ..., authorization_details: _Optional[str] = ..., idempotency_key: _Optional[str] = ..., jkt: _Optional[str] = ..., bearer: _Optional[bool] = ..., user_token: _Optional[str] = ..., requested_token_type: _Optional[str] = ..., audience: _Optional[str] = ..., request_context: _Optional[str] = ..., request_details: _Optional[str] = ...) -> None: ...
+    def __init__(self, spiffe_id: _Optional[str] = ..., task_id: _Optional[str] = ..., resource: _Optional[str] = ..., scope: _Optional[str] = ..., authorization_details: _Optional[str] = ..., idempotency_key: _Optional[str] = ..., jkt: _Optional[str] = ..., bearer: _Optional[bool] = ..., parameter_digest: _Optional[str] = ..., user_token: _Optional[str] = ..., requested_token_type: _Optional[str] = ..., audience: _Optional[str] = ..., request_context: _Optional[str] = ..., request_details: _Optional[str] = ...) -> None: ...
 
 class CompleteTaskRequest(_message.Message):
     __slots__ = ("spiffe_id", "task_id", "expected_version", "idempotency_key")

@@ -97,7 +97,7 @@ class StartTaskRequest(_message.Message):
     def __init__(self, workload: _Optional[_Union[_sessions_pb2.WorkloadSession, _Mapping[str, _Anything]]] = ..., user_token: _Optional[str] = ..., purpose: _Optional[str] = ..., authorization_details: _Optional[str] = ..., ttl: _Optional[int] = ..., limits: _Optional[str] = ..., supervision: _Optional[str] = ..., idempotency_key: _Optional[str] = ..., delegation_id: _Optional[str] = ...) -> None: ...
 
 class IssueTokenRequest(_message.Message):
-    __slots__ = ("workload", "task_id", "resource", "scope", "authorization_details", "idempotency_key", "jkt", "bearer", "user_token", "requested_token_type", "audience", "request_context", "request_details")
+    __slots__ = ("workload", "task_id", "resource", "scope", "authorization_details", "idempotency_key", "jkt", "bearer", "parameter_digest", "user_token", "requested_token_type", "audience", "request_context", "request_details")
     WORKLOAD_FIELD_NUMBER: _ClassVar[int]
     TASK_ID_FIELD_NUMBER: _ClassVar[int]
     RESOURCE_FIELD_NUMBER: _ClassVar[int]
@@ -106,6 +106,7 @@ class IssueTokenRequest(_message.Message):
     IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
     JKT_FIELD_NUMBER: _ClassVar[int]
     BEARER_FIELD_NUMBER: _ClassVar[int]
+    PARAMETER_DIGEST_FIELD_NUMBER: _ClassVar[int]
     USER_TOKEN_FIELD_NUMBER: _ClassVar[int]
     REQUESTED_TOKEN_TYPE_FIELD_NUMBER: _ClassVar[int]
     AUDIENCE_FIELD_NUMBER: _ClassVar[int]
@@ -119,12 +120,13 @@ class IssueTokenRequest(_message.Message):
     idempotency_key: str
     jkt: str
     bearer: bool
+    parameter_digest: str
     user_token: str
     requested_token_type: str
     audience: str
     request_context: str
     request_details: str
-    def __init__(self, workload: _Optional[_Union[_sessions_pb2.WorkloadSession, _Mapping[str, _Anything]]] = ..., task_id: _Optional[str] = ..., resource: _Optional[str] = ..., scope: _Optional[str] = ..., authorization_details: _Optional[str] = ..., idempotency_key: _Optional[str] = ..., jkt: _Optional[str] = ..., bearer: _Optional[bool] = ..., user_token: _Optional[str] = ..., requested_token_type: _Optional[str] = ..., audience: _Optional[str] = ..., request_context: _Optional[str] = ..., request_details: _Optional[str] = ...) -> None: ...
+    def __init__(self, workload: _Optional[_Union[_sessions_pb2.WorkloadSession, _Mapping[str, _Anything]]] = ..., task_id: _Optional[str] = ..., resource: _Optional[str] = ..., scope: _Optional[str] = ..., authorization_details: _Optional[str] = ..., idempotency_key: _Optional[str] = ..., jkt: _Optional[str] = ..., bearer: _Optional[bool] = ..., parameter_digest: _Optional[str] = ..., user_token: _Optional[str] = ..., requested_token_type: _Optional[str] = ..., audience: _Optional[str] = ..., request_context: _Optional[str] = ..., request_details: _Optional[str] = ...) -> None: ...
 
 class IssuedToken(_message.Message):
     __slots__ = ("access_token", "token_type", "expires_at", "scope", "authorization_details", "task_id", "issued_token_type")
