@@ -18,6 +18,7 @@ from broker.server.store.ports import Store, Writer
 from broker.server.store.rows import Node
 from broker.server.store.stores import open_store
 from broker.server.tasks.admission import Starters
+from broker.server.tasks.approvals import Approvals
 from broker.server.tasks.assertions import Assertions
 from broker.server.tasks.changes import Changes
 from broker.server.tasks.config import (
@@ -323,6 +324,7 @@ async def running(
             delegations=Delegations(
                 **parts_of_users, standing=standing, stops=stops, ids=parts["ids"], policy=parts["policy"]
             ),
+            approvals=Approvals(**parts_of_users, standing=standing, rules=rules),
             logout_tokens=LogoutTokens(subjects, clock),
             events=events,
             signals=(signals := Signals(store, clock, stops, refusals)),

@@ -117,6 +117,7 @@ async def open_door(estate: Estate) -> AsyncIterator[HttpDoorway]:
         supervisor=estate.supervisor,
         bundles=lambda: bundles,
         delegations=estate.ends.delegations,
+        approvals=estate.ends.approvals,
         logout_tokens=estate.ends.logout_tokens,
         events=estate.ends.events,
         signals=estate.ends.signals,
