@@ -103,7 +103,12 @@ class ApprovalWriting(ApprovalReading):
 
     def replace_approval(self, approval: Approval, *, was: ApprovalState) -> None:
         """Write what became of one; Conflict(code="conflict") where it does not stand as it ``was``."""
-        if not self._sql.run(_MOVE, (*_moving(approval), approval.id, was)):
+        try:
+            moved = self._sql.attempt(_MOVE, (*_moving(approval), approval.id, was))
+        except Duplicate:
+            # A token that another one stands on already.
+            moved = 0
+        if not moved:
             raise Conflict("the approval has moved on", code="conflict", hint="read it again and decide anew")
 
 

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from broker.clock import Clock
 from broker.server.store.ports import Reader, Store
+from broker.server.tasks.approved import judge_token
 from broker.server.tasks.decision import task_unknown
 from broker.server.tasks.policy.asked import Asked
 from broker.server.tasks.policy.bundle import Rule
@@ -64,10 +65,16 @@ class Explain:
     async def token(self, token: str) -> Explanation:
         """Explain whether a token that this server issued would be issued now; raises InvalidToken, NotFound."""
         claims = self._tokens.verify(token)
-        task = await self._store.read(lambda reader: _task(reader, claims.task.id))
-        now = self._clock.now()
-        authority = claims.authorization_details
-        decision = self._rules.may_issue(task, claims.aud, authority, now)
+        now, authority = self._clock.now(), claims.authorization_details
+
+        def judged(reader: Reader) -> tuple[Task, Decision]:
+            task = _task(reader, claims.task.id)
+            resource, jti = claims.aud, claims.jti
+            return task, judge_token(
+                reader, self._rules, task, resource=resource, authority=authority, jti=jti, now=now
+            )
+
+        task, decision = await self._store.read(judged)
         asked = [*self._rules.to_begin(task), *self._rules.to_issue(task, claims.aud, authority, now)]
         return self._about(task, decision, asked)
 
