@@ -158,8 +158,6 @@ async def _said(
 
 
 def _saying(approval_id: str, body: JsonValue, members: frozenset[str]) -> Saying:
-    if body is None:
-        return Saying(approval_id)
     if not isinstance(body, dict) or not body.keys() <= members:
         raise Invalid(
             "the body is not a JSON object of what may be said here",

@@ -62,12 +62,12 @@ def after_of(request: Request) -> str | None:
 
 
 async def json_of(request: Request, *, optional: bool = False) -> JsonValue:
-    """Read the body; None where there is none and none is needed. Raises Invalid."""
+    """Read the body; an ``optional`` one that is left out is an empty object. Raises Invalid."""
     body = await read_body(request)
     if request.scope.get("query_string"):
         raise Invalid("parameters belong in the body, not in the address", code="parameter_in_query")
     if optional and not body:
-        return None
+        return {}
     types = request.headers.getlist("content-type")
     if len(types) != 1 or types[0].partition(";")[0].strip().lower() != JSON:
         raise Invalid(f"the content type must be {JSON}", code="content_type")
