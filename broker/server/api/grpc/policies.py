@@ -102,6 +102,8 @@ class Policies:
             "supervision": told.supervision or "attached",
         }
         if action is Action.APPROVE:
+            if not told.approver:
+                raise Invalid("the approver is missing", code="invalid_question", hint="name who would approve it")
             return ApprovalAsked(approver=told.approver, approver_issuer=told.approver_issuer or issuer, **facts)
         if told.approver or told.approver_issuer:
             raise Invalid("an approver is asked about with the action approve", code="invalid_question")
