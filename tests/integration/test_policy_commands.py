@@ -19,6 +19,14 @@ from tests.fakes.oidc import OidcIssuer
 from tests.integration.identity_rig import Estate, running
 from tests.integration.test_token_endpoint import TICKETS, TRIAGE
 
+APPROVED = (
+    '@id("all") permit(principal, action, resource);\n'
+    '@id("ask") @requires("approval") forbid(principal, action, resource)'
+    ' when { context.actions.contains("ticket.delete") };\n'
+    '@id("bob") permit(principal == User::"bob", action == Action::"approve", resource)'
+    ' when { principal in Issuer::"ISSUER" && context has auth_age && context.auth_age <= 300 };\n'
+)
+
 
 @pytest.fixture
 def estate() -> Iterator[Estate]:
@@ -91,6 +99,40 @@ async def test_an_operator_and_the_policy(
         assert refused["error"]["code"] == "policy_reads_act"
         assert (await shell("policy", "push", "--built-in"))["hash"] == before["hash"]
         assert [one.fields["source"] for one in ground.records("policy_changed")] == ["built_in", "pushed", "pushed"]
+
+
+async def test_who_approves_is_explained(
+    estate: Estate, oidc: OidcIssuer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with rig(estate, oidc) as ground:
+        shell = Shell(ground, capsys)
+        question = ("--agent", str(TRIAGE), "--user", "alice", "--audience", TICKETS, "--do", "ticket.delete")
+        approve = ("policy", "explain", *question, "--action", "approve")
+        assert (await shell(*approve, "--approver", "bob"))["effect"] == "deny", "the built-in policy names nobody"
+        file = tmp_path / "policy.cedar"
+        file.write_text(APPROVED.replace("ISSUER", oidc.issuer))
+        await shell("policy", "push", str(file))
+        waits = await shell("policy", "explain", *question, "--action", "startTask")
+        assert (waits["effect"], waits["rules"]) == ("approval", ["ask"])
+        assert waits["hint"] == "a person has to approve it: broker approval list shows what waits"
+
+        told = await shell(*approve, "--approver", "bob", "--auth-age", "60")
+        assert (told["effect"], told["rules"]) == ("allow", ["bob"])
+        (part,) = told["parts"]
+        assert {one["id"]: one["standing"] for one in part["trace"]} == {
+            "all": "does not apply",
+            "ask": "does not apply",
+            "bob": "applies",
+        }
+        asked = part["question"]
+        assert (asked["approver"], asked["approver_issuer"], asked["auth_age"]) == ("bob", asked["issuer"], 60)
+        for other in (("carol",), ("bob", "--approver-issuer", "https://other.example.org")):
+            told = await shell(*approve, "--approver", *other, "--auth-age", "60")
+            assert (told["effect"], told["code"], told["rules"]) == ("deny", "policy_denied", [])
+
+        for wrong in (approve, ("policy", "explain", *question, "--action", "startTask", "--approver", "bob")):
+            refused = await shell(*wrong, code=2)
+            assert refused["error"]["code"] == "invalid_question"
 
 
 async def test_a_policy_file_of_the_settings(estate: Estate, oidc: OidcIssuer, tmp_path: Path) -> None:

@@ -17,4 +17,4 @@ def test_the_guides_policy_and_its_cases(tmp_path: Path, capsys: pytest.CaptureF
         (tmp_path / name).write_text(text)
     assert main(["policy", "check", str(tmp_path / "policy.cedar")]) == 0
     assert main(["policy", "test", str(tmp_path / "cases.yaml")]) == 0
-    assert "4 of 4 hold" in capsys.readouterr().err
+    assert "6 of 6 hold" in capsys.readouterr().err

@@ -97,6 +97,67 @@ def test_cases_that_hold(cases: Path, capsys: pytest.CaptureFixture[str]) -> Non
     ]
 
 
+APPROVING = """
+policy: policy.cedar
+cases:
+  - name: bob
+    ask: {action: approve, approver: bob, agent: "spiffe://example.org/a", user: alice, issuer: "https://idp.example.org", audience: "https://s.example.org"}
+    expect: allow
+    rules: [bob]
+  - name: another's bob
+    ask: {action: approve, approver: bob, approver_issuer: "https://other.example.org", agent: "spiffe://example.org/a", user: alice, issuer: "https://idp.example.org", audience: "https://s.example.org"}
+    expect: deny
+  - name: carol
+    ask: {action: approve, approver: carol, agent: "spiffe://example.org/a", user: alice, issuer: "https://idp.example.org", audience: "https://s.example.org"}
+    expect: deny
+"""
+BOB = (
+    '@id("bob") permit(principal == User::"bob", action == Action::"approve", resource)'
+    ' when { principal in Issuer::"https://idp.example.org" };\n'
+)
+TO_APPROVE = '@id("ask") @requires("approval") forbid(principal, action, resource) when { context.identified };\n'
+
+
+def test_cases_of_who_approves(cases: Path, policy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    policy.write_text(GOOD + BOB)
+    cases.write_text(APPROVING)
+    assert main(["policy", "test", str(cases)]) == 0
+    assert "3 of 3 hold" in capsys.readouterr().err
+    # Of every action is not of approving.
+    policy.write_text(GOOD)
+    assert main(["policy", "test", str(cases)]) == 5
+    assert "2 of 3 hold" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        ("approver: bob, ", "", "ask has no approver"),
+        ("approver: bob, ", "approver: 1, ", "approver is missing or no text"),
+        ("approver: bob, ", "approver: bob, approver_issuer: x, ", "approver_issuer"),
+        ("action: approve", "action: startTask", "with the action approve"),
+        ("approver: bob, ", "approver: alice, approver_issuer: 'https://other.example.org', ", "two issuers"),
+    ],
+)
+def test_a_case_of_who_approves_that_is_wrong(
+    cases: Path, before: str, after: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cases.write_text(APPROVING.replace(before, after, 1))
+    assert main(["policy", "test", str(cases)]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_policy_whose_approvals_nobody_gives_is_told(policy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for text, told in ((GOOD + TO_APPROVE, True), (GOOD + TO_APPROVE + BOB, False), (GOOD, False)):
+        policy.write_text(text)
+        assert main(["policy", "check", str(policy)]) == 0
+        assert ("want a person's approval" in capsys.readouterr().err) is told
+    # Who may approve begins nothing: it is as closed as one that permits nothing.
+    policy.write_text(BOB)
+    assert main(["policy", "check", str(policy)]) == 0
+    assert "denies everything" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("before", "after"), [("expect: allow", "expect: deny"), ("rules: [all]", "rules: [other]"), ("hop: 3", "hop: 2")]
 )
@@ -190,3 +251,19 @@ def test_an_explanation_for_a_person_and_for_a_program() -> None:
     row = decision_row(told)
     assert (row["effect"], row["rules"], row["task"]) == ("deny", ["no"], "tsk_1")
     assert row["parts"][0]["question"]["auth_age"] is None  # type: ignore[index]
+    assert row["parts"][0]["question"]["approver"] is None  # type: ignore[index]
+
+
+def test_an_explanation_of_who_approves() -> None:
+    question = policies_pb2.PolicyQuestion(
+        action="approve", agent="spiffe://example.org/a", user="alice", audience="https://s.example.org", risk="low",
+        approver="bob", approver_issuer="https://idp.example.org",
+    )  # fmt: skip
+    told = policies_pb2.ExplainDecisionResponse(
+        effect="allow", parts=[policies_pb2.ExplainedQuestion(question=question, effect="allow")]
+    )
+    assert next(decision_lines(told)) == (
+        "approve by bob  spiffe://example.org/a  for alice  at https://s.example.org (low risk)"
+    )
+    asked = decision_row(told)["parts"][0]["question"]  # type: ignore[index]
+    assert (asked["approver"], asked["approver_issuer"]) == ("bob", "https://idp.example.org")
