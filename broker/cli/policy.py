@@ -52,7 +52,16 @@ DECISION = Shape(
     (Column("effect", "effect"), Column("rules", "rules"), Column("policy", "policy"), Column("message", "message")),
     name="effect",
 )
-ACTIONS = ("startTask", "startChild", "handOff", "resumeTask", "issueToken", "issueTransactionToken", "issueGrant")
+ACTIONS = (
+    "startTask",
+    "startChild",
+    "handOff",
+    "resumeTask",
+    "issueToken",
+    "issueTransactionToken",
+    "issueGrant",
+    "approve",
+)
 BUILT_IN = "built-in"
 _PEOPLE = frozenset({None, Format.TABLE, Format.WIDE})
 
@@ -79,7 +88,9 @@ def check(file: str) -> int:
         return EXIT_UNVERIFIED
     here.shown.one(CHECK, {"valid": True, "hash": found.hash, "rules": len(found.rules), "problems": []})
     if found.is_closed:
-        here.shown.talk("note: no rule permits anything, so this policy denies everything")
+        here.shown.talk("note: no rule permits an agent anything, so this policy denies everything")
+    if found.lacks_approver:
+        here.shown.talk('note: rules want a person\'s approval, and none permits Action::"approve" to anybody')
     here.shown.next(f"broker policy test CASES --policy {file}")
     return 0
 
@@ -162,15 +173,17 @@ def push(file: str | None, built_in: bool, expect: str) -> None:
 
 
 @COMMAND.command("explain")
-@option("--agent", required=True, type=SPIFFE_ID, help="Who acts.")
+@option("--agent", required=True, type=SPIFFE_ID, help="Who acts, or would once it is approved.")
 @option("--user", required=True, help="For whom, as tasks name the user.")
+@option("--approver", default="", metavar="USER", help="With --action approve: who would approve it.")
+@option("--approver-issuer", default="", metavar="URL", help="The approver's issuer. Default: the user's.")
 @option("--audience", required=True, metavar="URI", help="At which service.")
 @option("--action", required=True, type=click.Choice(ACTIONS), help="What is asked for.")
 @option("--do", "names", multiple=True, metavar="NAME", help="What it would do there, such as ticket.read. Repeatable.")
 @option("--identified", is_flag=True, help="Each of these is limited to one named thing.")
 @option("--issuer", default="", metavar="URL", help="The user's issuer. Default: the only one of the settings.")
-@option("--acr", default="", help="How the user logged in.")
-@option("--auth-age", type=click.IntRange(0), default=None, help="How many seconds ago the user logged in.")
+@option("--acr", default="", help="How the user (or the approver) logged in.")
+@option("--auth-age", type=click.IntRange(0), default=None, help="How many seconds ago that was.")
 @option("--hop", type=click.IntRange(0), default=0, help="How many agents stand above it.")
 @option(
     "--supervision", type=click.Choice(["attached", "lease", "none"]), default="attached", help="Default: attached."
@@ -203,7 +216,8 @@ def decision_lines(told: Any) -> Iterator[str]:
         yield f"task {told.task_id}  ({told.task_state})"
     for part in told.parts:
         asked = part.question
-        yield f"{asked.action}  {asked.agent}  for {asked.user}  at {asked.audience} ({asked.risk} risk)"
+        by = f" by {asked.approver}" if asked.approver else ""
+        yield f"{asked.action}{by}  {asked.agent}  for {asked.user}  at {asked.audience} ({asked.risk} risk)"
         width = max((len(one.id) for one in part.trace), default=0)
         yield from (f"  {one.effect:<6}  {one.id:<{width}}  {one.standing}" for one in part.trace)
         yield from (f"  error   {one}" for one in part.errors)
@@ -244,6 +258,8 @@ def _question_row(asked: Any) -> dict[str, object]:
     return {
         **{name: getattr(asked, name) for name in texts},
         "actions": list(asked.actions),
+        "approver": asked.approver or None,
+        "approver_issuer": asked.approver_issuer or None,
         "acr": asked.acr or None,
         "auth_age": asked.auth_age if asked.HasField("auth_age") else None,
     }

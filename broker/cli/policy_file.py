@@ -9,7 +9,7 @@ from broker.cli.inputs import read_file
 from broker.errors import BrokerError, Invalid
 from broker.server.tasks.config import Audience, Audiences
 from broker.server.tasks.policy import bundle as bundles
-from broker.server.tasks.policy.asked import Action, Asked
+from broker.server.tasks.policy.asked import Action, ApprovalAsked, Asked, Question
 from broker.server.tasks.policy.decision import Decision, Effect
 from broker.server.tasks.policy.rules import Rules
 from broker.spiffe import SpiffeId
@@ -18,7 +18,8 @@ from broker.tasks import Resource
 
 MAX_CASES: Final = 10_000
 BUILT_IN: Final = "built-in"
-_TEXTS: Final = frozenset({"action", "agent", "user", "issuer", "audience", "acr", "supervision", "risk"})
+_APPROVER: Final = frozenset({"approver", "approver_issuer"})
+_TEXTS: Final = _APPROVER | {"action", "agent", "user", "issuer", "audience", "acr", "supervision", "risk"}
 _NUMBERS: Final = frozenset({"hop", "auth_age"})
 _NEEDED: Final = frozenset({"action", "agent", "user", "issuer", "audience"})
 _MEMBERS: Final = _TEXTS | _NUMBERS | {"actions", "identified"}
@@ -29,7 +30,7 @@ class Case:
     """One question and what is expected: an effect, and exactly these rules where ``rules`` is not None."""
 
     name: str
-    asked: Asked
+    asked: Question
     effect: Effect
     rules: frozenset[str] | None
 
@@ -106,36 +107,48 @@ def _case(item: object, where: str, risks: Mapping[Resource, str]) -> Case:
     return Case(_text(told.get("name", where), where), asked, effect, rules)
 
 
-def _asked(told: Mapping[str, Any], where: str, risks: Mapping[Resource, str]) -> Asked:
+def _asked(told: Mapping[str, Any], where: str, risks: Mapping[Resource, str]) -> Question:
     missing = sorted(_NEEDED - told.keys())
     if missing:
         raise _wrong(f"{where}: ask has no {missing[0]}")
     texts = {name: _text(told[name], f"{where}: {name}") for name in _TEXTS & told.keys()}
-    numbers = {name: _number(told[name], f"{where}: {name}") for name in _NUMBERS & told.keys()}
     try:
         action = Action(texts["action"])
     except ValueError:
         raise _wrong(f"{where}: there is no action {texts['action']}") from None
+    facts = _facts(told, texts, where, risks)
+    if action is Action.APPROVE:
+        if "approver" not in texts:
+            raise _wrong(f"{where}: ask has no approver")
+        issuer = texts.get("approver_issuer", texts["issuer"])
+        return ApprovalAsked(approver=texts["approver"], approver_issuer=issuer, **facts)
+    if _APPROVER & told.keys():
+        raise _wrong(f"{where}: an approver is asked about with the action approve")
+    return Asked(action=action, **facts)
+
+
+def _facts(
+    told: Mapping[str, Any], texts: Mapping[str, str], where: str, risks: Mapping[Resource, str]
+) -> dict[str, Any]:
+    numbers = {name: _number(told[name], f"{where}: {name}") for name in _NUMBERS & told.keys()}
     audience = Resource(texts["audience"])
     identified = told.get("identified", False)
     if not isinstance(identified, bool):
         raise _wrong(f"{where}: identified is not true or false")
-    return Asked(
-        action=action,
-        agent=SpiffeId(texts["agent"]),
-        user=texts["user"],
-        issuer=texts["issuer"],
-        audience=audience,
-        risk=texts.get("risk", risks.get(audience, "high")),
-        actions=frozenset(
-            _text(one, f"{where}: actions") for one in _list(told.get("actions", []), f"{where}: actions")
-        ),
-        identified=identified,
-        acr=texts.get("acr"),
-        auth_age=numbers.get("auth_age"),
-        hop=numbers.get("hop", 0),
-        supervision=texts.get("supervision", "attached"),
-    )
+    names = _list(told.get("actions", []), f"{where}: actions")
+    return {
+        "agent": SpiffeId(texts["agent"]),
+        "user": texts["user"],
+        "issuer": texts["issuer"],
+        "audience": audience,
+        "risk": texts.get("risk", risks.get(audience, "high")),
+        "actions": frozenset(_text(one, f"{where}: actions") for one in names),
+        "identified": identified,
+        "acr": texts.get("acr"),
+        "auth_age": numbers.get("auth_age"),
+        "hop": numbers.get("hop", 0),
+        "supervision": texts.get("supervision", "attached"),
+    }
 
 
 def _object(value: object, where: str, names: frozenset[str] | set[str]) -> dict[str, Any]:

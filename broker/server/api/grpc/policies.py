@@ -1,7 +1,7 @@
 """``broker.server.v1.Policies``: the policy is shown, replaced and explained. Nothing here decides."""
 
 from collections.abc import Iterable, Sequence
-from typing import Final
+from typing import Any, Final
 
 from broker._proto.broker.server.v1 import policies_pb2
 from broker._proto.service import Context, ServiceBinding
@@ -13,7 +13,7 @@ from broker.server.store.policy_ports import PolicyRow
 from broker.server.tasks.config import Audiences
 from broker.server.tasks.decision import task_unknown
 from broker.server.tasks.policy import bundle as bundles
-from broker.server.tasks.policy.asked import Action, Asked
+from broker.server.tasks.policy.asked import Action, ApprovalAsked, Asked, Question
 from broker.server.tasks.policy.bundle import PolicyRefused, Rule
 from broker.server.tasks.policy.bundles import Bundles
 from broker.server.tasks.policy.explain import Explain, Explanation, Part
@@ -80,34 +80,42 @@ class Policies:
                 return _explanation(await self._explain.token(request.token))
         raise Invalid("neither a question nor a task nor a token is there to explain", code="invalid_question")
 
-    def _asked(self, told: policies_pb2.PolicyQuestion) -> Asked:
+    def _asked(self, told: policies_pb2.PolicyQuestion) -> Question:
         resource = Resource(told.audience)
         try:
             action = Action(told.action)
         except ValueError:
             known = ", ".join(one.value for one in Action)
             raise Invalid("there is no such action", code="invalid_question", hint=f"known are {known}") from None
+        issuer = told.issuer or self._only_issuer()
+        facts: dict[str, Any] = {
+            "agent": SpiffeId(told.agent),
+            "user": told.user,
+            "issuer": issuer,
+            "audience": resource,
+            "risk": self._risk(resource, told.risk),
+            "actions": frozenset(told.actions),
+            "identified": told.identified,
+            "acr": told.acr or None,
+            "auth_age": told.auth_age if told.HasField("auth_age") else None,
+            "hop": told.hop,
+            "supervision": told.supervision or "attached",
+        }
+        if action is Action.APPROVE:
+            return ApprovalAsked(approver=told.approver, approver_issuer=told.approver_issuer or issuer, **facts)
+        if told.approver or told.approver_issuer:
+            raise Invalid("an approver is asked about with the action approve", code="invalid_question")
+        return Asked(action=action, **facts)
+
+    def _risk(self, resource: Resource, told: str) -> str:
         registered = self._audiences.holding(resource)
-        if registered is not None and registered.resource == resource and told.risk not in ("", registered.risk):
+        if registered is not None and registered.resource == resource and told not in ("", registered.risk):
             raise Invalid(
                 f"that audience is registered with risk {registered.risk}",
                 code="invalid_question",
                 hint="leave risk out: it is the audience's own",
             )
-        return Asked(
-            action=action,
-            agent=SpiffeId(told.agent),
-            user=told.user,
-            issuer=told.issuer or self._only_issuer(),
-            audience=resource,
-            risk=told.risk or (registered.risk if registered is not None else "high"),
-            actions=frozenset(told.actions),
-            identified=told.identified,
-            acr=told.acr or None,
-            auth_age=told.auth_age if told.HasField("auth_age") else None,
-            hop=told.hop,
-            supervision=told.supervision or "attached",
-        )
+        return told or (registered.risk if registered is not None else "high")
 
     def _only_issuer(self) -> str:
         if len(self._issuers) == 1:
@@ -177,7 +185,7 @@ def _part(part: Part) -> policies_pb2.ExplainedQuestion:
     )
 
 
-def _question(asked: Asked) -> policies_pb2.PolicyQuestion:
+def _question(asked: Question) -> policies_pb2.PolicyQuestion:
     return policies_pb2.PolicyQuestion(
         action=asked.action.value,
         agent=str(asked.agent),
@@ -191,4 +199,6 @@ def _question(asked: Asked) -> policies_pb2.PolicyQuestion:
         hop=asked.hop,
         supervision=asked.supervision,
         risk=asked.risk,
+        approver=asked.approver if isinstance(asked, ApprovalAsked) else "",
+        approver_issuer=asked.approver_issuer if isinstance(asked, ApprovalAsked) else "",
     )

@@ -1,25 +1,21 @@
 """Which rules are accepted at all: a bundle is read, validated against the schema and linted before it decides anything.
 
-A bundle that does not validate is refused whole, with every problem that was found. What the lints refuse would not do what it
-seems to: a rule without a name, a literal that can match nothing (a forbid that never applies lets everything through), a rule that
-looks at the agents behind the present one (RFC 8693 §4.1: they are information, never a reason). Pure, but for the engine's parser.
+A bundle that does not validate is refused whole, with every problem that was found. Pure, but for the engine's parser.
 """
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib import resources
 from typing import Any, Final
 
-from broker.errors import BrokerError, Invalid
+from broker.errors import Invalid
 from broker.server.tasks.policy import cedar
 from broker.server.tasks.policy.asked import Action
-from broker.spiffe import SpiffeId
+from broker.server.tasks.policy.lints import APPROVAL, Problem, attributes_of, lints, named_actions, names_approving
 from broker.spiffe.jose import b64url_encode
-from broker.tasks import Resource
-from broker.tasks.texts import NAME, check_issuer, check_name
 
 MAX_BYTES: Final = 64 * 1024
 """Largest bundle, in bytes of UTF-8: it travels whole in one change of the log, and is a few hundred rules."""
@@ -29,29 +25,13 @@ MAX_RULE: Final = 4_096
 """Longest rule, in characters, with the comment before it."""
 MAX_NESTING: Final = 32
 """Deepest brackets. The engine's parser recurses without a bound of its own: a thousand end the process."""
-MAX_ADVICE: Final = 300
-"""Longest advice, in characters: it is shown to whoever is refused."""
 MAX_PROBLEMS: Final = 50
 """Most problems told of one bundle."""
 
-_ACTOR_CHAIN: Final = frozenset({"act", "actor", "actors", "act_chain", "chain", "ancestors", "parent", "root"})
-"""Names under which a rule would look for the agents behind the present one (attack AC08)."""
 # Strings and comments whole, so that a bracket in them is none; then brackets and ends of rules; then anything else.
 _TOKEN: Final = re.compile(r'"(?:[^"\\]|\\.)*"|//[^\n]*|[()\[\]{};]|[^"/()\[\]{};]+|.', re.DOTALL)
 # a.b.c…: the engine needs minutes for a thousand of them; the schema has two at most.
 _CHAIN: Final = re.compile(r"(?:\.\s*\w+\s*){9}")
-_ANNOTATIONS: Final = frozenset({"id", "advice", "requires"})
-_APPROVAL: Final = "approval"
-_ACTIONS: Final = {"left": {"Var": "context"}, "attr": "actions"}
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """Why a bundle is refused: which rule (its id, or its place, or empty), a stable code, and a sentence."""
-
-    rule: str
-    code: str
-    message: str
 
 
 class PolicyRefused(Invalid):
@@ -87,7 +67,7 @@ class Bundle:
     """Rules that were accepted. ``rules`` stand in the order of the text, which is how the engine numbers them.
 
     ``hash`` is of the text's bytes; ``lifted`` are the rules without those that a person's approval lifts, None where there
-    are none.
+    are none. ``approving`` are those that say who approves, None where none permits it to anybody.
     """
 
     text: str = field(repr=False)
@@ -96,6 +76,7 @@ class Bundle:
     parsed: cedar.Parsed = field(repr=False, compare=False)
     engine: cedar.Engine = field(repr=False, compare=False)
     lifted: "Bundle | None" = field(default=None, repr=False, compare=False)
+    approving: "Bundle | None" = field(default=None, repr=False, compare=False)
 
     reads: Mapping[Action, frozenset[str]] = field(init=False, repr=False, compare=False)
     """The attributes that a rule about an action looks at: what none reads cannot change the answer."""
@@ -108,10 +89,19 @@ class Bundle:
         }
         object.__setattr__(self, "reads", reads)
 
+    def judging(self, action: Action) -> "Bundle | None":
+        """Give the rules that judge an action: all, or those that say who approves. None: nothing permits it."""
+        return self.approving if action is Action.APPROVE else self
+
     @property
     def is_closed(self) -> bool:
-        """Tell whether nothing is permitted at all."""
-        return not any(rule.permits for rule in self.rules)
+        """Tell whether no agent is permitted anything."""
+        return not any(rule.permits and rule.actions != {Action.APPROVE} for rule in self.rules)
+
+    @property
+    def lacks_approver(self) -> bool:
+        """Tell whether rules want a person's approval that nobody may give."""
+        return self.lifted is not None and self.approving is None
 
 
 def hash_of(text: str) -> str:
@@ -155,7 +145,7 @@ def _read(text: str) -> Bundle:
     if len(parsed.rules) > MAX_RULES:
         raise PolicyRefused([Problem("", "policy_too_large", f"the policy has more than {MAX_RULES} rules")])
     names = [_name(rule, number) for number, rule in enumerate(parsed.rules)]
-    problems = [*_lints(parsed.rules, names), *_invalid(text, names)]
+    problems = [*lints(parsed.rules, names), *_invalid(text, parsed.rules, names)]
     if problems:
         raise PolicyRefused(problems[:MAX_PROBLEMS])
     return _bundle(text, parsed)
@@ -185,11 +175,21 @@ def _too_deep() -> PolicyRefused:
 
 def _bundle(text: str, parsed: cedar.Parsed) -> Bundle:
     rules = tuple(map(_rule, parsed.rules))
-    kept = [number for number, rule in enumerate(rules) if not rule.by_approval]
-    lifted = None
-    if len(kept) < len(rules):
-        lifted = Bundle(text, hash_of(text), tuple(rules[number] for number in kept), parsed, parsed.only(kept))
-    return Bundle(text, hash_of(text), rules, parsed, parsed.only(range(len(rules))), lifted)
+    hash_ = hash_of(text)
+
+    def only(numbers: Iterable[int]) -> Bundle:
+        # The engine numbers them from 0 again, and so do their rules.
+        kept = tuple(numbers)
+        return Bundle(text, hash_, tuple(rules[number] for number in kept), parsed, parsed.only(kept))
+
+    numbers = range(len(rules))
+    lifted = [number for number in numbers if not rules[number].by_approval]
+    approving = [number for number in numbers if Action.APPROVE in rules[number].actions]
+    return replace(
+        only(numbers),
+        lifted=only(lifted) if len(lifted) < len(rules) else None,
+        approving=only(approving) if any(rules[number].permits for number in approving) else None,
+    )
 
 
 def _rule(rule: Mapping[str, Any]) -> Rule:
@@ -198,123 +198,30 @@ def _rule(rule: Mapping[str, Any]) -> Rule:
         annotations["id"],
         rule["effect"] == "permit",
         annotations.get("advice") or "",
-        annotations.get("requires") == _APPROVAL,
-        _actions(rule["action"]),
-        frozenset(_attributes(rule)),
+        annotations.get("requires") == APPROVAL,
+        _actions(rule, annotations),
+        frozenset(attributes_of(rule)),
     )
+
+
+def _actions(rule: Mapping[str, Any], annotations: Mapping[str, Any]) -> frozenset[Action]:
+    """Give the actions that a rule is about.
+
+    Approving is special: a permit is about it only where its scope says so, so that one of every action makes nobody an approver;
+    and no forbid that approval lifts stands against approving.
+    """
+    named = named_actions(rule)
+    found = {action for action in Action if not named or action.value in named or action.group in named}
+    if not names_approving(rule) and (rule["effect"] == "permit" or "requires" in annotations):
+        found.discard(Action.APPROVE)
+    return frozenset(found)
 
 
 def _name(rule: Mapping[str, Any], number: int) -> str:
     return rule.get("annotations", {}).get("id") or f"rule {number + 1}"
 
 
-def _invalid(text: str, names: Sequence[str]) -> Iterator[Problem]:
-    for number, message in cedar.validate(text):
+def _invalid(text: str, rules: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Iterator[Problem]:
+    of_agents = {number for number, rule in enumerate(rules) if not names_approving(rule)}
+    for number, message in cedar.validate(text, of_agents):
         yield Problem("" if number is None else names[number], "policy_invalid", message)
-
-
-def _lints(rules: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Iterator[Problem]:
-    for number, (rule, name) in enumerate(zip(rules, names, strict=True)):
-        annotations = rule.get("annotations", {})
-        if not annotations.get("id"):
-            yield Problem(name, "policy_unnamed", 'it has no @id("…"): a decision names the rule that made it')
-        elif NAME.fullmatch(name) is None:
-            yield Problem(name, "policy_unnamed", "its @id is not printable ASCII")
-        elif name in names[:number]:
-            yield Problem(name, "policy_name_twice", "another rule has the same @id")
-        yield from _annotation_lints(rule, annotations, name)
-        for attribute in sorted(_ACTOR_CHAIN & set(_attributes(rule))):
-            yield Problem(
-                name, "policy_reads_act", f"it reads {attribute}: only the present actor decides, never those behind it"
-            )
-        if any(_compares_actions(node) for node in _nodes(rule.get("conditions", []))):
-            yield Problem(
-                name,
-                "policy_literal",
-                "it compares context.actions as a whole: ask what it contains, or what contains it",
-            )
-        yield from _literal_lints(rule, name)
-
-
-def _annotation_lints(rule: Mapping[str, Any], annotations: Mapping[str, Any], name: str) -> Iterator[Problem]:
-    for unknown in sorted(annotations.keys() - _ANNOTATIONS):
-        yield Problem(name, "policy_annotation", f"@{unknown} is not known here: known are @id, @advice and @requires")
-    advice = annotations.get("advice") or ""
-    if len(advice) > MAX_ADVICE or not advice.isprintable():
-        yield Problem(name, "policy_annotation", f"its @advice is not printable text of {MAX_ADVICE} characters")
-    if "requires" in annotations and (annotations["requires"] != _APPROVAL or rule["effect"] != "forbid"):
-        yield Problem(name, "policy_annotation", '@requires("approval") is all that can be required, and by a forbid')
-
-
-def _literal_lints(rule: Mapping[str, Any], name: str) -> Iterator[Problem]:
-    for kind, text in _entities(rule):
-        canonical = _CANONICAL.get(kind)
-        if canonical is None:
-            continue
-        try:
-            found = canonical(text)
-        except BrokerError as error:
-            yield Problem(name, "policy_literal", f'{kind}::"{text}" can match nothing: {error.message}')
-            continue
-        if found != text:
-            yield Problem(name, "policy_literal", f'{kind}::"{text}" can match nothing: write {kind}::"{found}"')
-
-
-def _user(text: str) -> str:
-    check_name(text, "user")
-    return text
-
-
-def _issuer(text: str) -> str:
-    check_issuer(text, "issuer")
-    return text
-
-
-_CANONICAL: Final[Mapping[str, Callable[[str], str]]] = {
-    "Agent": lambda text: str(SpiffeId(text)),
-    "AgentPath": lambda text: str(SpiffeId(text)),
-    "Audience": lambda text: Resource(text).text,
-    # A place holds what lies below it, with a slash at its end or without: there is one way to write it.
-    "Location": lambda text: Resource(text.rstrip("/")).text,
-    "User": _user,
-    "Issuer": _issuer,
-}
-"""How each kind of literal is written; other kinds are closed lists of the schema."""
-
-
-# ---- walking through a rule as the engine writes it in JSON
-
-
-def _nodes(value: object) -> Iterator[Mapping[str, Any]]:
-    if isinstance(value, Mapping):
-        yield value
-        for member in value.values():
-            yield from _nodes(member)
-    elif isinstance(value, list):
-        for member in value:
-            yield from _nodes(member)
-
-
-def _compares_actions(node: Mapping[str, Any]) -> bool:
-    sides = node.get("==") or node.get("!=")
-    if not isinstance(sides, Mapping):
-        return False
-    # A family stands for names that are not in the set: only asking for members, or for a bound, keeps its meaning.
-    return any(isinstance(side, Mapping) and side.get(".") == _ACTIONS for side in sides.values())
-
-
-def _attributes(rule: Mapping[str, Any]) -> Iterator[str]:
-    return (node["attr"] for node in _nodes(rule.get("conditions", [])) if isinstance(node.get("attr"), str))
-
-
-def _entities(rule: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for node in _nodes(rule):
-        if isinstance(node.get("type"), str) and isinstance(node.get("id"), str):
-            yield node["type"], node["id"]
-
-
-def _actions(scope: Mapping[str, Any]) -> frozenset[Action]:
-    if scope["op"] == "All":
-        return frozenset(Action)
-    named = {one["id"] for one in scope.get("entities", [scope.get("entity")]) if one is not None}
-    return frozenset(action for action in Action if action.value in named or action.group in named)

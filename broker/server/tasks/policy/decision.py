@@ -64,7 +64,7 @@ class Decision:
         if self.advice:
             return "; ".join(self.advice)
         if self.effect is Effect.APPROVAL:
-            return "approvals are not built yet: until then this is refused"
+            return "a person has to approve it: broker approval list shows what waits"
         if self.errors:
             return "an operator sees the error with broker policy explain"
         return "broker policy explain says which rules were asked"

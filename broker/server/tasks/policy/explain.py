@@ -8,7 +8,7 @@ from broker.clock import Clock
 from broker.server.store.ports import Reader, Store
 from broker.server.tasks.approved import judge_token
 from broker.server.tasks.decision import task_unknown
-from broker.server.tasks.policy.asked import Asked
+from broker.server.tasks.policy.asked import Question
 from broker.server.tasks.policy.bundle import Rule
 from broker.server.tasks.policy.decision import Decision
 from broker.server.tasks.policy.rules import Rules
@@ -20,7 +20,7 @@ from broker.tasks.task import effective_state
 class Part:
     """One question with its answer, and how each rule stands to it: ``applies``, ``does not apply`` or ``error``."""
 
-    asked: Asked
+    asked: Question
     decision: Decision
     trace: Sequence[tuple[Rule, str]]
 
@@ -52,7 +52,7 @@ class Explain:
         self._clock = clock
         self._tokens = tokens
 
-    def question(self, asked: Asked) -> Explanation:
+    def question(self, asked: Question) -> Explanation:
         """Explain one question."""
         part = self._part(asked)
         return Explanation(part.decision, (part,))
@@ -78,11 +78,11 @@ class Explain:
         asked = [*self._rules.to_begin(task), *self._rules.to_issue(task, claims.aud, authority, now)]
         return self._about(task, decision, asked)
 
-    def _about(self, task: Task, decision: Decision, asked: Sequence[Asked]) -> Explanation:
+    def _about(self, task: Task, decision: Decision, asked: Sequence[Question]) -> Explanation:
         state = effective_state(task, self._clock.now()).value
         return Explanation(decision, [self._part(one) for one in asked], task.id, state)
 
-    def _part(self, asked: Asked) -> Part:
+    def _part(self, asked: Question) -> Part:
         return Part(asked, self._rules.judge(asked), tuple(self._rules.trace(asked)))
 
 

@@ -2,7 +2,8 @@
 
 Answers are kept under the whole question, so that the same question of the same bundle is evaluated once. That is exact: rules know
 no clock, and the one number that moves (the age of a login) is part of the question wherever a rule looks at it. A new bundle brings
-an empty memory. Asked from any thread; each answer comes from one bundle, whatever replaces it meanwhile.
+an empty memory. Asked from any thread; each answer comes from one bundle, whatever replaces it meanwhile. Who may approve is asked
+seldom, and not kept.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,7 +12,7 @@ from datetime import datetime
 from typing import Final
 
 from broker.server.tasks.config import Audience, Audiences
-from broker.server.tasks.policy.asked import Action, Asked, about, age_of_login
+from broker.server.tasks.policy.asked import Action, ApprovalAsked, Asked, Question, about, about_approval, age_of_login
 from broker.server.tasks.policy.bundle import Bundle, Rule, built_in
 from broker.server.tasks.policy.decision import Decision, Effect, all_of
 from broker.tasks import Authority, Resource, Task
@@ -82,11 +83,33 @@ class Rules:
             return begun
         return self._remembered(task, action, authority, resource, age_of_login(task, now))
 
-    def judge(self, asked: Asked) -> Decision:
+    def may_approve(
+        self,
+        task: Task,
+        resource: Resource | None,
+        authority: Authority,
+        *,
+        approver: str,
+        approver_issuer: str,
+        acr: str | None,
+        auth_age: int | None,
+    ) -> Decision:
+        """Judge that a person approves what a task wants, at every audience concerned, or at ``resource`` alone.
+
+        ``acr`` and ``auth_age`` (whole seconds) are of the approver's sign-in. Allowed or denied, never a third: only rules that
+        name approving permit it. That nobody approves for himself is for the caller to see to. Raises Invalid.
+        """
+        in_force = self._in_force
+        asked = self.to_approve(
+            task, resource, authority, approver=approver, approver_issuer=approver_issuer, acr=acr, auth_age=auth_age
+        )
+        return all_of((self._judge(in_force, one) for one in asked), bundle=in_force.hash)
+
+    def judge(self, asked: Question) -> Decision:
         """Answer one question, by the code that decides."""
         return self._judge(self._in_force, asked)
 
-    def trace(self, asked: Asked) -> Iterable[tuple[Rule, str]]:
+    def trace(self, asked: Question) -> Iterable[tuple[Rule, str]]:
         """Say of each rule how it stands to a question: ``applies``, ``does not apply`` or ``error``."""
         bundle = self._in_force.bundle
         if bundle is not None:
@@ -101,6 +124,25 @@ class Rules:
     def to_issue(self, task: Task, resource: Resource, authority: Authority, now: datetime) -> list[Asked]:
         """Give the questions that :meth:`may_issue` asks besides, for whoever explains them."""
         return self._questions(task, Action.ISSUE, authority, resource, age_of_login(task, now))
+
+    def to_approve(
+        self,
+        task: Task,
+        resource: Resource | None,
+        authority: Authority,
+        *,
+        approver: str,
+        approver_issuer: str,
+        acr: str | None,
+        auth_age: int | None,
+    ) -> list[ApprovalAsked]:
+        """Give the questions that :meth:`may_approve` asks, for whoever explains them; raises Invalid."""
+        return [
+            about_approval(
+                task, audience, names, approver=approver, approver_issuer=approver_issuer, acr=acr, auth_age=auth_age
+            )
+            for audience, names in self._concerned(authority, resource)
+        ]
 
     def _remembered(
         self, task: Task, action: Action, authority: Authority, resource: Resource | None, age: int | None
@@ -128,6 +170,13 @@ class Rules:
     def _questions(
         self, task: Task, action: Action, authority: Authority, resource: Resource | None, age: int | None
     ) -> list[Asked]:
+        concerned = self._concerned(authority, resource)
+        return [about(task, audience, action, names, age) for audience, names in concerned]
+
+    def _concerned(
+        self, authority: Authority, resource: Resource | None
+    ) -> Iterable[tuple[Audience, list[tuple[str, bool]]]]:
+        """Give the registered audiences that an authority concerns, each with its action names and whether each names one thing."""
         found: dict[Resource, tuple[Audience, list[tuple[str, bool]]]] = {}
         for detail in authority.details if resource is None else authority.for_resource(resource).details:
             for location in detail.locations if resource is None else (resource,):
@@ -135,13 +184,14 @@ class Rules:
                 if audience is not None:
                     _, names = found.setdefault(audience.resource, (audience, []))
                     names += ((name, detail.identifier is not None) for name in detail.actions)
-        return [about(task, audience, action, names, age) for audience, names in found.values()]
+        return found.values()
 
-    def _judge(self, in_force: _InForce, asked: Asked | None) -> Decision:
+    def _judge(self, in_force: _InForce, asked: Question | None) -> Decision:
         bundle = in_force.bundle
         if bundle is None or asked is None:
             return Decision(Effect.DENY, in_force.hash, errors=(in_force.trouble or "there is nothing to judge",))
-        decision = _decide(bundle, asked)
+        judging = bundle.judging(asked.action)
+        decision = Decision(Effect.DENY, bundle.hash) if judging is None else _decide(judging, asked)
         if decision.errors:
             # An alarm: such an error means that the schema and the questions do not fit each other.
             log.error("policy_error", policy=bundle.hash, action=asked.action.value, errors=list(decision.errors[:3]))
@@ -150,7 +200,7 @@ class Rules:
         return decision
 
 
-def _decide(bundle: Bundle, asked: Asked) -> Decision:
+def _decide(bundle: Bundle, asked: Question) -> Decision:
     verdict = bundle.engine.ask(asked, bundle.reads[asked.action])
     rules = [bundle.rules[number] for number in verdict.rules]
     decision = Decision(
@@ -167,7 +217,9 @@ def _decide(bundle: Bundle, asked: Asked) -> Decision:
     return Decision(Effect.APPROVAL, bundle.hash, decision.rules, decision.advice) if without.is_allowed else without
 
 
-def _standing(bundle: Bundle, number: int, asked: Asked) -> str:
+def _standing(bundle: Bundle, number: int, asked: Question) -> str:
+    if asked.action not in bundle.rules[number].actions:
+        return "does not apply"
     verdict = bundle.parsed.only([number]).ask(asked, bundle.reads[asked.action])
     if verdict.errors:
         return "error"

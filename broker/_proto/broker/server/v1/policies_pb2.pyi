@@ -57,7 +57,7 @@ class PushPolicyRequest(_message.Message):
     def __init__(self, text: _Optional[str] = ..., expected_hash: _Optional[str] = ..., check_only: _Optional[bool] = ...) -> None: ...
 
 class PolicyQuestion(_message.Message):
-    __slots__ = ("action", "agent", "user", "issuer", "audience", "actions", "identified", "acr", "auth_age", "hop", "supervision", "risk")
+    __slots__ = ("action", "agent", "user", "issuer", "audience", "actions", "identified", "acr", "auth_age", "hop", "supervision", "risk", "approver", "approver_issuer")
     ACTION_FIELD_NUMBER: _ClassVar[int]
     AGENT_FIELD_NUMBER: _ClassVar[int]
     USER_FIELD_NUMBER: _ClassVar[int]
@@ -70,6 +70,8 @@ class PolicyQuestion(_message.Message):
     HOP_FIELD_NUMBER: _ClassVar[int]
     SUPERVISION_FIELD_NUMBER: _ClassVar[int]
     RISK_FIELD_NUMBER: _ClassVar[int]
+    APPROVER_FIELD_NUMBER: _ClassVar[int]
+    APPROVER_ISSUER_FIELD_NUMBER: _ClassVar[int]
     action: str
     agent: str
     user: str
@@ -82,7 +84,9 @@ class PolicyQuestion(_message.Message):
     hop: int
     supervision: str
     risk: str
-    def __init__(self, action: _Optional[str] = ..., agent: _Optional[str] = ..., user: _Optional[str] = ..., issuer: _Optional[str] = ..., audience: _Optional[str] = ..., actions: _Optional[_Iterable[str]] = ..., identified: _Optional[bool] = ..., acr: _Optional[str] = ..., auth_age: _Optional[int] = ..., hop: _Optional[int] = ..., supervision: _Optional[str] = ..., risk: _Optional[str] = ...) -> None: ...
+    approver: str
+    approver_issuer: str
+    def __init__(self, action: _Optional[str] = ..., agent: _Optional[str] = ..., user: _Optional[str] = ..., issuer: _Optional[str] = ..., audience: _Optional[str] = ..., actions: _Optional[_Iterable[str]] = ..., identified: _Optional[bool] = ..., acr: _Optional[str] = ..., auth_age: _Optional[int] = ..., hop: _Optional[int] = ..., supervision: _Optional[str] = ..., risk: _Optional[str] = ..., approver: _Optional[str] = ..., approver_issuer: _Optional[str] = ...) -> None: ...
 
 class ExplainDecisionRequest(_message.Message):
     __slots__ = ("question", "task_id", "token")

@@ -167,5 +167,5 @@ def test_every_problem_is_told() -> None:
         ("rule 1", "policy_unnamed"),
         ("c", "policy_annotation"),
         ("c", "policy_literal"),
-        *[("b", "policy_invalid")] * 7,
+        *[("b", "policy_invalid")] * len(Action),
     ]

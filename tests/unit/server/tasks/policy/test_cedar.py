@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from broker.server.tasks.config import Audiences
 from broker.server.tasks.policy import bundle as bundles
-from broker.server.tasks.policy import cedar
+from broker.server.tasks.policy import cedar, facts
 from broker.server.tasks.policy.asked import Action, Asked, families_of, paths_above, places_above
 from broker.server.tasks.policy.decision import Effect
 from broker.server.tasks.policy.rules import Rules
@@ -18,7 +18,7 @@ from broker.spiffe import SpiffeId
 from broker.tasks import Resource
 from tests.unit.server.tasks.policy.small_evaluator import cedar_text, evaluate, made_rules, policies, questions
 
-EVERYTHING = frozenset({"user", "actions", "families", "identified", "acr", "auth_age", "hop", "supervision"})
+EVERYTHING = frozenset({"user", "agent", "actions", "families", "identified", "acr", "auth_age", "hop", "supervision"})
 ASKED = Asked(
     action=Action.START,
     agent=SpiffeId("spiffe://example.org/agent/triage"),
@@ -57,12 +57,13 @@ def test_another_forbid_never_allows_more(rules, forbid, asked) -> None:
 @given(questions)
 def test_every_question_is_one_that_the_schema_knows(asked) -> None:
     schema = cedarpy.Schema.from_str(cedar.schema_text())
-    entities = cedarpy.Entities.from_json_str(json.dumps(list(cedar.entities_of(asked))), schema)
+    entities = cedarpy.Entities.from_json_str(json.dumps(list(facts.entities_of(asked))), schema)
+    kind, name = asked.principal
     request = {
-        "principal": {"type": "Agent", "id": str(asked.agent)},
+        "principal": {"type": kind, "id": name},
         "action": {"type": "Action", "id": asked.action.value},
         "resource": {"type": "Audience", "id": asked.audience.text},
-        "context": json.dumps(cedar.circumstances(asked, EVERYTHING, frozenset())),
+        "context": json.dumps(facts.circumstances(asked, EVERYTHING, frozenset())),
     }
     answer = cedarpy.is_authorized(request, "permit(principal, action, resource);", entities, schema=schema)
     assert answer.allowed, answer.diagnostics.errors
