@@ -16,6 +16,7 @@ from broker.cli.output import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, Format, re
 
 NOUNS: Final[Mapping[str, tuple[str, str]]] = {
     "agent": ("broker.cli.agent", "The node agent: one here, and all that the server knows."),
+    "approval": ("broker.cli.approval", "What waits for a person's yes, and what became of it."),
     "authority": ("broker.cli.authority", "The keys that sign: seen, and rotated by hand."),
     "bundle": ("broker.cli.bundle", "Trust bundles: the own, and those of other trust domains."),
     "completion": ("broker.cli.completion", "Completion of nouns, verbs and options in a shell."),

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from broker.client.approvals import Approvals
     from broker.client.authorities import Authorities
     from broker.client.bundles import Bundles
     from broker.client.calls import Caller
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from broker.client.tasks import Tasks
 
 __all__ = [
+    "Approvals",
     "Authorities",
     "Bundles",
     "Caller",
@@ -40,6 +42,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "Approvals": "approvals",
     "Authorities": "authorities",
     "Bundles": "bundles",
     "Caller": "calls",

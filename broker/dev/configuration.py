@@ -28,6 +28,8 @@ class Plan:
     tasks: Mapping[str, str] = field(default_factory=dict)
     delegation_clients: Sequence[str] = ()
     """Whose user tokens make standing delegations: none, since here users' own application and agents get the same ones."""
+    approval_clients: Sequence[str] = ()
+    """Whose user tokens decide approvals: none, for the same reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,7 @@ def server_toml(layout: Layout, ports: Ports, plan: Plan) -> str:
         f"audiences = [{_text(AUDIENCE)}]",
         f"ca_path = {_text(layout.issuer / 'ca.pem')}",
         f"delegation_clients = {json.dumps([*plan.delegation_clients])}",
+        f"approval_clients = {json.dumps([*plan.approval_clients])}",
     ]
     for audience in plan.audiences:
         lines += ["", "[[server.audiences]]", f"resource = {_text(audience)}", 'risk = "high"']

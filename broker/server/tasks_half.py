@@ -9,6 +9,7 @@ from typing import Any, Final
 from broker._proto.service import ServiceBinding
 from broker.clock import Clock
 from broker.errors import BrokerError
+from broker.server.api.grpc import approvals as approvals_api
 from broker.server.api.grpc import delegations as delegations_api
 from broker.server.api.grpc import feed as feed_api
 from broker.server.api.grpc import policies as policies_api
@@ -108,6 +109,7 @@ class TasksHalf:
             (feed_api.BINDING, feed_api.Feed(self.feed, self.trust_domain)),
             (policies_api.BINDING, self.policies),
             (delegations_api.BINDING, delegations_api.Delegations(self.ends.delegations, self.clock)),
+            (approvals_api.BINDING, approvals_api.Approvals(self.ends.approvals, self.clock)),
             (delegations_api.STOPS, delegations_api.Stops(self.ends.users)),
             (sessions_api.BINDING, sessions_api.Sessions(self.sessions, self.supervisor.agent_lease)),
         )

@@ -167,14 +167,15 @@ def test_at_the_exchange(house: House) -> None:
     [
         ("/tasks", b'{"purpose": "x", "subject_token": "x", "authorization_details": [{"type": '),
         ("/delegations", b""),
+        ("/approvals/apr_1/approve", b""),
     ],
-    ids=["authorization details within a task", "a delegation"],
+    ids=["authorization details within a task", "a delegation", "a person's yes"],
 )
 def test_as_a_body_of_ours(house: House, path: str, within: bytes) -> None:
     # JSON that is none is said to be none; any other makes no sense here, and that is what is said of it.
     leaf = house.replica.leaf(ONE)
     headers = {"content-type": "application/json"}
-    if path == "/delegations":
+    if path != "/tasks":
         headers["authorization"] = "Bearer x"  # a user's own
     with closing(house.https(TlsIdentity((leaf.der,), leaf.key))) as connection:
         for name, text in {**TEXTS, "deep": DEEP[:30_000] + DEEP[-30_000:]}.items():

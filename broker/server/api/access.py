@@ -116,6 +116,10 @@ METHODS: Final[Mapping[str, frozenset[Role]]] = {
         "broker.server.v1.Delegations", _OPERATORS,
         "CreateDelegation", "GetDelegation", "ListDelegations", "RevokeDelegation",
     ),
+    **_lines(
+        "broker.server.v1.Approvals", _OPERATORS,
+        "ListApprovals", "GetApproval", "ApproveApproval", "DenyApproval", "WithdrawApproval",
+    ),
     **_lines("broker.server.v1.Stops", _OPERATORS, "StopTasks", "DisableUser", "EnableUser"),
     **_lines("broker.server.v1.Feed", _LISTENERS, "Subscribe", "FindLeaf"),
     **_lines("spire.api.server.debug.v1.Debug", _LOCAL, "GetInfo"),

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from broker.server.api.http import delegations, errors, lease, signals, task_life, tasks
+from broker.server.api.http import approvals, delegations, errors, lease, signals, task_life, tasks
 from broker.server.api.http.discovery import Discovery
 from broker.server.api.http.introspect import introspect
 from broker.server.api.http.keys import keys
@@ -70,6 +70,13 @@ def _task_routes(services: HttpServices) -> Sequence[Route]:
         Route(f"{below}/delegations", errors.bearer(bound(delegations.list_own)), methods=["GET"]),
         Route(f"{below}/delegations/{{delegation_id}}", errors.bearer(bound(delegations.show)), methods=["GET"]),
         Route(f"{below}/delegations/{{delegation_id}}", errors.bearer(bound(delegations.withdraw)), methods=["DELETE"]),
+        Route(f"{below}/approvals", errors.bearer(bound(approvals.waiting)), methods=["GET"]),
+        Route(f"{below}/approvals/{{approval_id}}", errors.bearer(bound(approvals.show)), methods=["GET"]),
+        Route(f"{below}/approvals/{{approval_id}}/approve", errors.bearer(bound(approvals.approve)), methods=["POST"]),
+        Route(f"{below}/approvals/{{approval_id}}/deny", errors.bearer(bound(approvals.deny)), methods=["POST"]),
+        Route(
+            f"{below}/approvals/{{approval_id}}/withdraw", errors.bearer(bound(approvals.withdraw)), methods=["POST"]
+        ),
         Route(f"{below}/backchannel-logout", errors.oauth(bound(signals.logout)), methods=["POST"]),
         Route(f"{below}/ssf/events", errors.plain(bound(signals.event)), methods=["POST"]),
         Route(f"{below}/tasks/{{task_id}}/lease", errors.plain(bound(lease.renew)), methods=["PUT"]),

@@ -9,7 +9,7 @@ from typing import Final
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from broker.server.api.http import introspect, revoke, shapes, token
+from broker.server.api.http import approvals, introspect, revoke, shapes, token
 from broker.server.api.http.description import Answer, Operation, Vocabulary, described
 from broker.server.api.http.services import HttpServices
 from broker.spiffe.strictjson import JsonValue
@@ -34,7 +34,7 @@ def issuer_offers(services: HttpServices) -> Mapping[str, JsonValue]:
     }
 
 
-PARTS: Final[tuple[Part, ...]] = (issuer_offers, token.offered, introspect.offered, revoke.offered)
+PARTS: Final[tuple[Part, ...]] = (issuer_offers, token.offered, introspect.offered, revoke.offered, approvals.offered)
 """Who says what. Another endpoint, or another way to authenticate, adds its function here."""
 
 

@@ -17,7 +17,11 @@ FORM: Final = "application/x-www-form-urlencoded"
 
 SCHEMES: Final[Mapping[str, Mapping[str, str]]] = {
     "svid": {"type": "mutualTLS", "description": "an X.509-SVID of this trust domain (RFC 8705 §2)"},
-    "user": {"type": "http", "scheme": "bearer", "description": "a user's token of a client that makes delegations"},
+    "user": {
+        "type": "http",
+        "scheme": "bearer",
+        "description": "a user's token, of a client that makes delegations or through which people decide approvals",
+    },
     "transmitter": {
         "type": "http",
         "scheme": "bearer",

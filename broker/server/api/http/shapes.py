@@ -6,7 +6,9 @@ Additive only: a member is added, none is taken away.
 from collections.abc import Mapping
 from typing import Any, Final
 
+from broker.server.tasks.approvals import MAX_USE_WITHIN
 from broker.server.tasks.assertion_requests import TRANSACTION
+from broker.tasks.approval import ApprovalState
 from broker.tasks.grants import GrantFormat
 from broker.tasks.task import State, Supervision
 
@@ -41,6 +43,10 @@ TASK: Final = ref("Task")
 DELEGATION: Final = ref("Delegation")
 DELEGATIONS: Final = ref("Delegations")
 NEW_DELEGATION: Final = ref("NewDelegation")
+APPROVAL: Final = ref("Approval")
+APPROVALS: Final = ref("Approvals")
+APPROVING: Final = ref("Approving")
+SAYING: Final = ref("Saying")
 TASKS: Final = _object({"tasks": {"type": "array", "items": TASK}}, {"next_page_token": _TEXT})
 DOCUMENT: Final = {"type": "object", "required": ["openapi", "info", "paths"], "additionalProperties": True}
 
@@ -133,6 +139,7 @@ COMPONENTS: Final[Mapping[str, Any]] = {
             "requested_token_types_supported": _TEXTS,
             "revocation_end_values_supported": _TEXTS,
             "tasks_endpoint": _URI,
+            "approvals_endpoint": _URI,
             "openapi_uri": _URI,
             "task_policy": _TEXT,
         },
@@ -210,6 +217,36 @@ COMPONENTS: Final[Mapping[str, Any]] = {
         }
     ),
     "Delegations": _object({"delegations": {"type": "array", "items": ref("Delegation")}}, {"next": _TEXT}),
+    "Approval": _object(
+        {
+            "id": _TEXT,
+            "state": {"enum": [one.value for one in ApprovalState]},
+            "task": _TEXT,
+            "agent": _SPIFFE_ID,
+            "user": {"type": "string", "description": "whom the agent acts for"},
+            "issuer": _URI,
+            "audience": _URI,
+            "authorization_details": ref("AuthorizationDetails"),
+            "scope": _TEXT,
+            "purpose": _TEXT,
+            "parameter_digest": {"oneOf": [_DIGEST, {"type": "null"}]},
+            "rules": {**_TEXTS, "description": "the policy's rules that want a person"},
+            "created_at": _TIME,
+            "expires_at": _TIME,
+            "decided_at": {"oneOf": [_TIME, {"type": "null"}]},
+            "decided_by": {"type": ["string", "null"]},
+            "reason": {"type": ["string", "null"]},
+            "approved_until": {"oneOf": [_TIME, {"type": "null"}]},
+            "used_at": {"oneOf": [_TIME, {"type": "null"}]},
+        }
+    ),
+    "Approvals": _object({"approvals": {"type": "array", "items": ref("Approval")}}, {"next": _TEXT}),
+    "Saying": _object({}, {"reason": _TEXT}, additionalProperties=False),
+    "Approving": _object(
+        {},
+        {"reason": _TEXT, "use_within": {"type": "integer", "minimum": 0, "maximum": MAX_USE_WITHIN}},
+        additionalProperties=False,
+    ),
     "SetError": _object(
         {
             "err": {
@@ -244,13 +281,20 @@ COMPONENTS: Final[Mapping[str, Any]] = {
                     "invalid_scope",
                     "invalid_target",
                     "invalid_authorization_details",
+                    "authorization_pending",
+                    "slow_down",
+                    "access_denied",
                     "temporarily_unavailable",
                     "server_error",
                 ]
             },
             "error_description": {"type": "string", "pattern": r"^[\x20-\x21\x23-\x5b\x5d-\x7e]*$"},
         },
-        {"error_code": {"type": "string", "description": "what exactly"}, "hint": _TEXT},
+        {
+            "error_code": {"type": "string", "description": "what exactly"},
+            "hint": _TEXT,
+            "approval": {"type": "string", "description": "what is waited for"},
+        },
     ),
 }
 """Every named shape."""

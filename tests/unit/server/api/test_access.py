@@ -11,6 +11,7 @@ from broker.server.api import access
 from broker.server.api.access import METHODS, REQUESTS_IN_MESSAGES, Access, LocalPeer, Role, admit_local, name_of
 from broker.server.api.grpc import (
     agent,
+    approvals,
     authorities,
     bundle,
     debug,
@@ -40,6 +41,7 @@ from tests.unit.server.identity.world import AGENT, world
 
 SERVED = {
     agent: agent.Agent,
+    approvals: approvals.Approvals,
     authorities: authorities.Authorities,
     bundle: bundle.Bundle,
     debug: debug.Debug,

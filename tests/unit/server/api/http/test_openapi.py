@@ -58,6 +58,10 @@ async def test_who_calls_is_said_by_schemes(door: HttpDoorway) -> None:
         assert paths["/delegations"][method]["security"] == [{"user": []}]
     for method in ("get", "delete"):
         assert paths["/delegations/{delegation_id}"][method]["security"] == [{"user": []}]
+    assert paths["/approvals"]["get"]["security"] == [{"user": []}]
+    for verb in ("approve", "deny", "withdraw"):
+        operation = paths[f"/approvals/{{approval_id}}/{verb}"]["post"]
+        assert (operation["security"], operation["requestBody"]["required"]) == ([{"user": []}], False)
     assert (schemes["user"]["type"], schemes["user"]["scheme"]) == ("http", "bearer")
     assert paths["/ssf/events"]["post"]["security"] == [{}, {"transmitter": []}]
     # A certificate, or a JWT-SVID or WIT with a proof.

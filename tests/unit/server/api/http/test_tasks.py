@@ -64,6 +64,9 @@ async def test_anothers_task_does_not_exist(door: HttpDoorway) -> None:
         ("PUT", "/tasks", "GET, HEAD, POST"),
         ("OPTIONS", "/delegations", "GET, HEAD, POST"),
         ("POST", "/delegations/dlg_1", "DELETE, GET, HEAD"),
+        ("POST", "/approvals", "GET, HEAD"),
+        ("DELETE", "/approvals/apr_1", "GET, HEAD"),
+        ("GET", "/approvals/apr_1/approve", "POST"),
         ("GET", "/tasks/tsk_1/complete", "POST"),
     ],
 )
