@@ -32,7 +32,8 @@ POLICY = """
 @id("agents-act") permit (principal, action in [Action::"begin", Action::"issue"], resource);
 @id("payments") @advice("carol or dave decides") @requires("approval")
 forbid (principal, action == Action::"issueToken", resource) when { context.actions.contains("payment.transfer") };
-@id("leads-approve") permit (principal in [User::"carol", User::"dave", User::"alice"], action == Action::"approve", resource);
+@id("leads-approve") permit (principal, action == Action::"approve", resource)
+when { principal in [User::"carol", User::"dave", User::"alice"] };
 """
 TRANSFER = "payment.transfer"
 _NUMBERS = itertools.count()
