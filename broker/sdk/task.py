@@ -101,6 +101,11 @@ class Task:
         """The end at the latest, in seconds since 1970."""
         return self._state.expires_at
 
+    @property
+    def names(self) -> frozenset[str]:
+        """All by whose end tokens of this task end, as the feed names it."""
+        return self._kept.names
+
     async def token(
         self,
         resource: str,
