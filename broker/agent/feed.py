@@ -1,8 +1,8 @@
-"""One subscription to the server's revocation feed, for all verifiers of this node.
+"""One subscription to the server's revocation feed, for all verifiers of this node, and for whoever holds tokens on it.
 
-The relay adds nothing and hides nothing: a heartbeat passes only when one has come from the server, so that its silence
+The relay adds nothing and hides nothing: a heartbeat passes only when the server has said something, so that its silence
 is heard by every verifier. It subscribes while somebody listens. The number it acknowledges upward is the lowest that
-any listener has applied.
+any verifier has applied. A holder is told of its own tasks alone, and whether it has heard holds up nobody: verifiers refuse.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ import grpc.aio
 from broker._proto.broker.server.v1 import feed_pb2
 from broker.agent.backoff import Backoff
 from broker.agent.cache import Bell
-from broker.agent.feedstate import FeedState
+from broker.agent.feedstate import FeedState, concerns
 from broker.agent.upstream import Upstream, answered
 from broker.clock import Clock
 from broker.errors import BrokerError, Invalid, Unavailable
@@ -26,19 +26,22 @@ from broker.transport.rpc_errors import from_rpc_error
 SILENCE: Final = 10.0  # seconds: verifiers were told nothing since 3, so the stream is tried anew
 LINGER: Final = 30.0  # seconds that the subscription stays after its last listener: a restarting one finds it warm
 LONGEST_WAIT: Final = 2.0  # seconds between attempts: verifiers deny meanwhile
+HOLDER_PACE: Final = 1.0  # seconds, the server's heartbeat: what a holder waits at most while frames of others come
 
 _log = get_logger("agent.feed")
 
 
 @dataclass(slots=True, eq=False)
 class Listener:
-    """One local verifier: what it has been sent, what it has applied."""
+    """One local verifier: what it has been sent, what it has applied. With ``about`` a holder of tokens of these names."""
 
     bell: Bell = field(default_factory=Bell)
     store: str = ""
     sent: int = 0
     acked: int = 0
     heartbeats: int = 0
+    about: frozenset[str] = frozenset()
+    rung_at: float = 0.0  # by the monotonic clock
 
 
 class FeedRelay:
@@ -86,13 +89,18 @@ class FeedRelay:
             if listener.store != state.store:
                 listener.acked = 0
             listener.store, listener.sent = state.store, state.seq
-            yield from state.snapshot()
+            yield from state.snapshot(listener.about)
         elif listener.sent < state.seq:
-            messages = state.after(listener.sent)
+            messages = [one for one in state.after(listener.sent) if concerns(one.frame, listener.about)]
             listener.sent = state.seq
-            yield from messages
+            # That others' tasks ended is the server's word, too, that nothing ended here.
+            yield from messages or [self._heartbeat()]
         elif heartbeats != self._heartbeats:
-            yield feed_pb2.FeedMessage(seq=state.seq, store=state.store, heartbeat=feed_pb2.FeedHeartbeat())
+            yield self._heartbeat()
+
+    def _heartbeat(self) -> feed_pb2.FeedMessage:
+        state = self._state
+        return feed_pb2.FeedMessage(seq=state.seq, store=state.store, heartbeat=feed_pb2.FeedHeartbeat())
 
     async def find_leaf(self, request: feed_pb2.FindLeafRequest, timeout: float) -> feed_pb2.FindLeafResponse:  # noqa: ASYNC109
         """Ask the server whose leaf this is; raises BrokerError."""
@@ -153,7 +161,7 @@ class FeedRelay:
         while True:
             await self._acks.wait()
             self._acks.clear()
-            applied = min((listener.acked for listener in self._listeners), default=self._state.seq)
+            applied = min((one.acked for one in self._verifiers()), default=self._state.seq)
             if self.is_live and applied > told:
                 told = applied
                 await call.write(feed_pb2.SubscribeRequest(acked=told, store=self._state.store))
@@ -174,10 +182,20 @@ class FeedRelay:
             self._heartbeats += 1
             self._state.forget(int(self._clock.now().timestamp()))
         self.is_live = True
-        if not self._listeners:
+        if not any(self._verifiers()):
             self._acks.set()
+        self._ring(message.frame if kind == "frame" else None)
+
+    def _verifiers(self) -> Iterator[Listener]:
+        return (listener for listener in self._listeners if not listener.about)
+
+    def _ring(self, frame: feed_pb2.Frame | None) -> None:
+        """Wake who has something to hear: of holders, on a busy day, few."""
+        now = self._clock.monotonic()
         for listener in self._listeners:
-            listener.bell.ring()
+            if frame is None or concerns(frame, listener.about) or now - listener.rung_at >= HOLDER_PACE:
+                listener.rung_at = now
+                listener.bell.ring()
 
 
 async def serve(relay: FeedRelay, listener: Listener) -> AsyncIterator[feed_pb2.FeedMessage]:

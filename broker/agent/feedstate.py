@@ -5,6 +5,7 @@ the tail.
 """
 
 from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -12,6 +13,17 @@ from broker._proto.broker.server.v1 import feed_pb2
 
 FORGET_SLACK: Final = 120  # seconds: verifiers allow for clocks that differ
 PAGE: Final = 5_000  # frames in one message: some 200 bytes each, far below gRPC's 4 MiB
+
+_NAMED_BY: Final = {
+    "subtree": "root",
+    "task": "task",
+    "session": "session",
+    "token": "task",
+    "user": "name",
+    "agent": "name",
+    "audience": "name",
+}
+"""Kind of a frame, and its field that says what ended."""
 
 _Key = tuple[str, str]
 
@@ -53,9 +65,9 @@ class FeedState:
         for key in [key for key, frame in self._frames.items() if 0 < frame.forget_at < now - FORGET_SLACK]:
             del self._frames[key]
 
-    def snapshot(self) -> Iterator[feed_pb2.FeedMessage]:
-        """Write everything, in pages."""
-        frames = list(self._frames.values())
+    def snapshot(self, about: AbstractSet[str] = frozenset()) -> Iterator[feed_pb2.FeedMessage]:
+        """Write everything, or what is about these names, in pages."""
+        frames = [frame for frame in self._frames.values() if concerns(frame, about)]
         starts = range(0, len(frames), PAGE) or (0,)
         for start in starts:
             page = feed_pb2.FeedSnapshot(
@@ -63,7 +75,7 @@ class FeedState:
                 keys=self.keys,
                 frames=frames[start : start + PAGE],
                 more=start + PAGE < len(frames),
-                audiences=self.audiences,
+                audiences=() if about else self.audiences,
             )
             yield feed_pb2.FeedMessage(seq=self.seq, store=self.store, snapshot=page)
 
@@ -80,6 +92,12 @@ class FeedState:
         key = _key(frame)
         self._frames.pop(key, None)
         self._frames[key] = frame
+
+
+def concerns(frame: feed_pb2.Frame, about: AbstractSet[str]) -> bool:
+    """Say whether a frame is about one of these names; no names are all, and what is of everybody, or unknown here, is of each."""
+    field_name = _NAMED_BY.get(frame.kind)
+    return not about or field_name is None or getattr(frame, field_name) in about
 
 
 def _key(frame: feed_pb2.Frame) -> _Key:

@@ -8,6 +8,7 @@ import contextlib
 import secrets
 import signal
 from collections.abc import AsyncIterator
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,6 @@ from broker.cli.output import EXIT_INTERRUPTED, EXIT_OK, Format
 from broker.cli.task_rows import SHAPE, row
 from broker.clock import SystemClock
 from broker.errors import Refused
-from broker.sdk import background
 from broker.sdk.feed import FeedState
 from broker.sdk.keeping import Keeper
 from broker.sdk.subscription import FeedSubscription
@@ -96,7 +96,8 @@ async def _hold(settings: Settings, request: StartRequest) -> int:
             keeper = Keeper(channel, task, request.spiffe_id)
             await keeper.start()
             stack.push_async_callback(keeper.stop)
-            async with following(channel) as feed:
+            names = {task.id, task.root or task.id, task.user, task.agent}
+            async with following(channel, names) as feed:
                 return await _stay(settings, channel, task, request.spiffe_id, feed=feed, stopped=stopped)
 
 
@@ -132,18 +133,15 @@ def _show(settings: Settings, task: Any) -> None:
 
 
 @contextlib.asynccontextmanager
-async def following(channel: grpc.aio.Channel) -> AsyncIterator[FeedState]:
-    """Follow the revocation feed for as long as the block lasts; what it has told is in the state."""
+async def following(channel: grpc.aio.Channel, names: AbstractSet[str]) -> AsyncIterator[FeedState]:
+    """Follow what the revocation feed tells of these names for as long as the block lasts; it is in the state."""
     feed = FeedState()
-    subscription = FeedSubscription(channel, feed, SystemClock(), lambda: None)
-    opening = asyncio.create_task(subscription.start(), name="broker-cli-feed")
+    subscription = FeedSubscription(channel, feed, SystemClock(), lambda: None, about=names)
+    subscription.begin()
     try:
         yield feed
     finally:
-        try:
-            await background.end(opening)
-        finally:
-            await subscription.stop()
+        await subscription.stop()
 
 
 @contextlib.contextmanager

@@ -75,6 +75,12 @@ class TaskFiles:
         beside.replace(self.directory / "current")
         shutil.rmtree(self.directory / str(self._number - KEPT_SETS), ignore_errors=True)
 
+    def withdraw(self) -> None:
+        """Remove what was written, of which nothing may be used any more; what is written next is found as before."""
+        (self.directory / "current").unlink(missing_ok=True)
+        for number in range(max(self._number - KEPT_SETS, 0), self._number + 1):
+            shutil.rmtree(self.directory / str(number), ignore_errors=True)
+
 
 def place(environ: Mapping[str, str]) -> tuple[Path, bool]:
     """Choose where the directory is made, and say whether that is in memory."""

@@ -1,7 +1,7 @@
 """A task for one command: started before it, ended with it, its token and certificate kept fresh in files meanwhile.
 
-The task is attached to this process. When it ends elsewhere the command is ended too: first asked, then killed. Knows
-nothing of options.
+The task is attached to this process. When it ends elsewhere the files are gone at once, and the command is ended too: first
+asked, then killed. Knows nothing of options.
 """
 
 import asyncio
@@ -24,8 +24,10 @@ from broker.spiffe import strictjson
 from broker.spiffe.jose import numeric_date, parse_compact
 from broker.tasks.verify import unverified_confirmation
 
-RENEW_LOOK: Final = 0.5
+RENEW_LOOK: Final = 0.1
 """Seconds between looks whether token or certificate are due: a look is a comparison, and asks nobody."""
+FIRST_SECONDS: Final = 5.0
+"""How long the certificate of the first token may take to come."""
 RETRY: Final = 2.0
 """Seconds until a token that could not be had is asked for again."""
 BY_SIGNAL: Final = 128
@@ -72,7 +74,7 @@ async def _run(settings: Settings, request: RunRequest) -> int:
         try:
             async with Workload.connect(f"unix:{settings.agent_socket()}", spiffe_id=request.spiffe_id) as me:
                 await me.identity(timeout=settings.timeout)
-                async with _task(me, request) as task, following(me.channel) as feed:
+                async with _task(me, request) as task, following(me.channel, task.names) as feed:
                     export = _Export(settings, request, me, task, files)
                     code = await _supervise(request, export, feed, signals)
         except BrokerError as error:
@@ -108,6 +110,7 @@ class _Export:
         self._written: tuple[object, ...] = ()
         self._clock = SystemClock()
         self._due = 0.0
+        self._tried = 0.0
         self.task = task
         self.files = files
 
@@ -147,14 +150,27 @@ class _Export:
             try:
                 await self.once()
             except Unavailable as error:
-                self._due = self._clock.monotonic() + RETRY
-                if not told and error.reason != "svid_rotating":
+                if error.reason == "svid_rotating":
+                    continue
+                self._tried = self._clock.monotonic()
+                # Nobody can say whether what is there is still good.
+                self.withdraw()
+                if not told:
                     self._settings.shown.talk(f"the token cannot be renewed now: {error.message}; trying on")
                     told = True
             else:
                 told = False
 
+    def withdraw(self) -> None:
+        """Leave no file: what was in them is good no longer."""
+        self._written = ()
+        self.files.withdraw()
+
     def _is_due(self) -> bool:
+        if self._clock.monotonic() < self._tried + RETRY:
+            return False
+        if not self._written or not self.task.is_kept(str(self._written[0])):
+            return True
         _, identity, bundle = self._written
         now = self._me.current
         if now is not None and (now is not identity or self._me.bundles.get(now.id.trust_domain) != bundle):
@@ -175,7 +191,7 @@ async def _watch(task: Task, feed: FeedState) -> None:
 
 
 async def _supervise(request: RunRequest, export: _Export, feed: FeedState, signals: "_Signals") -> int:
-    await export.first(RENEW_LOOK * 10)
+    await export.first(FIRST_SECONDS)
     child = await _start(request.command, {**export.files.environment, "BROKER_TASK_ID": export.task.id})
     signals.child = child
     ended = asyncio.ensure_future(child.wait())
@@ -183,6 +199,7 @@ async def _supervise(request: RunRequest, export: _Export, feed: FeedState, sign
     try:
         await asyncio.wait({ended, *others}, return_when=asyncio.FIRST_COMPLETED)
         if not ended.done():
+            export.withdraw()
             await _stop(child, ended, request.grace)
             raise _refusal(next(error for one in others if one.done() and (error := one.exception())))
         code = ended.result()

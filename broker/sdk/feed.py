@@ -8,9 +8,11 @@ replaces it; a frame is forgotten only when no token that it kills can still be 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
+from math import inf
 
 from broker._proto.broker.server.v1 import feed_pb2
 from broker.errors import Refused, Unavailable
+from broker.tasks import TaskClaims
 
 STALE_AFTER = 3.0
 """Seconds without a message before the verifier no longer knows: three missed heartbeats."""
@@ -133,11 +135,15 @@ class FeedState:
             # A newer server ends things in ways we do not know: what we cannot apply, we must not pretend to have applied.
             raise Unavailable(f"unknown frame kind {frame.kind!r}", code="feed_unknown_frame", hint="upgrade this SDK")
 
+    def silence(self, monotonic: float) -> float:
+        """Give the seconds since anything was heard; infinite before the first whole snapshot."""
+        return inf if self._heard_at is None else monotonic - self._heard_at
+
     def liveness(self, monotonic: float) -> Liveness:
         """Say how much is known at ``monotonic`` seconds."""
         if self._heard_at is None:
             return Liveness.UNKNOWN
-        silence = monotonic - self._heard_at
+        silence = self.silence(monotonic)
         if silence <= STALE_AFTER:
             return Liveness.LIVE
         return Liveness.STALE if silence <= PARTITIONED_AFTER else Liveness.PARTITIONED
@@ -155,6 +161,19 @@ class FeedState:
             f"the revocation feed is {state.value}: refusing rather than guessing",
             code=f"feed_{state.value}",
             hint="is the node agent up, and can it reach the server?",
+        )
+
+    def require_good(self, claims: TaskClaims) -> None:
+        """Refuse a token of which anything has ended; raises Refused as :meth:`require_alive` and :meth:`require_going` do."""
+        task = claims.task
+        session = None if claims.cnf is None else claims.cnf.session
+        self.require_alive(root=task.root, epoch=task.epoch, task=task.id, session=session, jti=claims.jti)
+        self.require_going(
+            user=claims.sub,
+            user_session=claims.sid,
+            agent=str(claims.client_id),
+            audience=claims.aud.text,
+            issued_at=claims.iat,
         )
 
     def require_alive(self, *, root: str, epoch: int, task: str, session: str | None, jti: str) -> None:

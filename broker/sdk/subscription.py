@@ -1,8 +1,9 @@
-"""The verifier's end of the feed: one stream through the node agent, reopened when it breaks, acknowledged as applied."""
+"""A listener's end of the feed: one stream through the node agent, reopened when it breaks, acknowledged as applied."""
 
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
+from collections.abc import Set as AbstractSet
 
 import grpc
 
@@ -23,19 +24,37 @@ class FeedSubscription:
     """Feeds a :class:`FeedState` until it is stopped."""
 
     def __init__(
-        self, channel: grpc.aio.Channel, state: FeedState, clock: Clock, keys_changed: Callable[[], None]
+        self,
+        channel: grpc.aio.Channel,
+        state: FeedState,
+        clock: Clock,
+        keys_changed: Callable[[], None],
+        *,
+        about: AbstractSet[str] = frozenset(),
+        heard: Callable[[], None] = lambda: None,
     ) -> None:
-        """Prepare; nothing is dialled before :meth:`start`."""
+        """Prepare; nothing is dialled before :meth:`start` or :meth:`begin`.
+
+        ``about`` makes it a holder's instead of a verifier's: the names of what its tokens are of. ``heard`` is called after
+        each message.
+        """
         self._api = Stub(channel, ServiceBinding.of(agent_feed_pb2.DESCRIPTOR, "Feed"))
         self._state = state
         self._clock = clock
         self._keys_changed = keys_changed
+        self._about = about
+        self._on_heard = heard
         self._task: asyncio.Task[None] | None = None
         self._ready = asyncio.Event()
 
+    def begin(self) -> None:
+        """Open the stream, and wait for nothing."""
+        self._task = asyncio.create_task(self._keep(), name="broker-sdk-feed")
+
     async def start(self) -> None:
         """Open the stream and wait for the first whole snapshot."""
-        self._task = asyncio.create_task(self._keep(), name="broker-sdk-feed")
+        self.begin()
+        assert self._task is not None
         ready = asyncio.create_task(self._ready.wait())
         try:
             done, _ = await asyncio.wait({self._task, ready}, return_when=asyncio.FIRST_COMPLETED)
@@ -69,9 +88,10 @@ class FeedSubscription:
             acks.put_nowait(message.seq)
         if self._state.keys and not self._ready.is_set():
             self._ready.set()
+        self._on_heard()
 
     async def _requests(self, acks: "asyncio.Queue[int]") -> AsyncIterator[feed_pb2.SubscribeRequest]:
-        yield feed_pb2.SubscribeRequest(acked=self._state.seq, store=self._state.store)
+        yield feed_pb2.SubscribeRequest(acked=self._state.seq, store=self._state.store, about=sorted(self._about))
         while True:
             highest = await acks.get()
             while not acks.empty():

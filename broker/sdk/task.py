@@ -1,10 +1,11 @@
 """A running task: its tokens, the tasks below it, and what becomes of it. When its block is left every token of it dies.
 
 Tokens are bound to this process: to its X.509-SVID and its workload session, or to a key for proofs. They are kept until shortly
-before they expire or until the SVID rotates, then asked for anew; there is nothing to refresh by hand. While nobody can give a
-new one, a token that names the session goes on: the new certificate holds it, too. While the block lasts the task is kept alive
-in the background: its supervision is the server's default, ``attached`` (this process holds a stream), or ``lease`` (it sends a
-heartbeat).
+before they expire or until the SVID rotates, then asked for anew; there is nothing to refresh by hand. What ends one, or its task,
+or its user's session, is heard at once, and drops it: the next call asks, and is refused or given another. While nobody can give a
+new one, a token that names the session goes on for a while: the new certificate holds it, too. While the block lasts the task is
+kept alive in the background: its supervision is the server's default, ``attached`` (this process holds a stream), or ``lease`` (it
+sends a heartbeat).
 """
 
 import asyncio
@@ -15,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 from broker._proto.broker.agent.v1 import tasks_pb2
 from broker._proto.broker.server.v1 import tasks_pb2 as server_pb2
 from broker.clock import Clock
-from broker.errors import PolicyDenied, Unavailable
+from broker.errors import BrokerError, PolicyDenied, Refused, Unavailable
 from broker.sdk.keeping import Keeper
+from broker.sdk.kept import KeptToken, KeptTokens, Name
 from broker.sdk.task_calls import asked, canonical, chosen, tasks_api
 from broker.spiffe import SpiffeId
-from broker.tasks import Authority, Confirmation, Resource
+from broker.tasks import Authority, Resource
 from broker.tasks.verify import unverified_confirmation
 
 if TYPE_CHECKING:
@@ -27,8 +29,11 @@ if TYPE_CHECKING:
     from broker.sdk.http import HttpClient
     from broker.sdk.workload import Workload
 
-RENEW_BEFORE = 20.0
-"""Seconds before expiry at which a kept token is asked for anew: more than any leeway, less than any life."""
+CONFIRM_SECONDS = 2.0
+"""How long the broker may take where there is a token to go on with: a call of the program waits for it."""
+
+ASK_AGAIN = 1.0
+"""Seconds after an attempt in vain in which a kept token is given out without another."""
 
 ROTATION_SECONDS = 5.0
 """How long a token may be ahead of the SVID stream when both rotate."""
@@ -43,11 +48,18 @@ class Task:
         self._state = state
         self._clock = clock
         self._api = tasks_api(workload)
-        self._kept: dict[tuple[str, str, str, str], tuple[server_pb2.IssuedToken, Confirmation | None]] = {}
         self._asking = asyncio.Lock()
         self.keeper = Keeper(workload.channel, state, chosen(workload))
         """Keeps the task alive while this process works on it."""
         self.authority = Authority.parse(state.authorization_details)
+        resources = (each.text for each in self.authority.resources())
+        self._kept = KeptTokens(
+            workload.watch,
+            clock,
+            about={self.id, self.root, self.user, self.agent, *resources},
+            leaf=lambda: None if workload.current is None else workload.current.x5t,
+        )
+        self._away_until = 0.0
 
     @property
     def id(self) -> str:
@@ -89,6 +101,11 @@ class Task:
         """The end at the latest, in seconds since 1970."""
         return self._state.expires_at
 
+    @property
+    def names(self) -> frozenset[str]:
+        """All by whose end tokens of this task end, as the feed names it."""
+        return self._kept.names
+
     async def token(
         self,
         resource: str,
@@ -113,25 +130,50 @@ class Task:
             if self.keeper.lost is not None or user_token:
                 # What was kept is dead, or may be: the server says whether there is another.
                 self._kept.clear()
-            kept = self._kept.get(name)
-            if kept is not None and self._is_current(*kept) and not user_token:
-                return kept[0].access_token
+            if (kept := self._kept.current(name)) is not None:
+                return kept
             try:
-                issued = await self._issue(self._request(*name, user_token))
+                return await self._fetched(name, user_token)
             except Unavailable:
-                if kept is None or not self._is_good(*kept):
+                # Not what was kept before it was asked: meanwhile that may have ended, and was dropped.
+                if (kept := self._kept.working(name)) is None:
                     raise
-                return kept[0].access_token
-            if self.keeper.lost is not None:
-                # It goes on: somebody has let it.
-                await self._keep()
-            self._kept[name] = (issued, await self._settle(issued))
-            return issued.access_token
+                return kept
+            except BrokerError as error:
+                # What the broker denies is given out no more, also where it cannot be asked the next time.
+                self._kept.refused(name, is_all=isinstance(error, Refused) and not isinstance(error, PolicyDenied))
+                raise
 
     def forget(self, token: str) -> None:
         """Keep a token no longer: a service refused it. It may be dead while the task lives, which was suspended and goes on."""
-        for name in [name for name, (issued, _) in self._kept.items() if issued.access_token == token]:
-            del self._kept[name]
+        self._kept.forget(token)
+
+    def is_kept(self, token: str) -> bool:
+        """Say whether :meth:`token` would give this token again, and ask nobody for it."""
+        return self.keeper.lost is None and self._kept.is_current(token)
+
+    def let_go(self) -> None:
+        """Keep no token, and listen for none."""
+        self._kept.clear()
+        self._workload.watch.leave(self._kept)
+
+    async def _fetched(self, name: Name, user_token: str) -> str:
+        """Ask for a token, keep it, give it; once more where it ended on the way: then there is another, or the reason why not."""
+        text, is_alive = await self._asked_for(name, user_token)
+        return text if is_alive else (await self._asked_for(name, user_token))[0]
+
+    async def _asked_for(self, name: Name, user_token: str) -> tuple[str, bool]:
+        now = self._clock.monotonic()
+        issued = await self._issue(name, user_token, now)
+        if self.keeper.lost is not None:
+            # It goes on: somebody has let it.
+            await self._keep()
+        await self._settle(issued)
+        token = KeptToken.of(issued, now)
+        is_alive = token is None or self._kept.keep(name, token)
+        if token is not None and is_alive:
+            self._workload.watch.follow(self._kept)
+        return issued.access_token, is_alive
 
     def _request(
         self, resource: str, scope: str, details: str, jkt: str, user_token: str
@@ -253,31 +295,29 @@ class Task:
         self._kept.clear()
         return changed
 
-    async def _settle(self, issued: server_pb2.IssuedToken) -> Confirmation | None:
-        """Wait until this process holds the certificate that the token is bound to; give what it is bound to."""
+    async def _settle(self, issued: server_pb2.IssuedToken) -> None:
+        """Wait until this process holds the certificate that the token is bound to."""
         cnf = unverified_confirmation(issued.access_token)
         current = self._workload.current
         if cnf is not None and cnf.x5t is not None and (current is None or current.x5t != cnf.x5t):
             await self._workload.wait_for_x5t(cnf.x5t, timeout=ROTATION_SECONDS)
-        return cnf
 
-    def _is_current(self, issued: server_pb2.IssuedToken, cnf: Confirmation | None) -> bool:
-        """Tell whether a kept token is as good as a new one."""
-        current = self._workload.current
-        fresh = issued.expires_at - self._clock.now().timestamp() > RENEW_BEFORE
-        return fresh and (cnf is None or cnf.x5t is None or (current is not None and current.x5t == cnf.x5t))
-
-    def _is_good(self, issued: server_pb2.IssuedToken, cnf: Confirmation | None) -> bool:
-        """Tell whether a kept token still works: by its session also under the certificate that came after its own."""
-        if issued.expires_at <= self._clock.now().timestamp():
-            return False
-        current = self._workload.current
-        is_held = cnf is None or cnf.x5t is None or (current is not None and current.x5t == cnf.x5t)
-        return is_held or (cnf is not None and cnf.session is not None)
-
-    async def _issue(self, request: tasks_pb2.IssueTokenRequest) -> server_pb2.IssuedToken:
-        # The same key twice: if the first one was committed, this gives the same token and is charged once.
-        issued: server_pb2.IssuedToken = await self._call("IssueToken", request)
+    async def _issue(self, name: Name, user_token: str, now: float) -> server_pb2.IssuedToken:
+        """Ask; only for a moment, and not each time in vain, where there is a token to go on with."""
+        request = self._request(*name, user_token)
+        can_go_on = self._kept.working(name) is not None
+        if can_go_on and now < self._away_until:
+            raise Unavailable("the broker could not be asked a moment ago", code="asked_in_vain")
+        try:
+            # The same key twice: if the first one was committed, this gives the same token and is charged once.
+            issued: server_pb2.IssuedToken = await (
+                asked(self._api, "IssueToken", request, seconds=CONFIRM_SECONDS)
+                if can_go_on
+                else self._call("IssueToken", request)
+            )
+        except Unavailable:
+            self._away_until = self._clock.monotonic() + ASK_AGAIN
+            raise
         return issued
 
     async def _call(self, method: str, request: object) -> Any:

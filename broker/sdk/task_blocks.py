@@ -60,6 +60,7 @@ class _Block(ABC):
             if error is None:
                 raise
         finally:
+            self._task.let_go()
             await self._task.keeper.stop()
 
 

@@ -19,10 +19,10 @@ def tasks_api(workload: "Workload") -> Stub:
     return Stub(workload.channel, ServiceBinding.of(tasks_pb2.DESCRIPTOR, "Tasks"))
 
 
-async def asked(api: Stub, method: str, request: object) -> Any:
+async def asked(api: Stub, method: str, request: object, *, seconds: float = CALL_SECONDS) -> Any:
     """Make one call; raises the BrokerError that its failure means."""
     try:
-        return await getattr(api, method)(request, metadata=SECURITY_HEADER, timeout=CALL_SECONDS)
+        return await getattr(api, method)(request, metadata=SECURITY_HEADER, timeout=seconds)
     except grpc.aio.AioRpcError as error:
         raise from_rpc_error(error) from None
 

@@ -189,23 +189,9 @@ class TokenVerifier:
         self.feed.require_fresh(self._clock.monotonic(), self._risk)
         known = self._known(token)
         verified = known.verified
-        self.feed.require_alive(
-            root=verified.root,
-            epoch=verified.epoch,
-            task=verified.task_id,
-            session=None if verified.claims.cnf is None else verified.claims.cnf.session,
-            jti=verified.jti,
-        )
-        claims = verified.claims
-        self.feed.require_going(
-            user=claims.sub,
-            user_session=claims.sid,
-            agent=str(claims.client_id),
-            audience=claims.aud.text,
-            issued_at=claims.iat,
-        )
+        self.feed.require_good(verified.claims)
         proof = None if dpop is None else self.proofs.judge(dpop, token)
-        cnf = claims.cnf
+        cnf = verified.claims.cnf
         evidence = None if cnf is None or cnf.x5t is None else self._peers.evidence_of(connection)
         if proof is not None or known.caller is None or known.evidence is not evidence:
             # The binding is a matter of these two values alone: for the same two it is the same answer. A proof is of one call.

@@ -19,10 +19,12 @@ from cryptography.hazmat.primitives.serialization import load_der_private_key
 
 from broker._proto.service import ServiceBinding, Stub
 from broker._proto.spiffe import workload_pb2
+from broker.clock import SystemClock
 from broker.errors import BrokerError, Invalid, InvalidBundle, InvalidSvid, NoIdentity, Unavailable
 from broker.sdk import background
 from broker.sdk.endpoint import CALL_SECONDS, SECURITY_HEADER, socket_target
 from broker.sdk.task_blocks import AttachedBlock, TaskBlock
+from broker.sdk.watching import TokenWatch
 from broker.spiffe import Bundle, BundleSet, SpiffeId, TrustDomain, certificates
 from broker.spiffe.jose import b64url_encode
 from broker.spiffe.revocation import read_crls
@@ -86,6 +88,7 @@ class Workload:
         """Open the connection and the streams."""
         self._channel = grpc.aio.insecure_channel(self._target, options=(("grpc.max_receive_message_length", 4 << 20),))
         self._api = Stub(self._channel, ServiceBinding.of(workload_pb2.DESCRIPTOR, "SpiffeWorkloadAPI"))
+        self.watch = TokenWatch(self._channel, SystemClock())
         self._streams = asyncio.create_task(self._follow(), name="broker-sdk-streams")
         return self
 
@@ -97,6 +100,7 @@ class Workload:
             if self._streams is not None:
                 await background.end(self._streams)
         finally:
+            await self.watch.close()
             await self._channel.close()
 
     @property

@@ -142,7 +142,9 @@ def require_active(task: Task, now: datetime) -> None:
     if state is State.ACTIVE:
         return
     code = "task_ended" if state.is_terminal else f"task_{state.value}"
-    raise Refused(f"the task is {state.value}", code=code, hint=_hint(state, task.cause))
+    # The one who asks holds the task: why it is over is theirs to know.
+    why = "" if task.cause is None or task.cause.value == state.value else f" ({task.cause.value})"
+    raise Refused(f"the task is {state.value}{why}", code=code, hint=_hint(state, task.cause))
 
 
 def _hint(state: State, cause: Cause | None) -> str:

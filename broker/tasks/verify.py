@@ -130,6 +130,12 @@ def _check_bearer(claims: TaskClaims, *, bearer: bool) -> None:
         raise InvalidToken("a bearer token does not live so long", code="token_cnf")
 
 
+def unverified_claims(token: str) -> tuple[str | None, TaskClaims]:
+    """Read the key's ID and the claims of one's own new token, to know by what it ends. Proves nothing. Raises InvalidToken."""
+    jws = parse_compact(token)
+    return jws.kid, TaskClaims.parse(jws.payload)
+
+
 def unverified_confirmation(token: str) -> Confirmation | None:
     """Read the ``cnf`` of one's own new token, to know what it needs; None: nothing. Proves nothing. Raises InvalidToken."""
     payload = parse_compact(token).payload

@@ -1,8 +1,9 @@
-"""The revocation feed for verifiers on this node (``broker.agent.v1.Feed``). Only for callers that have an identity."""
+"""The revocation feed for this node's verifiers and holders of tokens (``broker.agent.v1.Feed``). Only for callers that have an identity."""
 
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from typing import Final
 
 from broker._proto.broker.server.v1 import feed_pb2
 from broker._proto.service import Context
@@ -12,6 +13,8 @@ from broker.agent.feed import FeedRelay, Listener
 from broker.agent.upstream import RPC_TIMEOUT
 from broker.agent.workloads import Caller
 from broker.errors import Invalid
+
+MAX_NAMES: Final = 4096  # of one holder: some thousand tasks at once, in less than a megabyte
 
 
 class FeedApi:
@@ -30,9 +33,12 @@ class FeedApi:
         first = await anext(requests, None)
         if first is None:
             raise Invalid("say first what you have applied", code="cursor_missing")
+        if len(first.about) > MAX_NAMES:
+            raise Invalid(f"more than {MAX_NAMES} names", code="names_too_many")
         with self._relay.joined() as listener, session.listening(self._cache) as bell:
             listener.bell = bell  # one bell for both: the feed's news, and the session's end
             listener.store, listener.sent, listener.acked = first.store, first.acked, first.acked
+            listener.about = frozenset(first.about)
             reader = asyncio.create_task(self._read(requests, listener), name="feed-listener")
             try:
                 while True:

@@ -68,6 +68,7 @@ class Estate(Machines):
     """How long a user's session counts without another word."""
     lease_ttl = timedelta(seconds=30)
     """How long a supervised process may be silent."""
+    allow_unsupervised = False
 
     @property
     def issuer(self) -> str:
@@ -99,7 +100,7 @@ class Estate(Machines):
                 *(AudienceSettings(resource=each) for each in self.audiences),
             ),
             transactions=TransactionSettings(replacers=(NEIGHBOUR,)),
-            tasks=TaskSettings(lease_ttl=self.lease_ttl),
+            tasks=TaskSettings(lease_ttl=self.lease_ttl, allow_unsupervised=self.allow_unsupervised),
             outward=(OutwardSettings(issuer=REMOTE, resources=(WIKI,), formats=("id-jag", "jwt")),),
         )
         async with server(settings) as running:
@@ -193,7 +194,9 @@ def short_directory() -> Path:
 
 
 @asynccontextmanager
-async def rig(*audiences: str, session_lease: timedelta | None = None) -> AsyncIterator[Rig]:
+async def rig(
+    *audiences: str, session_lease: timedelta | None = None, allow_unsupervised: bool = False
+) -> AsyncIterator[Rig]:
     """Start everything, with further audiences; all of it is gone afterwards."""
     directory = short_directory()
     try:
@@ -201,6 +204,7 @@ async def rig(*audiences: str, session_lease: timedelta | None = None) -> AsyncI
             oidc = stack.enter_context(OidcIssuer.start(directory))
             estate = Estate(directory, oidc, *audiences)
             estate.lease, estate.lease_ttl = session_lease, session_lease or estate.lease_ttl
+            estate.allow_unsupervised = allow_unsupervised
             await stack.enter_async_context(estate.server())
             agent = await stack.enter_async_context(estate.agent())
             entries = {

@@ -9,12 +9,14 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class SubscribeRequest(_message.Message):
-    __slots__ = ("acked", "store")
+    __slots__ = ("acked", "store", "about")
     ACKED_FIELD_NUMBER: _ClassVar[int]
     STORE_FIELD_NUMBER: _ClassVar[int]
+    ABOUT_FIELD_NUMBER: _ClassVar[int]
     acked: int
     store: str
-    def __init__(self, acked: _Optional[int] = ..., store: _Optional[str] = ...) -> None: ...
+    about: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, acked: _Optional[int] = ..., store: _Optional[str] = ..., about: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class FeedMessage(_message.Message):
     __slots__ = ("seq", "store", "snapshot", "frame", "heartbeat")
