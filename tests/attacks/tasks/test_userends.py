@@ -86,7 +86,7 @@ class TestAfterTheEnd:
 
     @pytest.mark.bears("RV16")
     async def test_what_was_delegated_is_not_redeemed_once_the_issuer_disabled_the_user(self, scene: Scene) -> None:
-        """As with an approval that is redeemed later, which is not built yet: the user's state of that moment decides."""
+        """As with an approval that is redeemed later: the user's state of that moment decides."""
         made = (await scene.delegate()).json()
         assert (await scene.push(scene.event(RISC + "account-disabled"))).status_code == 202
         assert await outcome(scene.estate.start(user_token="", delegation_id=made["id"])) == "user_disabled"
