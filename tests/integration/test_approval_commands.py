@@ -56,16 +56,22 @@ async def agent(ground: Bank) -> AsyncIterator[Process]:
         yield one
 
 
-async def ran(one: Server, *arguments: str, stdin: str = "", code: int = 0) -> tuple[str, str]:
+async def shell(
+    one: Server, *arguments: str, stdin: str = "", code: int = 0, cwd: Path | None = None
+) -> tuple[str, str]:
     """Run the command as an operator on this machine does; give what it wrote to both."""
     child = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "broker.cli.main", "approval", *arguments, "--yes",
+        sys.executable, "-m", "broker.cli.main", *arguments, "--yes", cwd=cwd,
         stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
         env={**os.environ, "BROKER_SERVER_SOCKET": f"unix://{one.socket_path}"},
     )  # fmt: skip
     out, err = await asyncio.wait_for(child.communicate(stdin.encode()), DEADLINE)
     assert child.returncode == code, (out, err)
     return out.decode(), err.decode()
+
+
+async def ran(one: Server, *arguments: str, stdin: str = "", code: int = 0) -> tuple[str, str]:
+    return await shell(one, "approval", *arguments, stdin=stdin, code=code)
 
 
 async def told(one: Server, *arguments: str, stdin: str = "") -> Any:
