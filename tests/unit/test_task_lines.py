@@ -28,7 +28,6 @@ LISTED = (
 )
 LATER = {
     "RV15": "what was already done is not done again: actions are recorded where they are permitted one by one, which is not built yet",
-    "RV23": "a proxy's cache of tokens: the proxies that enforce beside Envoy are not built yet",
 }
 """Ids without a test that bears all they ask, each with the reason."""
 

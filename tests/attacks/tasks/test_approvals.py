@@ -171,6 +171,10 @@ async def test_who_signed_out_or_in_long_ago_approves_nothing(ground: Bank, agen
     await sign_out(ground, "carol")
     gone = await ground.say(approval, token=token)
     assert (gone.status_code, gone.json()["error"]) == (403, "user_session_ended")
+    # Nor does such a token show or deny anything.
+    assert (await ground.seen(approval, token=token))["error"] == "user_session_ended"
+    assert (await ground.say(approval, "deny", token=token)).json()["error"] == "user_session_ended"
+    assert ground.records(Event.APPROVAL_DENIED) == []
     assert ground.records(Event.APPROVAL_GIVEN) == []
 
 

@@ -1,8 +1,10 @@
 """The compact feed: newest frame of each thing, in order, forgotten in time."""
 
+import pytest
+
 from broker._proto.broker.server.v1 import feed_pb2
 from broker.agent import feedstate
-from broker.agent.feedstate import FORGET_SLACK, FeedState
+from broker.agent.feedstate import FORGET_SLACK, FeedState, concerns
 
 
 def frame(seq: int, kind: str = "task", **fields) -> feed_pb2.Frame:
@@ -72,3 +74,34 @@ def test_long_snapshots_are_cut(monkeypatch) -> None:
     assert [[one.seq for one in page.snapshot.frames] for page in pages] == [[1, 2], [3, 4], [5]]
     assert [page.snapshot.more for page in pages] == [True, True, False]
     assert len(list(state().snapshot())) == 1
+
+
+NAMED = [
+    ("subtree", "root"),
+    ("task", "task"),
+    ("session", "session"),
+    ("token", "task"),
+    ("user", "name"),
+    ("agent", "name"),
+    ("audience", "name"),
+]
+
+
+@pytest.mark.parametrize(("kind", "member"), NAMED)
+def test_a_holder_hears_of_what_it_names(kind: str, member: str) -> None:
+    ended = frame(11, kind, **{member: "mine"})
+    assert concerns(ended, {"mine", "more"})
+    assert not concerns(ended, {"other"})
+    assert concerns(ended, frozenset()), "a verifier hears of all"
+
+
+def test_what_is_of_everybody_or_unknown_is_told_to_each() -> None:
+    for kind in ("keys", "something newer"):
+        assert concerns(frame(11, kind), {"other"})
+
+
+def test_a_snapshot_for_a_holder_is_of_its_own() -> None:
+    held = state(frame(1, task="a"), frame(2, task="b"), frame(3, "user", name="alice"))
+    (message,) = held.snapshot({"b", "alice"})
+    assert [one.seq for one in message.snapshot.frames] == [2, 3]
+    assert (message.seq, message.snapshot.issuer, message.snapshot.keys) == (10, "i", "k")

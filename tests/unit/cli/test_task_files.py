@@ -80,3 +80,18 @@ def test_the_place(tmp_path: Path) -> None:
     for environ in ({}, {"XDG_RUNTIME_DIR": "relative"}, {"XDG_RUNTIME_DIR": str(tmp_path / "none")}):
         path, in_memory = place(environ)
         assert path.is_dir() and in_memory == (path == Path("/dev/shm"))
+
+
+def test_what_was_withdrawn_is_gone_and_what_comes_next_is_found(
+    tmp_path: Path, identity: Identity, bundle: Bundle
+) -> None:
+    with TaskFiles(tmp_path) as files:
+        token = Path(files.environment["BROKER_TASK_TOKEN_FILE"])
+        files.withdraw()  # nothing was written yet
+        for number in range(4):
+            files.write(f"token-{number}", identity, bundle)
+        files.withdraw()
+        assert list(files.directory.iterdir()) == []
+        files.withdraw()
+        files.write("next", identity, bundle)
+        assert token.read_text() == "next"

@@ -7,6 +7,7 @@ import pytest
 
 from broker._proto.broker.server.v1 import feed_pb2
 from broker._proto.service import Stub
+from broker.agent.api.feed import MAX_NAMES
 from broker.agent.listener import FEED
 from tests.fakes.fake_server import entry_message
 from tests.fakes.processes import held_connection
@@ -195,3 +196,61 @@ async def test_a_subscription_ends_with_the_identity() -> None:
         with pytest.raises(grpc.aio.AioRpcError) as ended:
             await one.next("snapshot")
         assert ended.value.code() == grpc.StatusCode.PERMISSION_DENIED
+
+
+class Holder(Verifier):
+    """A subscriber that holds tokens of a task."""
+
+    def __init__(self, channel, *names: str) -> None:
+        super().__init__(channel)
+        self.first.about.extend(names)
+
+
+async def test_a_holder_is_told_of_its_own_and_holds_up_nobody() -> None:
+    async with estate() as agent, agent.channel() as channel, Holder(channel, "mine", "alice") as holder:
+        await agent.server.add_frame(kind="task", task="before")
+        assert not (await holder.next("snapshot")).snapshot.frames
+        # Nobody verifies here: the server need not wait for whoever holds.
+        seq = await agent.server.add_frame(kind="task", task="another's")
+        await until(lambda: agent.server.feed_acks[-1:] == [seq])
+        async with Verifier(channel) as one:
+            await one.next("snapshot")
+            for task in ("another's", "mine"):
+                seq = await agent.server.add_frame(kind="task", task=task, cause="operator")
+                await one.next("frame")
+            assert (await holder.next("frame")).seq == seq
+            await one.ack(seq)
+            await until(lambda: agent.server.feed_acks[-1:] == [seq])
+        await agent.server.add_frame(kind="user", name="alice")
+        assert (await holder.next("frame")).frame.name == "alice"
+
+
+async def test_a_holder_hears_that_the_server_speaks_while_it_speaks_of_others() -> None:
+    async with estate() as agent, agent.channel() as channel, Holder(channel, "mine") as holder:
+        await holder.next("snapshot")
+        agent.server.feed_beats = False
+        heard = asyncio.create_task(_heartbeats(holder, 4))
+        loop = asyncio.get_running_loop()
+        deadline, frames = loop.time() + 30, 0
+        while not heard.done():
+            assert loop.time() < deadline
+            await agent.server.add_frame(kind="task", task=f"t{frames}")
+            frames += 1
+            await asyncio.sleep(0.02)
+        # A heartbeat for some of them only: a second lies between two.
+        assert await heard <= agent.server.feed_seq
+        assert frames > 40
+
+
+async def _heartbeats(holder: Holder, number: int) -> int:
+    return [(await holder.next("heartbeat")).seq for _ in range(number)][-1]
+
+
+async def test_a_holder_names_only_so_much() -> None:
+    async with estate() as agent, agent.channel() as channel:
+        async with Holder(channel, *map(str, range(MAX_NAMES + 1))) as holder:
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await holder.next("snapshot")
+            assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        async with Holder(channel, *map(str, range(MAX_NAMES))) as holder:
+            await holder.next("snapshot")

@@ -1,6 +1,7 @@
 """Approvals as use cases: who sees what, what becomes of a token that stands on one, and what bounds hold. Attacks are elsewhere."""
 
 from collections.abc import AsyncIterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ from broker.audit.events import Event
 from broker.errors import BrokerError, Conflict, Invalid, NotFound, Refused
 from broker.server.tasks import approved
 from broker.server.tasks.approvals import MAX_USE_WITHIN, USE_WITHIN, Saying
+from broker.server.tasks.config import TaskDefaults
 from broker.server.tasks.policy import bundle
 from broker.server.tasks.policy.rejudge import Rejudge
 from broker.server.tasks.requests import IssuedToken
+from broker.tasks import Supervision
 from broker.tasks.approval import POLL_SECONDS, Approval, ApprovalState
 from tests.fakes.oidc import OidcIssuer
-from tests.unit.server.tasks.estate import INSPECTOR, Estate, authority, detail, running
+from tests.unit.server.tasks.estate import INSPECTOR, X5T, X5T_2, Estate, authority, detail, running
 
 APP = "console"
 OPEN = '@id("agents-act") permit (principal, action in [Action::"begin", Action::"issue"], resource);\n'
@@ -24,13 +27,13 @@ WRITES = (
     ' when { context.actions.contains("ticket.write") };\n'
     '@id("leads") permit (principal, action == Action::"approve", resource) when { principal in [User::"carol", User::"dave"] };'
 )
+PEOPLE: dict[str, Any] = {"clients": frozenset({APP}), "approval_clients": frozenset({APP})}
 READ = authority(detail(actions=["ticket.read"]))
 
 
 @pytest.fixture
 async def estate(tmp_path: Path, oidc: OidcIssuer) -> AsyncIterator[Estate]:
-    people = {"clients": frozenset({APP}), "approval_clients": frozenset({APP})}
-    async with running(tmp_path, oidc, **people) as one:
+    async with running(tmp_path, oidc, **PEOPLE) as one:
         one.tokens.rules.use(bundle.read(WRITES))
         yield one
 
@@ -76,6 +79,41 @@ async def test_a_token_on_a_yes_is_alive_as_any_other_until_the_yes_is_taken_bac
     assert not await is_alive(estate, token)
     assert await estate.ends.approvals.stop(Saying(approval.id), by="operator:uid:0") == over
     assert len(await estate.records(Event.APPROVAL_WITHDRAWN, Event.TOKEN_REVOKED)) == 2
+
+
+async def test_a_lost_answer_is_not_given_again_once_the_yes_was_taken_back(estate: Estate) -> None:
+    task, approval = await asked_for(estate)
+    await estate.ends.approvals.approve(person(estate), Saying(approval.id))
+    first = await estate.issue(task, idempotency_key="k")
+    assert (await estate.issue(task, idempotency_key="k")).jti == first.jti
+    await estate.ends.approvals.stop(Saying(approval.id), by="operator:uid:0")
+    assert await code(estate.issue(task, idempotency_key="k")) == "idempotency_spent"
+
+
+@pytest.mark.bears("RV17")
+async def test_a_yes_to_one_process_is_none_to_another(tmp_path: Path, oidc: OidcIssuer) -> None:
+    """A task that hangs on no process is any of its workload's; what was approved is for who asked."""
+    free = TaskDefaults(allow_unsupervised=True)
+    async with running(tmp_path, oidc, defaults=free, **PEOPLE) as estate:
+        estate.tokens.rules.use(bundle.read(WRITES))
+        await estate.report("ws_1", X5T)
+        await estate.report("ws_2", X5T_2)
+        task = await estate.start(supervision=Supervision.NONE)
+        assert await code(estate.issue(task)) == "approval_pending"
+        [approval] = (await estate.ends.approvals.list()).approvals
+        await estate.ends.approvals.approve(person(estate), Saying(approval.id))
+        other = estate.actor(session="ws_2", x5t=X5T_2)
+        assert await code(estate.issue(task, other)) == "approval_pending"
+        assert estate.verify(await estate.issue(task)).claims.task.use == "once"
+
+
+async def test_nothing_is_approved_for_a_user_of_whom_nothing_was_heard(tmp_path: Path, oidc: OidcIssuer) -> None:
+    async with running(tmp_path, oidc, leases={oidc.issuer: timedelta(seconds=60)}, **PEOPLE) as estate:
+        estate.tokens.rules.use(bundle.read(WRITES))
+        _, approval = await asked_for(estate)
+        estate.clock.advance(61)
+        late = estate.ends.approvals.approve(person(estate), Saying(approval.id))
+        assert await code(late) == "user_session_unconfirmed"
 
 
 async def test_a_policy_that_forbids_it_outright_kills_it(estate: Estate) -> None:
