@@ -12,6 +12,7 @@ the caller, who repeats it under the same idempotency key.
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol, TypeVar
 
+from broker.server.store.action_ports import ActionReads, ActionWrites
 from broker.server.store.federation_ports import FederationReads, FederationWrites
 from broker.server.store.life_ports import LifeReads, LifeWrites
 from broker.server.store.policy_ports import PolicyReads, PolicyWrites
@@ -74,6 +75,7 @@ class Reader(
     SupervisionReads,
     LifeReads,
     ProofReads,
+    ActionReads,
     Protocol,
 ):
     """All that a read may ask, from one snapshot."""
@@ -96,6 +98,7 @@ class Writer(
     SupervisionReads,
     LifeWrites,
     ProofWrites,
+    ActionWrites,
     Housekeeping,
     Protocol,
 ):
@@ -157,6 +160,8 @@ class Store(Protocol):
 
 
 __all__ = [
+    "ActionReads",
+    "ActionWrites",
     "AuthorityReads",
     "AuthorityWrites",
     "EntryReads",

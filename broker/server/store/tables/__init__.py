@@ -2,6 +2,7 @@
 
 from typing_extensions import override
 
+from broker.server.store.tables.actions import ActionReading, ActionWriting
 from broker.server.store.tables.authorities import AuthorityReading, AuthorityWriting
 from broker.server.store.tables.delegations import DelegationReading, DelegationWriting
 from broker.server.store.tables.entries import EntryReading, EntryWriting
@@ -38,6 +39,7 @@ class SqlReader(
     PolicyReading,
     LifeReading,
     ProofReading,
+    ActionReading,
 ):
     """Everything that can be read, through one connection."""
 
@@ -59,6 +61,7 @@ class SqlWriter(
     PolicyWriting,
     LifeWriting,
     ProofWriting,
+    ActionWriting,
     Sweeping,
 ):
     """Everything that can be read and written, through the writer's connection."""

@@ -70,6 +70,8 @@ _DEAD_TREES: Final = (
 )
 _TREE: Final = (
     "DELETE FROM tokens WHERE task_id IN (SELECT id FROM tasks WHERE root = ?)",
+    "DELETE FROM actions WHERE task_id IN (SELECT id FROM tasks WHERE root = ?)",
+    "DELETE FROM used_tokens WHERE task_id IN (SELECT id FROM tasks WHERE root = ?)",
     "DELETE FROM task_resumes WHERE task_id IN (SELECT id FROM tasks WHERE root = ?)",
     "DELETE FROM root_epochs WHERE root = ?",
     "DELETE FROM tree_ends WHERE tree = ?",
