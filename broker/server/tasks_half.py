@@ -9,6 +9,7 @@ from typing import Any, Final
 from broker._proto.service import ServiceBinding
 from broker.clock import Clock
 from broker.errors import BrokerError
+from broker.server.api.grpc import actions as actions_api
 from broker.server.api.grpc import delegations as delegations_api
 from broker.server.api.grpc import feed as feed_api
 from broker.server.api.grpc import policies as policies_api
@@ -33,6 +34,7 @@ from broker.server.task_rules import (
     transaction_rules,
     wit_keys_of,
 )
+from broker.server.tasks.actions import Actions
 from broker.server.tasks.admission import Starters
 from broker.server.tasks.assertions import Assertions
 from broker.server.tasks.changes import Changes
@@ -80,6 +82,7 @@ class TasksHalf:
     assertions: Assertions
     lifecycle: Lifecycle
     changes: Changes
+    actions: Actions
     sessions: Sessions
     feed: Feed
     refusals: Refusals
@@ -105,6 +108,7 @@ class TasksHalf:
         )
         return (
             (tasks_api.BINDING, tasks),
+            (actions_api.BINDING, actions_api.Actions(self.actions, self.clock, self.refusals)),
             (feed_api.BINDING, feed_api.Feed(self.feed, self.trust_domain)),
             (policies_api.BINDING, self.policies),
             (delegations_api.BINDING, delegations_api.Delegations(self.ends.delegations, self.clock)),
@@ -237,6 +241,16 @@ async def tasks_half(
         remotes=RemoteServers(map(remote_server, settings.outward), audiences),
         count=count,
     )
+    actions = Actions(
+        store=store,
+        clock=clock,
+        tokens=tokens,
+        audiences=audiences,
+        vouching=directory,
+        starters=starters,
+        ids=ids,
+        refusals=refusals,
+    )
     http = HttpServices(
         issuer=settings.issuer,
         trust_domain=settings.trust_domain,
@@ -246,6 +260,7 @@ async def tasks_half(
         assertions=assertions,
         lifecycle=lifecycle,
         changes=changes,
+        actions=actions,
         tokens=tokens,
         feed=feed,
         keys=authorities,
@@ -274,6 +289,7 @@ async def tasks_half(
         assertions=assertions,
         lifecycle=lifecycle,
         changes=changes,
+        actions=actions,
         sessions=Sessions(store, clock, directory, supervisor.agent_heard),
         feed=feed,
         refusals=refusals,
