@@ -27,7 +27,6 @@ LISTED = (
     | of("V", *range(1, 8), 9, 10, 11)
 )
 LATER = {
-    "RV15": "what was already done is not done again: actions are recorded where they are permitted one by one, which is not built yet",
     "RV17": "an approval is for one amount, one recipient and one time: approvals by people are not built yet",
     "RV18": "who approves is not who asks: approvals by people are not built yet; the policy's part of it has its test",
     "RV23": "a proxy's cache of tokens: the proxies that enforce beside Envoy are not built yet",

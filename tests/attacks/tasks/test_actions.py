@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import json
+import re
 import sqlite3
 import sys
 from collections.abc import AsyncIterator, Awaitable
@@ -42,6 +43,7 @@ pytestmark = pytest.mark.timeout(180)
 STEP = "write-4711"
 WRITE = {"resource": "4711", "step": STEP, "parameters": {"text": "done", "notify": ["alice"]}}
 ROOT = Path(__file__).resolve().parents[3]
+GUIDE = ROOT / "docs/how-to/do-things-once.md"
 
 
 @dataclass
@@ -298,6 +300,44 @@ async def test_a_token_for_one_use_serves_one_action(scene: Scene, monkeypatch: 
         "claimed",
         *["token_used"] * 7,
     ]
+
+
+class Tickets:
+    """What the how-to's service stands on: it keeps what it did, and its answer is lost where a test says so."""
+
+    def __init__(self) -> None:
+        self.added: dict[str, dict[str, int]] = {}
+        self.is_lost = False
+
+    async def add(self, number: str, text: str, *, key: str) -> int:
+        self.added[key] = {"comment": len(self.added) + 1}
+        if self.is_lost:
+            raise ConnectionError
+        return self.added[key]["comment"]
+
+    async def find(self, *, key: str) -> dict[str, int] | None:
+        return self.added.get(key)
+
+
+@pytest.mark.bears("RV15")
+async def test_the_how_tos_service_comments_once(scene: Scene) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", GUIDE.read_text("utf-8"), re.DOTALL)
+    assert len(blocks) == 2
+    tickets = Tickets()
+    names: dict[str, Any] = {"tickets": tickets}
+    for block in blocks:
+        exec(block, names)
+    comment, after_a_crash = names["comment"], names["after_a_crash"]
+    said = [await comment(await scene.caller(), "4711", "s-1", "done") for _ in range(3)]
+    assert (said, len(tickets.added)) == ([{"comment": 1}] * 3, 1)
+    tickets.is_lost = True
+    with pytest.raises(ConnectionError):
+        await comment(await scene.caller(), "4711", "s-2", "done")
+    scene.time_passes()
+    assert await refused(comment(await scene.caller(), "4711", "s-2", "done")) == "action_indeterminate"
+    await after_a_crash(scene.verifier, list(tickets.added)[-1])
+    assert await comment(await scene.caller(), "4711", "s-2", "done") == {"comment": 2}
+    assert len(tickets.added) == 2
 
 
 # ---- both doors of the server, on both stores
