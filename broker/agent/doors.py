@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from broker.agent.api.actions import ActionsApi
 from broker.agent.api.admin import AdminApi
 from broker.agent.api.debug import DebugApi
 from broker.agent.api.delegated import DelegatedApi
@@ -20,6 +21,7 @@ from broker.agent.entitlement import Entitlement
 from broker.agent.explain import Explainer
 from broker.agent.feed import FeedRelay
 from broker.agent.listener import (
+    ACTIONS,
     ADMIN,
     DEBUG,
     DELEGATED,
@@ -114,6 +116,9 @@ def _public(settings: AgentSettings, inside: Inside, entitlement: Entitlement, d
                 reports=inside.reports,
                 attachments=inside.attachments,
                 on_over=inside.on_over,
+            ),
+            ACTIONS.name: ActionsApi(
+                entitlement, inside.svids, inside.upstream, reports=inside.reports, on_over=inside.on_over
             ),
             FEED.name: FeedApi(entitlement, inside.relay, inside.cache),
             SDS.name: SdsApi(entitlement, inside.svids, inside.cache, _secret_names(settings.sds)),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
-from broker._proto.broker.agent.v1 import admin_pb2, feed_pb2, tasks_pb2
+from broker._proto.broker.agent.v1 import actions_pb2, admin_pb2, feed_pb2, tasks_pb2
 from broker._proto.envoy.service.secret.v3 import sds_pb2
 from broker._proto.grpc.health.v1 import health_pb2
 from broker._proto.service import ServiceBinding, handler, service_names
@@ -35,6 +35,7 @@ from broker.transport.unix_listener import MAX_CONNECTIONS, UnixListener
 
 WORKLOAD: Final = ServiceBinding.of(workload_pb2.DESCRIPTOR, "SpiffeWorkloadAPI")
 TASKS: Final = ServiceBinding.of(tasks_pb2.DESCRIPTOR, "Tasks")
+ACTIONS: Final = ServiceBinding.of(actions_pb2.DESCRIPTOR, "Actions")
 ADMIN: Final = ServiceBinding.of(admin_pb2.DESCRIPTOR, "Admin")
 FEED: Final = ServiceBinding.of(feed_pb2.DESCRIPTOR, "Feed")
 HEALTH: Final = ServiceBinding.of(health_pb2.DESCRIPTOR, "Health")
@@ -81,14 +82,16 @@ class PublicSocket:
         parts: Mapping[str, Callable[[], bool]],
         denials: Denials,
     ) -> None:
-        """``services``: an object per full service name of WORKLOAD, TASKS, FEED and SDS; ``private``: for the gRPC socket.
+        """``services``: an object per full service name of WORKLOAD, TASKS, ACTIONS, FEED and SDS; ``private``: for the gRPC socket.
 
         ``parts``: what else health is asked of, by name.
         """
         self._denials = denials
         self._cut_logs: dict[str, RefusalLog] = {}  # by code: a small closed set
         served: dict[ServiceBinding, object] = {
-            binding: services[binding.name] for binding in (WORKLOAD, TASKS, FEED, SDS) if binding.name in services
+            binding: services[binding.name]
+            for binding in (WORKLOAD, TASKS, ACTIONS, FEED, SDS)
+            if binding.name in services
         }
         served[HEALTH] = HealthApi(service_names(served), is_ready, parts)
         tools = (reflection.V1, reflection.V1ALPHA)

@@ -10,7 +10,7 @@ from typing import Final, TypeVar
 
 import grpc.aio
 
-from broker._proto.broker.server.v1 import feed_pb2, sessions_pb2, tasks_pb2, watch_pb2
+from broker._proto.broker.server.v1 import actions_pb2, feed_pb2, sessions_pb2, tasks_pb2, watch_pb2
 from broker._proto.service import ServiceBinding, Stub
 from broker._proto.spire.api.server.agent.v1 import agent_pb2
 from broker._proto.spire.api.server.bundle.v1 import bundle_pb2
@@ -35,6 +35,7 @@ SVID: Final = ServiceBinding.of(svid_pb2.DESCRIPTOR, "SVID")
 WATCH: Final = ServiceBinding.of(watch_pb2.DESCRIPTOR, "Watch")
 SESSIONS: Final = ServiceBinding.of(sessions_pb2.DESCRIPTOR, "Sessions")
 TASKS: Final = ServiceBinding.of(tasks_pb2.DESCRIPTOR, "Tasks")
+ACTIONS: Final = ServiceBinding.of(actions_pb2.DESCRIPTOR, "Actions")
 FEED: Final = ServiceBinding.of(feed_pb2.DESCRIPTOR, "Feed")
 
 
@@ -53,6 +54,7 @@ class Upstream:
         self.watch = Stub(channel, WATCH)
         self.sessions = Stub(channel, SESSIONS)
         self.tasks = Stub(channel, TASKS)
+        self.actions = Stub(channel, ACTIONS)
         self.feed = Stub(channel, FEED)
 
     async def watch_connection(self, on_connected: Callable[[], None]) -> None:

@@ -43,6 +43,10 @@ class Event(StrEnum):
     TOKEN_REFUSED = "token_refused"  # noqa: S105 - an event's name
     TOKEN_REVOKED = "token_revoked"  # noqa: S105 - an event's name
     TOKEN_INTROSPECTED = "token_introspected"  # noqa: S105 - an event's name
+    ACTION_CLAIMED = "action_claimed"
+    ACTION_SUPPRESSED = "action_suppressed"
+    ACTION_SETTLED = "action_settled"
+    ACTION_REFUSED = "action_refused"
     TASKS_STOPPED = "tasks_stopped"
     USER_ENABLED = "user_enabled"
     SIGNAL_RECEIVED = "signal_received"
@@ -167,6 +171,21 @@ _TOKEN: Final = _TASK | {
     "approval",  # the one that it was issued on
     "parameter_digest",
 }
+_ACTION: Final = frozenset(
+    {
+        "audience",
+        "service",  # SPIFFE ID of who does it
+        "action",
+        "action_id",
+        "step_hash",
+        "identifier_hash",
+        "parameter_digest",
+        "state",
+        "prior_state",
+        "settle_by",
+        "outcome_hash",
+    }
+)
 _USER: Final = frozenset(
     {
         "kind",  # what a stop is of; which kind of signal
@@ -238,6 +257,7 @@ _FAMILIES: Final = {
         Event.TASK_ENDED,
     ),
     _TOKEN: (Event.TOKEN_ISSUED, Event.TOKEN_REFUSED, Event.TOKEN_REVOKED, Event.TOKEN_INTROSPECTED),
+    _ACTION: (Event.ACTION_CLAIMED, Event.ACTION_SUPPRESSED, Event.ACTION_SETTLED, Event.ACTION_REFUSED),
     _USER: (
         Event.TASKS_STOPPED,
         Event.USER_ENABLED,

@@ -9,7 +9,7 @@ time after a rotation is looked up, once: that alone waits.
 import asyncio
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import TracebackType
@@ -17,6 +17,8 @@ from typing import Self
 
 from broker.clock import Clock, SystemClock
 from broker.errors import InvalidToken, Refused, Unavailable
+from broker.sdk.action import ActionCalls
+from broker.sdk.caller import Caller
 from broker.sdk.evidence import Connection, Peers
 from broker.sdk.feed import FeedState, Risk
 from broker.sdk.leaves import Leaves
@@ -24,13 +26,11 @@ from broker.sdk.proofs import DpopRequest, ProofJudge
 from broker.sdk.steady import SteadyClock
 from broker.sdk.subscription import FeedSubscription
 from broker.sdk.workload import Workload
-from broker.spiffe import SpiffeId, TrustDomain
+from broker.spiffe import TrustDomain
 from broker.spiffe.jose import PublicKey
 from broker.tasks import (
     LEEWAY,
     Accepted,
-    Authority,
-    AuthorizationDetail,
     BindingMatch,
     PeerEvidence,
     Resource,
@@ -39,38 +39,17 @@ from broker.tasks import (
     check_binding,
     verify_task_token,
 )
+from broker.tasks.action import ActionState
 from broker.tasks.keyset import read_keys
 from broker.tasks.transactions import VerifiedTransaction, verify_transaction
 
+__all__ = ["Caller", "TokenVerifier"]
+
 TOKENS_REMEMBERED = 10_000
-"""Tokens whose signature is not checked twice: some ten megabytes at the most."""
+"""Tokens whose signature is not checked twice, each with its text: some thirty megabytes of usual ones."""
 
 FIRST_SNAPSHOT_SECONDS = 15.0
 """How long discovery waits for the feed before it gives up."""
-
-
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """Who calls, for whom, within what: the answer of :meth:`TokenVerifier.verify`."""
-
-    user: str
-    agent: SpiffeId
-    task: str
-    token: VerifiedToken
-    binding: BindingMatch
-    authority: Authority
-
-    async def check(
-        self, action: str, *, resource: str | None = None, enforced: Iterable[str] = ()
-    ) -> AuthorizationDetail:
-        """Require that the task's authority reaches this action, on the thing named ``resource``; give what allows it.
-
-        ``enforced`` names the constraints that the service judges itself: a detail with others allows nothing.
-
-        Raises:
-            PolicyDenied: it does not reach that far (``insufficient_authorization``).
-        """
-        return self.authority.require(action, self.token.claims.aud, resource, enforced=enforced)
 
 
 class _LeafUnknown(Refused):
@@ -108,6 +87,7 @@ class TokenVerifier:
         self._tokens: OrderedDict[bytes, _Known] = OrderedDict()
         self._peers = Peers(lambda: workload.bundles, self._clock)
         self._leaves = Leaves(workload.channel, self._clock)
+        self._calls = ActionCalls(workload)
         self.proofs = ProofJudge(origin or audience.text, self._clock)
         self._accepted = Accepted()
         self._keys: Mapping[str, PublicKey] = {}
@@ -195,12 +175,22 @@ class TokenVerifier:
         evidence = None if cnf is None or cnf.x5t is None else self._peers.evidence_of(connection)
         if proof is not None or known.caller is None or known.evidence is not evidence:
             # The binding is a matter of these two values alone: for the same two it is the same answer. A proof is of one call.
-            caller = self._caller(verified, evidence, proof)
+            caller = self._caller(token, verified, evidence, proof)
             if proof is not None:
                 self.proofs.spend(proof)
                 return caller
             known.caller, known.evidence = caller, evidence
         return known.caller
+
+    async def settle_action(self, action_id: str, *, is_done: bool, outcome: object = None) -> None:
+        """Say of an action of this service that is in doubt whether it was done, by what the service has on record itself.
+
+        Raises:
+            Conflict: it was settled otherwise.
+            NotFound: there is no such action; it was claimed anew, or its task is long over.
+            Refused: another service claimed it.
+        """
+        await self._calls.settle(action_id, ActionState.COMPLETED if is_done else ActionState.RELEASED, outcome)
 
     def verify_transaction(self, token: str, trust_domain: TrustDomain | str) -> VerifiedTransaction:
         """Accept a transaction token from the header ``Txn-Token``, or raise as :meth:`verify` does.
@@ -219,7 +209,9 @@ class TokenVerifier:
         )
         return verified
 
-    def _caller(self, verified: VerifiedToken, evidence: PeerEvidence | None, proof: ShownProof | None) -> Caller:
+    def _caller(
+        self, token: str, verified: VerifiedToken, evidence: PeerEvidence | None, proof: ShownProof | None
+    ) -> Caller:
         claims = verified.claims
         cnf = claims.cnf
         life = datetime.fromtimestamp(claims.iat, UTC), datetime.fromtimestamp(claims.exp, UTC)
@@ -241,7 +233,8 @@ class TokenVerifier:
             if not held:
                 raise
             found = match(evidence.of_session(session))
-        return Caller(claims.sub, verified.agent, verified.task_id, verified, found, claims.authorization_details)
+        authority = claims.authorization_details
+        return Caller(claims.sub, verified.agent, verified.task_id, verified, found, authority, self._calls, token)
 
     def _known(self, token: str) -> _Known:
         # Text that is no token's is refused where it is read.

@@ -9,6 +9,7 @@ from typing import Any, Final
 from broker._proto.service import ServiceBinding
 from broker.clock import Clock
 from broker.errors import BrokerError
+from broker.server.api.grpc import actions as actions_api
 from broker.server.api.grpc import approvals as approvals_api
 from broker.server.api.grpc import delegations as delegations_api
 from broker.server.api.grpc import feed as feed_api
@@ -34,6 +35,7 @@ from broker.server.task_rules import (
     transaction_rules,
     wit_keys_of,
 )
+from broker.server.tasks.actions import Actions
 from broker.server.tasks.admission import Starters
 from broker.server.tasks.assertions import Assertions
 from broker.server.tasks.changes import Changes
@@ -81,6 +83,7 @@ class TasksHalf:
     assertions: Assertions
     lifecycle: Lifecycle
     changes: Changes
+    actions: Actions
     sessions: Sessions
     feed: Feed
     refusals: Refusals
@@ -106,6 +109,7 @@ class TasksHalf:
         )
         return (
             (tasks_api.BINDING, tasks),
+            (actions_api.BINDING, actions_api.Actions(self.actions, self.clock, self.refusals)),
             (feed_api.BINDING, feed_api.Feed(self.feed, self.trust_domain)),
             (policies_api.BINDING, self.policies),
             (delegations_api.BINDING, delegations_api.Delegations(self.ends.delegations, self.clock)),
@@ -239,6 +243,17 @@ async def tasks_half(
         remotes=RemoteServers(map(remote_server, settings.outward), audiences),
         count=count,
     )
+    actions = Actions(
+        store=store,
+        clock=clock,
+        tokens=tokens,
+        audiences=audiences,
+        vouching=directory,
+        starters=starters,
+        ids=ids,
+        refusals=refusals,
+        count=lambda result: metrics.claims.labels(result).inc(),
+    )
     http = HttpServices(
         issuer=settings.issuer,
         trust_domain=settings.trust_domain,
@@ -248,6 +263,7 @@ async def tasks_half(
         assertions=assertions,
         lifecycle=lifecycle,
         changes=changes,
+        actions=actions,
         tokens=tokens,
         feed=feed,
         keys=authorities,
@@ -277,6 +293,7 @@ async def tasks_half(
         assertions=assertions,
         lifecycle=lifecycle,
         changes=changes,
+        actions=actions,
         sessions=Sessions(store, clock, directory, supervisor.agent_heard),
         feed=feed,
         refusals=refusals,

@@ -10,7 +10,7 @@ import pytest
 from broker._proto.grpc.reflection.v1 import reflection_pb2
 from broker._proto.service import ServiceBinding, Stub
 from broker._proto.spiffe import workload_pb2
-from broker.agent.listener import FEED, HEALTH, TASKS, WORKLOAD
+from broker.agent.listener import ACTIONS, FEED, HEALTH, TASKS, WORKLOAD
 from broker.agent.settings import AgentSettings
 from broker.errors import Invalid, Misconfigured
 from broker.sdk import Workload
@@ -75,7 +75,7 @@ def test_the_security_header(house: House, name: str) -> None:
 
 
 @pytest.mark.bears("WE-03")
-@pytest.mark.parametrize("binding", [TASKS, FEED], ids=lambda binding: binding.name)
+@pytest.mark.parametrize("binding", [TASKS, ACTIONS, FEED], ids=lambda binding: binding.name)
 def test_our_own_services_want_it_too(house: House, binding: ServiceBinding) -> None:
     with house.channel(house.agent_socket) as channel:
         for method in binding.methods.values():

@@ -19,12 +19,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from broker._proto.broker.server.v1 import entries_pb2, feed_pb2, sessions_pb2, tasks_pb2, watch_pb2
+from broker._proto.broker.server.v1 import actions_pb2, entries_pb2, feed_pb2, sessions_pb2, tasks_pb2, watch_pb2
 from broker._proto.service import handler
 from broker._proto.spire.api.server.agent.v1 import agent_pb2
 from broker._proto.spire.api.server.svid.v1 import svid_pb2
 from broker._proto.spire.api.types import bundle_pb2, entry_pb2, selector_pb2, spiffeid_pb2, x509svid_pb2
-from broker.agent.upstream import AGENT, BUNDLE, FEED, SESSIONS, SVID, TASKS, WATCH
+from broker.agent.upstream import ACTIONS, AGENT, BUNDLE, FEED, SESSIONS, SVID, TASKS, WATCH
 from broker.clock import Clock, SystemClock
 from broker.errors import BrokerError, Refused
 from broker.server.api.grpc.token_streams import TokenStreams
@@ -200,7 +200,7 @@ class FakeServer:
 
     async def __aenter__(self):
         self.index: CallerIndex[TlsPeer] = CallerIndex()
-        bindings = (AGENT, BUNDLE, SVID, WATCH, SESSIONS, TASKS, FEED)
+        bindings = (AGENT, BUNDLE, SVID, WATCH, SESSIONS, TASKS, ACTIONS, FEED)
         anybody = {AGENT.methods["AttestAgent"].path, BUNDLE.methods["GetBundle"].path}
         access = {
             method.path: (lambda _: None) if method.path in anybody else self._agents_only
@@ -437,6 +437,16 @@ class FakeServer:
         if self.task_error is not None:
             raise self.task_error
         return tasks_pb2.Lease(task_id=request.task_id, ttl=self.lease, left=self.lease)
+
+    async def ClaimAction(self, request, context, peer):
+        self.task_requests.append(request)
+        if self.task_error is not None:
+            raise self.task_error
+        return actions_pb2.ClaimedAction(result="claimed", action=actions_pb2.Action(id="act_1"))
+
+    async def SettleAction(self, request, context, peer):
+        self.task_requests.append(request)
+        return actions_pb2.Action(id=request.id, state=request.state)
 
     async def Subscribe(self, requests, context, peer) -> AsyncIterator[feed_pb2.FeedMessage]:
         first = await anext(requests)

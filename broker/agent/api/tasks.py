@@ -1,35 +1,33 @@
 """Tasks for local workloads: the same calls as on the server, with the caller's identity set from its attestation.
 
-No request carries an identity. The agent vouches for the attested session by naming its id and the leaf it holds; a
-session that shares a spare SVID is not vouched for. What the server answers, errors included, is passed on.
+How the agent vouches for a caller is in :mod:`broker.agent.api.on_behalf`. What the server answers, errors included, is passed on.
 """
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
-from typing import Any, Final
+from typing import Final
 
 from broker._proto.broker.agent.v1 import tasks_pb2
-from broker._proto.broker.server.v1 import sessions_pb2
 from broker._proto.broker.server.v1 import tasks_pb2 as server_pb2
 from broker._proto.service import Context
+from broker.agent.api.on_behalf import OnBehalf, time_left
 from broker.agent.attachments import Attachments, Held
 from broker.agent.cache import Bell, EstateCache
 from broker.agent.entitlement import Entitlement
-from broker.agent.reports import SessionReports, session_message
+from broker.agent.reports import SessionReports
 from broker.agent.sessions import WorkloadSession
 from broker.agent.svids import SvidKeeper
 from broker.agent.token_stream import TokenStream
-from broker.agent.upstream import RPC_TIMEOUT, Upstream, answered
-from broker.agent.workloads import NO_IDENTITY, Caller
-from broker.errors import Invalid, InvalidSpiffeId, NoIdentity, Refused, Unavailable
-from broker.spiffe import SpiffeId
+from broker.agent.upstream import Upstream
+from broker.agent.workloads import Caller
+from broker.errors import Invalid, Refused
 from broker.tasks import State
 
 MAX_TOKEN: Final = 16 * 1024  # a user's token; identity providers stay below 8 KiB
 
 
-class TasksApi:
+class TasksApi(OnBehalf):
     """The methods of ``broker.agent.v1.Tasks``."""
 
     def __init__(
@@ -45,13 +43,9 @@ class TasksApi:
         on_over: Callable[[frozenset[str]], None],
     ) -> None:
         """``on_over`` is told of a living session that the server takes for ended."""
+        super().__init__(entitlement, svids, upstream, reports=reports, on_over=on_over)
         self._cache = cache
-        self._reports = reports
         self._attachments = attachments
-        self._on_over = on_over
-        self._entitlement = entitlement
-        self._svids = svids
-        self._upstream = upstream
         self._tokens = tokens
 
     async def StartTask(  # noqa: N802 - the RPC's name
@@ -97,7 +91,7 @@ class TasksApi:
         )
         # Its process is looked at by who sends it, before that and before the answer is handed on.
         try:
-            return await self._tokens.issue(forwarded, session, _time_left(context))
+            return await self._tokens.issue(forwarded, session, time_left(context))
         except Refused as error:
             self._take_note(error, workload)
             raise
@@ -212,46 +206,6 @@ class TasksApi:
             # Nobody need hold it: it is over, or waits for its resume.
             self._attachments.forget(request.task_id)
         return changed
-
-    async def _workload(self, caller: Caller, wanted: str) -> sessions_pb2.WorkloadSession:
-        session, workload = await self._named(caller, wanted)
-        self._entitlement.check(session)
-        return workload
-
-    async def _named(self, caller: Caller, wanted: str) -> tuple[WorkloadSession, sessions_pb2.WorkloadSession]:
-        """Give the caller's session, and how the server is told of it; whoever tells it looks at the process then."""
-        session, entries = await self._entitlement.of(caller)
-        try:
-            spiffe_id = SpiffeId(wanted) if wanted else entries[0].spiffe_id
-        except InvalidSpiffeId as error:
-            raise Invalid(f"invalid requested SPIFFE ID: {error.message}", code=error.reason) from None
-        chosen = [entry for entry in entries if entry.spiffe_id == spiffe_id][:1]
-        if not chosen:
-            raise NoIdentity(NO_IDENTITY)
-        (identity,) = await self._svids.x509(session, chosen)
-        if identity.x509 is None or identity.x509.shared:
-            raise Unavailable("this process has no SVID of its own while the server is away", code="svid_shared")
-        return session, session_message(identity, self._reports.run_id)
-
-    async def _forward(self, call: Callable[..., Any], request: Any, context: Context, caller: Caller) -> Any:
-        try:
-            answer = await answered(call(request, timeout=_time_left(context)))
-        except Refused as error:
-            self._take_note(error, request.workload)
-            raise
-        # The answer may hold a token: only the process that asked may have it.
-        await self._entitlement.check_caller(caller)
-        return answer
-
-    def _take_note(self, error: Refused, workload: sessions_pb2.WorkloadSession) -> None:
-        if error.reason == "session_ended":
-            # Ended from the other side: the process lives, and is another session from now on.
-            self._on_over(frozenset({workload.id}))
-
-
-def _time_left(context: Context) -> float:
-    left = context.time_remaining()  # None: no deadline, whatever grpcio's stubs say
-    return min(left or RPC_TIMEOUT, RPC_TIMEOUT)
 
 
 async def _answers(requests: AsyncIterator[tasks_pb2.AttachRequest], held: Held, bell: Bell) -> None:

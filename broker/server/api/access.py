@@ -111,6 +111,7 @@ METHODS: Final[Mapping[str, frozenset[Role]]] = {
         "StartTask", "IssueToken", "IssueTokens", "CompleteTask", "RenewLease", "AttachTask", "StartChildTask", "ChangeOwnTask",
     ),
     **_lines("broker.server.v1.Tasks", _OPERATORS, "GetTask", "ListTasks", "RevokeTask", "ChangeTask"),
+    **_lines("broker.server.v1.Actions", _AGENTS, "ClaimAction", "SettleAction"),
     **_lines("broker.server.v1.Policies", _OPERATORS, "GetPolicy", "PushPolicy", "ExplainDecision"),
     **_lines(
         "broker.server.v1.Delegations", _OPERATORS,

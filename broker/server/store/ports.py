@@ -12,6 +12,7 @@ the caller, who repeats it under the same idempotency key.
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol, TypeVar
 
+from broker.server.store.action_ports import ActionReads, ActionWrites
 from broker.server.store.approval_ports import ApprovalReads, ApprovalWrites
 from broker.server.store.federation_ports import FederationReads, FederationWrites
 from broker.server.store.life_ports import LifeReads, LifeWrites
@@ -75,6 +76,7 @@ class Reader(
     SupervisionReads,
     LifeReads,
     ProofReads,
+    ActionReads,
     ApprovalReads,
     Protocol,
 ):
@@ -98,6 +100,7 @@ class Writer(
     SupervisionReads,
     LifeWrites,
     ProofWrites,
+    ActionWrites,
     ApprovalWrites,
     Housekeeping,
     Protocol,
@@ -160,6 +163,8 @@ class Store(Protocol):
 
 
 __all__ = [
+    "ActionReads",
+    "ActionWrites",
     "ApprovalReads",
     "ApprovalWrites",
     "AuthorityReads",

@@ -145,6 +145,20 @@ def admit_requester(reader: Reader, actor: Actor, now: datetime) -> Caller:
     return Caller(actor, row.id)
 
 
+def admit_service(writer: Writer, claimed: Claim, now: datetime) -> Caller:
+    """Judge a service that asks about tokens for it: its SVID, session and entry stand, may it start tasks or not; raises Refused."""
+    actor = claimed.actor
+    if actor.door is Door.HTTPS:
+        return admit_requester(writer, actor, now)
+    assert actor.agent is not None
+    _require_svid(writer, actor, now)
+    _require_node(writer, actor.agent)
+    entry = _standing(writer, claimed.entry_ids, actor.spiffe_id, now)
+    if entry is None:
+        raise Refused("the workload's entry is not there any more", code="entry_gone")
+    return Caller(actor, _note_session(writer, actor, entry, now))
+
+
 def identify(writer: Reader, actor: Actor) -> Caller:
     """Find an actor's session without judging whether it may still start anything: enough to end or see its own task."""
     if actor.door is Door.HTTPS:
@@ -176,14 +190,22 @@ def _require_node(writer: Reader, agent: SpiffeId) -> None:
 
 def _usable(writer: Writer, entry_ids: Sequence[str], spiffe_id: SpiffeId, now: datetime) -> Entry:
     for entry_id in entry_ids:
-        entry = writer.entry(entry_id)
-        if entry is not None and entry.spiffe_id == spiffe_id and not entry.is_expired(now) and entry.may_start_tasks:
+        entry = _standing(writer, (entry_id,), spiffe_id, now)
+        if entry is not None and entry.may_start_tasks:
             return entry
     raise Refused(
         "this workload may not start tasks",
         code="tasks_not_allowed",
         hint="an operator sets may_start_tasks on its registration entry",
     )
+
+
+def _standing(reader: Reader, entry_ids: Sequence[str], spiffe_id: SpiffeId, now: datetime) -> Entry | None:
+    for entry_id in entry_ids:
+        entry = reader.entry(entry_id)
+        if entry is not None and entry.spiffe_id == spiffe_id and not entry.is_expired(now):
+            return entry
+    return None
 
 
 def _note_session(writer: Writer, actor: Actor, entry: Entry, now: datetime) -> str:

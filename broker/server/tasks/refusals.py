@@ -38,7 +38,7 @@ UNKNOWN: Final = "-"
 class _Recorded(AbstractAsyncContextManager[None]):
     """The block around what may be refused; ``actor`` is None for a stranger. A class: a generator for each exchange would cost more than what it does."""
 
-    __slots__ = ("_actor", "_event", "_refusals", "_subject", "_tell")
+    __slots__ = ("_actor", "_event", "_refusals", "_subject", "_tell", "_told")
 
     def __init__(
         self,
@@ -47,12 +47,15 @@ class _Recorded(AbstractAsyncContextManager[None]):
         actor: Actor | None,
         subject: str,
         tell: Callable[[BrokerError | None], None] | None = None,
+        *,
+        told: Mapping[str, FieldValue] | None = None,
     ) -> None:
         self._refusals = refusals
         self._event = event
         self._actor = actor
         self._subject = subject
         self._tell = tell
+        self._told = told
 
     @override
     async def __aenter__(self) -> None:
@@ -66,7 +69,7 @@ class _Recorded(AbstractAsyncContextManager[None]):
             return
         # Unavailable, NonceWanted, ApprovalPending: nobody was refused, nothing was decided.
         if error is not None and not isinstance(error, Unavailable | NonceWanted | ApprovalPending):
-            await self._refusals.refused(self._event, self._actor, self._subject, error)
+            await self._refusals.refused(self._event, self._actor, self._subject, error, self._told)
         if self._tell is not None:
             self._tell(error)
 
@@ -83,13 +86,19 @@ class Refusals:
         self._writing: set[asyncio.Task[None]] = set()
 
     def recorded(
-        self, event: Event, actor: Actor, subject: str, tell: Callable[[BrokerError | None], None] | None = None
+        self,
+        event: Event,
+        actor: Actor,
+        subject: str,
+        tell: Callable[[BrokerError | None], None] | None = None,
+        *,
+        told: Mapping[str, FieldValue] | None = None,
     ) -> AbstractAsyncContextManager[None]:
         """Let what happens inside be refused, and record it: ``subject`` is the task or the resource, where it is known.
 
-        ``tell`` hears afterwards how it came out: the error, or None.
+        ``tell`` hears afterwards how it came out: the error, or None. ``told`` is what else the record says.
         """
-        return _Recorded(self, event, actor, subject, tell)
+        return _Recorded(self, event, actor, subject, tell, told=told)
 
     @asynccontextmanager
     async def recorded_of(self, event: Event, by: str, subject: str) -> AsyncIterator[None]:
@@ -136,8 +145,15 @@ class Refusals:
         self._writing.add(writing)
         writing.add_done_callback(self._writing.discard)
 
-    async def refused(self, event: Event, actor: Actor | None, subject: str, error: BrokerError) -> None:
-        """Record the refusal of a workload, or of a stranger (None), within the rate."""
+    async def refused(
+        self,
+        event: Event,
+        actor: Actor | None,
+        subject: str,
+        error: BrokerError,
+        told: Mapping[str, FieldValue] | None = None,
+    ) -> None:
+        """Record the refusal of a workload, or of a stranger (None), within the rate; ``told`` is what else there is to say."""
         if actor is None:
             await self._refused(event, STRANGER, subject, error, {"door": Door.HTTPS.value})
             return
@@ -145,6 +161,7 @@ class Refusals:
             "door": actor.door.value,
             "session": actor.session,
             "node": None if actor.agent is None else str(actor.agent),
+            **(told or {}),
         }
         await self._refused(event, str(actor.spiffe_id), subject, error, fields)
 

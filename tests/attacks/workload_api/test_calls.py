@@ -13,7 +13,7 @@ from broker._proto.broker.agent.v1 import tasks_pb2
 from broker._proto.grpc.health.v1 import health_pb2
 from broker._proto.grpc.reflection.v1 import reflection_pb2
 from broker._proto.spiffe import workload_pb2
-from broker.agent.listener import ADMIN, FEED, HEALTH, TASKS, WORKLOAD
+from broker.agent.listener import ACTIONS, ADMIN, FEED, HEALTH, TASKS, WORKLOAD
 from tests.attacks.workload_api.frames import SECURITY, Connection, data_frames, message
 from tests.attacks.workload_api.rig import JWT, MIB, SCALE, SERVICE, Rig, rig
 from tests.fakes.fake_server import FakeCa, entry_message
@@ -58,7 +58,7 @@ def talkative() -> Iterator[Rig]:
 @pytest.mark.bears("WA-02", "WE-11")
 def test_the_standards_methods_are_all_there_and_ours_are_services_of_their_own() -> None:
     assert set(REQUESTS) == set(WORKLOAD.methods)
-    assert {TASKS.name, FEED.name} == {"broker.agent.v1.Tasks", "broker.agent.v1.Feed"}
+    assert {TASKS.name, ACTIONS.name, FEED.name} == {f"broker.agent.v1.{name}" for name in ("Tasks", "Actions", "Feed")}
 
 
 @pytest.mark.bears("W01", "WE-03")
@@ -73,7 +73,7 @@ def test_without_the_header_every_method_is_invalid_and_nobody_is_attested(talka
             assert not heard.messages
             if one.closed:
                 break
-        for binding in (TASKS, FEED):
+        for binding in (TASKS, ACTIONS, FEED):
             for method in binding.methods.values():
                 assert one.call(method.path, b"", HEADERS[header]).status in {3, "reset 1"}, method
         assert one.call("/grpc.health.v1.Health/Check", metadata=HEADERS[header]).status == 0
@@ -315,7 +315,7 @@ def test_reflection_needs_no_header_and_knows_the_public_services_alone(agent: R
         answers = [reflection_pb2.ServerReflectionResponse.FromString(each) for each in one.streams[stream].messages]
     listed = {service.name for service in answers[0].list_services_response.service}
     assert listed == {
-        *(binding.name for binding in (WORKLOAD, TASKS, FEED, HEALTH)),
+        *(binding.name for binding in (WORKLOAD, TASKS, ACTIONS, FEED, HEALTH)),
         "envoy.service.secret.v3.SecretDiscoveryService",
         "grpc.reflection.v1.ServerReflection",
         "grpc.reflection.v1alpha.ServerReflection",

@@ -5,8 +5,7 @@ An agent vouches: which process asks is its word, taken only for entries that it
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
-from datetime import UTC, datetime
-from functools import lru_cache
+from datetime import datetime
 from typing import Final
 
 from broker._proto.broker.server.v1 import sessions_pb2, tasks_pb2
@@ -14,9 +13,10 @@ from broker._proto.service import Context, ServiceBinding
 from broker.audit.events import Event
 from broker.clock import Clock
 from broker.errors import Invalid
-from broker.server.api.access import Caller, agent_of, name_of
+from broker.server.api.access import Caller, name_of
 from broker.server.api.grpc.task_formats import read_assertion, written_assertion
 from broker.server.api.grpc.token_streams import TokenStreams
+from broker.server.api.grpc.vouched import vouched
 from broker.server.store.ports import Reader, Store
 from broker.server.store.rows import TaskFilter
 from broker.server.tasks.assertions import Assertions
@@ -32,25 +32,19 @@ from broker.server.tasks.requests import (
     Actor,
     ChangeRequest,
     ChildRequest,
-    Door,
     IssueRequest,
     Operation,
     StartRequest,
 )
 from broker.server.tasks.supervisor import Lease, Supervisor
 from broker.spiffe import SpiffeId
-from broker.spiffe.jose import MAX_DATE
 from broker.tasks import Authority, Resource, State, Supervision, Task, act_chain, effective_state, lineage_state
-from broker.tasks.texts import ID, SERIAL_NUMBER, THUMBPRINT
+from broker.tasks.texts import ID
 
 BINDING: Final = ServiceBinding.of(tasks_pb2.DESCRIPTOR, "Tasks")
 MAX_PAGE: Final = 500
 """Tasks in one answer: the largest ones still fit into 4 MiB."""
 DEFAULT_PAGE: Final = 100
-WORKLOADS_KEPT: Final = 2_048
-"""Workloads whose description is not read twice, for each of them says it again with every token: those of a hundred nodes."""
-WORKLOAD_BYTES: Final = 1_024
-"""Longest description that is kept: usual ones have a third of that."""
 
 
 class Tasks:
@@ -86,7 +80,7 @@ class Tasks:
         self, request: tasks_pb2.StartTaskRequest, context: Context, caller: Caller
     ) -> tasks_pb2.Task:
         """Start a task for an attested workload."""
-        actor = _vouched(request.workload, caller)
+        actor = vouched(request.workload, caller)
         async with self._refusals.recorded(Event.TASK_REFUSED, actor, ""):
             start = StartRequest(
                 user_token=request.user_token,
@@ -115,7 +109,7 @@ class Tasks:
                 yield answer
 
     async def _issue(self, request: tasks_pb2.IssueTokenRequest, caller: Caller) -> tasks_pb2.IssuedToken:
-        actor = _vouched(request.workload, caller)
+        actor = vouched(request.workload, caller)
         async with self._refusals.recorded(Event.TOKEN_REFUSED, actor, ""):
             if not request.task_id:
                 raise task_unknown()
@@ -153,7 +147,7 @@ class Tasks:
         self, request: tasks_pb2.CompleteTaskRequest, context: Context, caller: Caller
     ) -> tasks_pb2.Task:
         """End a task of that very workload."""
-        actor = _vouched(request.workload, caller)
+        actor = vouched(request.workload, caller)
         async with self._refusals.recorded(Event.TASK_REFUSED, actor, request.task_id):
             over = await self._lifecycle.complete(
                 actor,
@@ -182,7 +176,7 @@ class Tasks:
         caller: Caller,
         keep: Callable[[Actor, str], Awaitable[Lease]],
     ) -> tasks_pb2.Lease:
-        actor = _vouched(workload, caller)
+        actor = vouched(workload, caller)
         async with self._refusals.recorded(Event.TASK_REFUSED, actor, task_id if ID.fullmatch(task_id) else ""):
             lease = await keep(actor, _task_id(task_id))
         return tasks_pb2.Lease(task_id=task_id, ttl=lease.ttl, left=lease.left)
@@ -191,7 +185,7 @@ class Tasks:
         self, request: tasks_pb2.StartChildTaskRequest, context: Context, caller: Caller
     ) -> tasks_pb2.Task:
         """Start a task below one of that very workload's, for another workload."""
-        actor = _vouched(request.workload, caller)
+        actor = vouched(request.workload, caller)
         async with self._refusals.recorded(Event.TASK_REFUSED, actor, request.parent):
             asked = ChildRequest(
                 parent=_task_id(request.parent),
@@ -209,7 +203,7 @@ class Tasks:
         self, request: tasks_pb2.ChangeOwnTaskRequest, context: Context, caller: Caller
     ) -> tasks_pb2.ChangedTask:
         """Change a task of that very workload, or one below it."""
-        actor = _vouched(request.workload, caller)
+        actor = vouched(request.workload, caller)
         async with self._refusals.recorded(Event.TASK_REFUSED, actor, request.task_id):
             asked = _change(request)
         return self._changed(await self._changes.change(actor, asked))
@@ -307,39 +301,6 @@ class Tasks:
             lease_ttl=0.0 if lease is None else lease.ttl,
             lease_left=0.0 if lease is None else lease.left,
         )
-
-
-def _vouched(workload: sessions_pb2.WorkloadSession, caller: Caller) -> Actor:
-    """Read whom a node agent speaks for; raises Refused for another caller, Invalid for half a workload."""
-    told, agent = workload.SerializeToString(), agent_of(caller).id
-    return _known_actor(told, agent) if len(told) <= WORKLOAD_BYTES else _actor(told, agent)
-
-
-def _actor(told: bytes, agent: SpiffeId) -> Actor:
-    """Read an agent's words of a workload; whether they are true, and still, is judged with each request."""
-    workload = sessions_pb2.WorkloadSession.FromString(told)
-    if ID.fullmatch(workload.id) is None or THUMBPRINT.fullmatch(workload.x5t) is None or not workload.entry_id:
-        raise Invalid("the workload's session, entry or certificate is missing or malformed", code="workload_missing")
-    if workload.run and ID.fullmatch(workload.run) is None:
-        raise Invalid("the run of the agent is malformed", code="invalid_run")
-    if SERIAL_NUMBER.fullmatch(workload.serial_number) is None:
-        raise Invalid("the certificate's serial number is malformed", code="invalid_serial")
-    if not 0 < workload.not_after <= MAX_DATE:
-        raise Invalid("the end of the workload's certificate is missing", code="workload_missing")
-    return Actor(
-        spiffe_id=SpiffeId(workload.spiffe_id),
-        x5t=workload.x5t,
-        not_after=datetime.fromtimestamp(workload.not_after, UTC),
-        door=Door.AGENT,
-        session=workload.id,
-        entry_id=workload.entry_id,
-        agent=agent,
-        serial=workload.serial_number,
-        run=workload.run,
-    )
-
-
-_known_actor = lru_cache(maxsize=WORKLOADS_KEPT)(_actor)
 
 
 def _change(request: tasks_pb2.ChangeOwnTaskRequest | tasks_pb2.ChangeTaskRequest, reason: str = "") -> ChangeRequest:

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from broker.server.api.http import approvals, delegations, errors, lease, signals, task_life, tasks
+from broker.server.api.http import actions, approvals, delegations, errors, lease, signals, task_life, tasks
 from broker.server.api.http.discovery import Discovery
 from broker.server.api.http.introspect import introspect
 from broker.server.api.http.keys import keys
@@ -66,6 +66,8 @@ def _task_routes(services: HttpServices) -> Sequence[Route]:
         Route(f"{below}/tasks/{{task_id}}/handoff", errors.plain(bound(task_life.hand_off)), methods=["POST"]),
         Route(f"{below}/tasks/{{task_id}}", errors.plain(bound(tasks.show)), methods=["GET"]),
         Route(f"{below}/tasks/{{task_id}}/complete", errors.plain(bound(task_life.complete)), methods=["POST"]),
+        Route(f"{below}/actions", errors.plain(bound(actions.claim)), methods=["POST"]),
+        Route(f"{below}/actions/{{action_id}}", errors.plain(bound(actions.settle)), methods=["POST"]),
         Route(f"{below}/delegations", errors.bearer(bound(delegations.create)), methods=["POST"]),
         Route(f"{below}/delegations", errors.bearer(bound(delegations.list_own)), methods=["GET"]),
         Route(f"{below}/delegations/{{delegation_id}}", errors.bearer(bound(delegations.show)), methods=["GET"]),

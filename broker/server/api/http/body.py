@@ -37,6 +37,17 @@ async def read_parameters(request: Request, *, allowed: frozenset[str]) -> Form:
     return parse_form(body, allowed=allowed)
 
 
+async def read_object(request: Request, *, allowed: frozenset[str]) -> dict[str, JsonValue]:
+    """Read a JSON object with these members at most, of whatever kind each; raises Invalid."""
+    body = await read_body(request)
+    if request.scope.get("query_string"):
+        raise Invalid("parameters belong in the body, not in the address", code="parameter_in_query")
+    types = request.headers.getlist("content-type")
+    if len(types) != 1 or types[0].partition(";")[0].strip().lower() != _JSON:
+        raise Invalid(f"the content type must be {_JSON}", code="content_type")
+    return _object(body, allowed)
+
+
 def key_of(request: Request, form: Form) -> str:
     """Give the idempotency key, from the header or the member ``nonce``; empty without one; raises Invalid for two."""
     header, nonce = idempotency_key(request), form.get(NONCE)
@@ -49,13 +60,17 @@ def key_of(request: Request, form: Form) -> str:
 
 
 def _members(body: bytes, allowed: frozenset[str]) -> Mapping[str, str]:
+    return {name: _text(name, member) for name, member in _object(body, allowed).items()}
+
+
+def _object(body: bytes, allowed: frozenset[str]) -> dict[str, JsonValue]:
     value = strictjson.loads(body)
     if not isinstance(value, dict) or len(value) > MAX_PARAMETERS:
         raise Invalid(f"the body is not a JSON object of at most {MAX_PARAMETERS} members", code="invalid_json")
     if not value.keys() <= allowed:
         # The name is the caller's text: it is not repeated in the answer.
         raise Invalid("a member is not known here", code="parameter_unknown")
-    return {name: _text(name, member) for name, member in value.items()}
+    return value
 
 
 def _text(name: str, value: JsonValue) -> str:

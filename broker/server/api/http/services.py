@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from broker.clock import Clock
 from broker.server.api.http.clients import Clients
 from broker.server.store.ports import Store
+from broker.server.tasks.actions import Actions
 from broker.server.tasks.approvals import Approvals
 from broker.server.tasks.assertions import Assertions
 from broker.server.tasks.changes import Changes
@@ -34,6 +35,7 @@ class HttpServices:
     assertions: Assertions
     lifecycle: Lifecycle
     changes: Changes
+    actions: Actions
     tokens: TaskTokens
     feed: Feed
     keys: TaskKeys

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from broker.server.tasks.approvals import MAX_USE_WITHIN
 from broker.server.tasks.assertion_requests import TRANSACTION
+from broker.tasks.action import MAX_OUTCOME, MAX_STEP, ActionState, Claimed
 from broker.tasks.approval import ApprovalState
 from broker.tasks.grants import GrantFormat
 from broker.tasks.task import State, Supervision
@@ -28,6 +29,17 @@ def _object(required: Mapping[str, Any], optional: Mapping[str, Any] | None = No
     return {"type": "object", "required": sorted(required), "properties": properties, **more}
 
 
+_ACTION: Final = {
+    "id": _TEXT,
+    "task": _TEXT,
+    "state": {"enum": [one.value for one in ActionState]},
+    "claimed_at": _TIME,
+    "settle_by": _TIME,
+    "settled_at": {"oneOf": [_TIME, {"type": "null"}]},
+}
+_OUTCOME: Final = {"outcome": {"description": f"any JSON of at most {MAX_OUTCOME} bytes; numbers are whole"}}
+
+
 def ref(name: str) -> dict[str, Any]:
     """Point to a component."""
     return {"$ref": f"#/components/schemas/{name}"}
@@ -40,6 +52,10 @@ KEY_SET: Final = ref("KeySet")
 METADATA: Final = ref("Metadata")
 OPENID_CONFIGURATION: Final = ref("OpenIdConfiguration")
 TASK: Final = ref("Task")
+ACTION: Final = ref("Action")
+CLAIMED_ACTION: Final = ref("ClaimedAction")
+NEW_ACTION: Final = ref("NewAction")
+SETTLEMENT: Final = ref("Settlement")
 DELEGATION: Final = ref("Delegation")
 DELEGATIONS: Final = ref("Delegations")
 NEW_DELEGATION: Final = ref("NewDelegation")
@@ -139,6 +155,7 @@ COMPONENTS: Final[Mapping[str, Any]] = {
             "requested_token_types_supported": _TEXTS,
             "revocation_end_values_supported": _TEXTS,
             "tasks_endpoint": _URI,
+            "actions_endpoint": _URI,
             "approvals_endpoint": _URI,
             "openapi_uri": _URI,
             "task_policy": _TEXT,
@@ -217,6 +234,14 @@ COMPONENTS: Final[Mapping[str, Any]] = {
         }
     ),
     "Delegations": _object({"delegations": {"type": "array", "items": ref("Delegation")}}, {"next": _TEXT}),
+    "NewAction": _object(
+        {"token": JWT, "action": _TEXT, "step": {"type": "string", "minLength": 1, "maxLength": MAX_STEP}},
+        {"identifier": _TEXT, "parameter_digest": _DIGEST, "enforced": _TEXTS},
+        additionalProperties=False,
+    ),
+    "Action": _object(_ACTION, _OUTCOME),
+    "ClaimedAction": _object({"result": {"enum": [one.value for one in Claimed]}, **_ACTION}, _OUTCOME),
+    "Settlement": _object({"state": {"enum": ["completed", "released"]}}, _OUTCOME, additionalProperties=False),
     "Approval": _object(
         {
             "id": _TEXT,

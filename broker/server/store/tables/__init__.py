@@ -2,6 +2,7 @@
 
 from typing_extensions import override
 
+from broker.server.store.tables.actions import ActionReading, ActionWriting
 from broker.server.store.tables.approvals import ApprovalReading, ApprovalWriting
 from broker.server.store.tables.authorities import AuthorityReading, AuthorityWriting
 from broker.server.store.tables.delegations import DelegationReading, DelegationWriting
@@ -39,6 +40,7 @@ class SqlReader(
     PolicyReading,
     LifeReading,
     ProofReading,
+    ActionReading,
     ApprovalReading,
 ):
     """Everything that can be read, through one connection."""
@@ -61,6 +63,7 @@ class SqlWriter(
     PolicyWriting,
     LifeWriting,
     ProofWriting,
+    ActionWriting,
     ApprovalWriting,
     Sweeping,
 ):

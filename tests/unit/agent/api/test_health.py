@@ -7,7 +7,7 @@ import pytest
 
 from broker._proto.grpc.health.v1 import health_pb2
 from broker._proto.service import Stub
-from broker.agent.listener import HEALTH, SDS, WORKLOAD
+from broker.agent.listener import ACTIONS, FEED, HEALTH, SDS, TASKS, WORKLOAD
 from tests.fakes.running_agent import estate, until
 
 SERVING, NOT_SERVING, UNKNOWN = (
@@ -19,13 +19,13 @@ SERVING, NOT_SERVING, UNKNOWN = (
 async def test_it_answers_without_a_header_and_without_an_identity() -> None:
     async with estate() as agent, agent.channel() as channel:
         stub = Stub(channel, HEALTH)
-        for service in ("", WORKLOAD.name, "broker.agent.v1.Tasks", "broker.agent.v1.Feed"):
+        for service in ("", WORKLOAD.name, TASKS.name, ACTIONS.name, FEED.name):
             assert (await stub.Check(health_pb2.HealthCheckRequest(service=service))).status == SERVING
         with pytest.raises(grpc.aio.AioRpcError) as unknown:
             await stub.Check(health_pb2.HealthCheckRequest(service="other"))
         assert unknown.value.code() == grpc.StatusCode.NOT_FOUND
         listed = await stub.List(health_pb2.HealthListRequest())
-        assert set(listed.statuses) == {"", WORKLOAD.name, "broker.agent.v1.Tasks", "broker.agent.v1.Feed", SDS.name}
+        assert set(listed.statuses) == {"", *(one.name for one in (WORKLOAD, TASKS, ACTIONS, FEED, SDS))}
         for part in ("agent-identity", "server-connection"):
             assert (await stub.Check(health_pb2.HealthCheckRequest(service=part))).status == SERVING
 

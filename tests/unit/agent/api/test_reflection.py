@@ -9,10 +9,10 @@ from google.protobuf.descriptor_pool import DescriptorPool
 
 from broker._proto.service import Stub
 from broker.agent.api import reflection
-from broker.agent.listener import ADMIN, FEED, HEALTH, SDS, TASKS, WORKLOAD
+from broker.agent.listener import ACTIONS, ADMIN, FEED, HEALTH, SDS, TASKS, WORKLOAD
 from tests.fakes.running_agent import estate
 
-PUBLIC = sorted(one.name for one in (WORKLOAD, TASKS, FEED, SDS, HEALTH, reflection.V1, reflection.V1ALPHA))
+PUBLIC = sorted(one.name for one in (WORKLOAD, TASKS, ACTIONS, FEED, SDS, HEALTH, reflection.V1, reflection.V1ALPHA))
 
 
 @pytest.mark.bears("W14", "WE-13")

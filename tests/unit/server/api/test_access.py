@@ -10,6 +10,7 @@ from broker.errors import Refused
 from broker.server.api import access
 from broker.server.api.access import METHODS, REQUESTS_IN_MESSAGES, Access, LocalPeer, Role, admit_local, name_of
 from broker.server.api.grpc import (
+    actions,
     agent,
     approvals,
     authorities,
@@ -40,6 +41,7 @@ from tests.unit.server.authority.world import DOMAIN, authority, root_der
 from tests.unit.server.identity.world import AGENT, world
 
 SERVED = {
+    actions: actions.Actions,
     agent: agent.Agent,
     approvals: approvals.Approvals,
     authorities: authorities.Authorities,

@@ -17,6 +17,7 @@ from broker.server.identity.directory import Directory
 from broker.server.store.ports import Store, Writer
 from broker.server.store.rows import Node
 from broker.server.store.stores import open_store
+from broker.server.tasks.actions import Actions
 from broker.server.tasks.admission import Starters
 from broker.server.tasks.approvals import Approvals
 from broker.server.tasks.assertions import Assertions
@@ -151,6 +152,7 @@ class Estate:
     foreign: ForeignStarters
     ends: UserEnds
     supervisor: Supervisor
+    actions: Actions
 
     def actor(self, **fields: Any) -> Actor:
         """The workload, as its node agent vouches for it."""
@@ -342,11 +344,21 @@ async def running(
                 [RemoteServer(REMOTE, frozenset({WIKI}), formats, clients={AGENT: "triage"})], audiences
             ),
         )
+        actions = Actions(
+            store=store,
+            clock=clock,
+            tokens=tokens,
+            audiences=audiences,
+            vouching=known,
+            starters=starters,
+            ids=parts["ids"],
+            refusals=refusals,
+        )
         try:
             yield Estate(
                 store, clock, oidc, keys, known, starters, subjects, exchange, assertions, Lifecycle(store, clock), changes,
                 Sessions(store, clock, known, supervisor.agent_heard), feed, refusals, tokens, audiences, counted,
-                foreign, ends, supervisor,
+                foreign, ends, supervisor, actions,
             )  # fmt: skip
         finally:
             feed.stop()

@@ -9,7 +9,7 @@ import pytest
 from broker._proto.broker.server.v1 import sessions_pb2, tasks_pb2
 from broker.errors import Conflict, Invalid, NotFound, PolicyDenied, Refused
 from broker.server.api.access import LocalPeer
-from broker.server.api.grpc import tasks as tasks_api
+from broker.server.api.grpc import vouched
 from broker.server.api.grpc.tasks import Tasks
 from broker.spiffe import BundleSet, verify_x509_svid
 from broker.transport.tls import Anonymous, SvidPeer
@@ -166,11 +166,11 @@ async def test_a_task_that_is_not_there(estate: Estate, service: Tasks) -> None:
 
 async def test_what_an_agent_says_again_is_read_once_and_is_never_another_agents_word(estate: Estate) -> None:
     said, here, elsewhere = workload(estate), agent(), agent(OTHER_NODE)
-    actor = tasks_api._vouched(said, here)
-    assert tasks_api._vouched(workload(estate), here) is actor
-    assert (actor.agent, tasks_api._vouched(said, elsewhere).agent) == (NODE, OTHER_NODE)
-    assert tasks_api._vouched(workload(estate, id="ws_2"), here).session == "ws_2"
+    actor = vouched.vouched(said, here)
+    assert vouched.vouched(workload(estate), here) is actor
+    assert (actor.agent, vouched.vouched(said, elsewhere).agent) == (NODE, OTHER_NODE)
+    assert vouched.vouched(workload(estate, id="ws_2"), here).session == "ws_2"
     with pytest.raises(Refused):
-        tasks_api._vouched(said, OPERATOR)
-    long = workload(estate, entry_id="e" * tasks_api.WORKLOAD_BYTES)
-    assert tasks_api._vouched(long, here) is not tasks_api._vouched(long, here)
+        vouched.vouched(said, OPERATOR)
+    long = workload(estate, entry_id="e" * vouched.WORKLOAD_BYTES)
+    assert vouched.vouched(long, here) is not vouched.vouched(long, here)

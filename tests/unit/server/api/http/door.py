@@ -110,6 +110,7 @@ async def open_door(estate: Estate) -> AsyncIterator[HttpDoorway]:
         assertions=estate.assertions,
         lifecycle=estate.lifecycle,
         changes=estate.changes,
+        actions=estate.actions,
         tokens=estate.tokens,
         feed=estate.feed,
         keys=estate.keys,
