@@ -23,6 +23,9 @@ class Metrics:
         )
         self.svids = Counter("broker_svids_issued", "SVIDs signed", ["kind"], registry=registry)
         self.exchanges = Counter("broker_token_exchanges", "Token exchanges", ["outcome", "reason"], registry=registry)
+        self.claims = Counter(
+            "broker_action_claims", "Claims of actions that are done once", ["result"], registry=registry
+        )
         self.ends = Counter("broker_tasks_ended", "Ends of tasks", ["cause"], registry=registry)
         self.decisions = Counter(
             "broker_policy_evaluations", "Evaluations of the policy; an error denies", ["action", "effect"], registry=registry,

@@ -9,6 +9,7 @@ import sys
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import AsyncExitStack, closing
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,18 +26,20 @@ from broker.errors import BrokerError
 from broker.sdk import Workload
 from broker.sdk.verify import Caller, TokenVerifier
 from broker.server.api.grpc import actions
+from broker.server.authority import plan
 from broker.server.failpoints import EXIT_STATUS
 from broker.server.tasks import exchange
 from broker.server.tasks.records import sha256
 from broker.tasks import issue_claims
 from broker.tasks.action import digest_of_parameters
 from broker.transport.rpc_errors import from_rpc_error
-from tests.attacks.tasks.life_rig import Life, environment_of, inhabited, living
+from tests.attacks.tasks.binding_rig import eventually, short_directory
+from tests.attacks.tasks.life_rig import Life, environment_of, inhabited, living, settings_of
 from tests.attacks.tasks.outward_rig import NEIGHBOUR, SERVICE, TICKETS, TRIAGE, Rig, rig
 from tests.fakes.oidc import OidcIssuer
 from tests.fakes.replicas import Replica, replica
 from tests.fakes.running_agent import HEADER
-from tests.integration.identity_rig import DEADLINE, Estate
+from tests.integration.identity_rig import DEADLINE, Estate, own_bundle, running
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -369,6 +372,48 @@ async def test_at_both_doors_it_is_one_step(ground_of: Estate, oidc: OidcIssuer)
             events = ("action_claimed", "action_refused", "action_settled", "action_suppressed")
             told = [(one.event, one.fields["door"]) for one in life.about(task.id, *events)]
             assert told == list(zip(events, ("agent", "https", "https", "agent"), strict=True))
+
+
+@pytest.mark.bears("RV15")
+async def test_of_two_replicas_at_once_one_lets_it_be_done(
+    oidc: OidcIssuer, postgresql: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # How long a second replica waits before it signs: nobody here looks at bundles seldom.
+    monkeypatch.setattr(plan, "AHEAD", timedelta(seconds=1))
+    with short_directory() as one, short_directory() as two:
+        async with (
+            living(Estate(one, postgresql), oidc) as life,
+            running(Estate(two, postgresql), **settings_of(oidc)) as second,
+        ):
+            life.node.trusted = await own_bundle(second)
+            agent, service = await life.agent(TRIAGE, "ws_1"), await life.agent(SERVICE, "ws_2")
+            base = f"https://127.0.0.1:{second.port}"
+            other = await life.stack.enter_async_context(
+                httpx2.AsyncClient(verify=service.tls, base_url=base, trust_env=False)
+            )
+            task = await life.start(agent)
+            wire = {"action": "ticket.read", "identifier": "4711"}
+
+            async def raced(token: str, *steps: str) -> list[str]:
+                doors = zip((service.http, other) * 3, steps, strict=True)
+                sent = (door.post("/actions", json=wire | {"token": token, "step": step}) for door, step in doors)
+                answers = await asyncio.gather(*sent)
+                return sorted(str(each.json().get("result") or each.json()["error"]) for each in answers)
+
+            token = await life.issue(agent, task.id)
+
+            async def is_known() -> bool:
+                return bool((await other.post("/introspect", data={"token": token})).json().get("active"))
+
+            await eventually(is_known)
+            for number in range(8):
+                assert await raced(token, *[f"s{number}"] * 6) == [*["action_in_progress"] * 5, "claimed"]
+            # A token for one use serves one of many steps.
+            monkeypatch.setattr(exchange, "issue_claims", partial(issue_claims, use="once"))
+            for number in range(8):
+                once = await life.issue(agent, task.id)
+                steps = [f"once {number} {each}" for each in range(6)]
+                assert await raced(once, *steps) == ["claimed", *["token_used"] * 5]
 
 
 @pytest.mark.bears("RV15")

@@ -26,8 +26,9 @@ def issuer_offers(services: HttpServices) -> Mapping[str, JsonValue]:
         "jwks_uri": f"{issuer}/keys",
         # Nobody logs in here: RFC 8414 §2 wants the member, and nothing true can stand in it.
         "response_types_supported": [],
-        # Ours: the tasks' own address, and the whole of this port for programs.
+        # Ours: the addresses of tasks and actions, and the whole of this port for programs.
         "tasks_endpoint": f"{issuer}/tasks",
+        "actions_endpoint": f"{issuer}/actions",
         "openapi_uri": f"{issuer}/openapi.json",
         # Which policy decides: the hash that stands in decisions and audit records.
         "task_policy": services.tokens.rules.hash,

@@ -21,6 +21,7 @@ async def test_metadata_names_this_issuer_and_its_endpoints(door: HttpDoorway) -
     assert body["tls_client_certificate_bound_access_tokens"] is True
     assert body["authorization_details_types_supported"] == ["agent_tool", "api"]
     assert body["response_types_supported"] == []
+    assert (body["tasks_endpoint"], body["actions_endpoint"]) == (f"{ISSUER}/tasks", f"{ISSUER}/actions")
     assert "spiffe_x509" in body["token_endpoint_auth_methods_supported"]
     for name in ("token_endpoint", "introspection_endpoint", "revocation_endpoint"):
         assert body[name].startswith(ISSUER + "/")
