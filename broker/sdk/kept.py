@@ -44,10 +44,12 @@ class KeptToken:
 
     @classmethod
     def of(cls, issued: tasks_pb2.IssuedToken, asked_at: float) -> Self | None:
-        """Read one's own new token; None where a newer broker wrote it so that nobody here could tell by what it ends."""
+        """Read one's own new token; None for one that serves once, and where a newer broker wrote it so that nobody here could tell by what it ends."""
         try:
             kid, claims = unverified_claims(issued.access_token)
         except InvalidToken:
+            return None
+        if claims.task.use is not None:
             return None
         session = None if claims.cnf is None else claims.cnf.session
         names = {claims.task.id, claims.task.root, claims.sub, str(claims.client_id), claims.aud.text, session or ""}

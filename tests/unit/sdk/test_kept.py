@@ -188,3 +188,11 @@ def test_what_cannot_be_read_is_not_kept_and_nothing_shows_it() -> None:
     assert token.text not in repr(token)
     for text in ("opaque", here.key.token({"sub": "usr_1"})):
         assert KeptToken.of(tasks_pb2.IssuedToken(access_token=text), 0) is None
+
+
+def test_what_serves_once_is_not_kept() -> None:
+    here = Holding()
+    said = here.made().claims
+    once = replace(said, task=replace(said.task, use="once"))
+    text = here.key.token(once.to_payload())
+    assert KeptToken.of(tasks_pb2.IssuedToken(access_token=text), 0) is None
