@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator, Awaitable
 from contextlib import AsyncExitStack, closing
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -279,7 +278,7 @@ async def test_another_service_neither_claims_nor_settles(scene: Scene) -> None:
 @pytest.mark.bears("RV15")
 async def test_a_token_for_one_use_serves_one_action(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     await scene.token()
-    monkeypatch.setattr(exchange, "issue_claims", partial(issue_claims, use="once"))
+    monkeypatch.setattr(exchange, "issue_claims", lambda *a, **k: issue_claims(*a, **(k | {"use": "once"})))
     caller = await scene.caller()
     # To look at it alone would let it be shown again and again.
     assert await refused(caller.check("ticket.write")) == "single_use"
@@ -409,7 +408,7 @@ async def test_of_two_replicas_at_once_one_lets_it_be_done(
             for number in range(8):
                 assert await raced(token, *[f"s{number}"] * 6) == [*["action_in_progress"] * 5, "claimed"]
             # A token for one use serves one of many steps.
-            monkeypatch.setattr(exchange, "issue_claims", partial(issue_claims, use="once"))
+            monkeypatch.setattr(exchange, "issue_claims", lambda *a, **k: issue_claims(*a, **(k | {"use": "once"})))
             for number in range(8):
                 once = await life.issue(agent, task.id)
                 steps = [f"once {number} {each}" for each in range(6)]
