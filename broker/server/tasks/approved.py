@@ -67,6 +67,12 @@ class Approving:
     standing: Standing
     ids: Ids
 
+    def require_open(self, task: Task, grant: Grant, now: datetime) -> None:
+        """Refuse what the policy denies, whoever would approve it; raises DeniedByPolicy."""
+        decision = self.rules.may_issue(task, grant.audience.resource, grant.authority, now)
+        if decision.effect is Effect.DENY:
+            decision.require()
+
     def permit(
         self,
         writer: Writer,
