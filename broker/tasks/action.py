@@ -21,8 +21,9 @@ from broker.spiffe.jose import b64url_encode
 from broker.tasks.authority import ACTION
 from broker.tasks.claims import TaskClaims
 from broker.tasks.constraints import MAX_TEXT
+from broker.tasks.reference import ONCE
 from broker.tasks.resource import Resource
-from broker.tasks.texts import DIGEST, check_digest, check_id
+from broker.tasks.texts import DIGEST, check_id
 
 MAX_STEP: Final = 255
 """Longest name of a step, in characters: as an idempotency key."""
@@ -200,21 +201,13 @@ def digest_of_parameters(parameters: object) -> str:
 
 def is_single_use(claims: TaskClaims) -> bool:
     """Tell whether a token serves one action and no other."""
-    return claims.task.use == "once"
-
-
-def bound_parameters(claims: TaskClaims) -> str | None:
-    """Give the digest of the parameters that a token is for; None: whatever they are."""
-    return claims.task.parameter_digest
+    return claims.task.use == ONCE
 
 
 def require_parameters(claims: TaskClaims, intent: Intent) -> None:
     """Refuse parameters that the token is not for; raises Refused (``parameters_mismatch``)."""
-    bound = bound_parameters(claims)
-    if bound is None:
-        return
-    check_digest(bound, "token's parameter digest")
-    if bound != intent.parameter_digest:
+    bound = claims.task.parameter_digest
+    if bound is not None and bound != intent.parameter_digest:
         raise Refused(
             "the token is for this action with other parameters",
             code="parameters_mismatch",

@@ -9,7 +9,9 @@ from broker.tasks.task import MAX_ACT_DEPTH
 
 MAX_EPOCH: Final = 2**53 - 1
 """Largest epoch: the largest whole number that every JSON reader keeps."""
-USES: Final = frozenset({"once"})
+ONCE: Final = "once"
+"""What ``task.use`` says of a token for one use."""
+USES: Final = frozenset({ONCE})
 """What ``task.use`` may say; absent means any number of uses within the token's life."""
 
 _TASK_REQUIRED: Final = frozenset({"id", "root", "epoch", "hop", "purpose", "authority_hash"})

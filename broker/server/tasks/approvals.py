@@ -6,27 +6,25 @@ a yes back, and never say yes: they are not people that a record could name. Eve
 (:mod:`broker.server.tasks.approved`).
 """
 
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Final, TypeVar
+from typing import Final
 
 from broker.clock import Clock
-from broker.errors import BrokerError, Invalid, InvalidToken, NotFound, Refused, Unavailable
+from broker.errors import BrokerError, Invalid, NotFound, Refused, Unavailable
 from broker.server.store.approval_ports import ApprovalFilter, ApprovalPage
 from broker.server.store.ports import Reader, Store, Writer
 from broker.server.tasks import approval_records
 from broker.server.tasks.approved import may_decide
 from broker.server.tasks.lifecycle import revoke_token
+from broker.server.tasks.people import Capacity, People
 from broker.server.tasks.policy.rules import Rules
 from broker.server.tasks.refusals import Refusals
 from broker.server.tasks.standing import Standing
-from broker.server.tasks.subjects import LEEWAY, Subject, Subjects
+from broker.server.tasks.subjects import Subject, Subjects
 from broker.tasks import require_lineage_active
 from broker.tasks.approval import Approval, ApprovalState, Verdict, decide, require_other, withdraw
 from broker.tasks.texts import ID, check_purpose
-
-T = TypeVar("T")
 
 USE_WITHIN: Final = 300
 """Seconds in which a yes may be used, where the person says nothing: the agent asks every few seconds."""
@@ -52,6 +50,17 @@ class Saying:
             raise Invalid(f"use_within is not 0 to {MAX_USE_WITHIN} seconds", code="invalid_approval")
 
 
+CAPACITY: Final = Capacity(
+    clients=lambda issuer: issuer.approval_clients,
+    max_age=lambda issuer: issuer.approval_max_age,
+    stranger=lambda: Refused(
+        "a token of this client decides no approvals",
+        code="approval_client",
+        hint="only a client named in approval_clients under [[server.subjects]] does: never an agent's",
+    ),
+)
+
+
 class Approvals:
     """The use cases, for every door."""
 
@@ -67,7 +76,7 @@ class Approvals:
     ) -> None:
         self._store = store
         self._clock = clock
-        self._subjects = subjects
+        self._people = People(subjects, clock, CAPACITY, self._note)
         self._standing = standing
         self._refusals = refusals
         self._rules = rules
@@ -91,7 +100,7 @@ class Approvals:
 
             return await self._store.read(query)
 
-        return await self._as_person(token, page, by=by)
+        return await self._people.act(token, page, by=by)
 
     async def shown(self, token: str, approval_id: str, *, by: str = "") -> Approval:
         """Give one to whom it is done for, to who decided it and to who may; NotFound to everybody else."""
@@ -99,7 +108,7 @@ class Approvals:
         async def found(subject: Subject) -> Approval:
             return await self._store.read(lambda reader: self._visible(reader, Saying(approval_id), subject))
 
-        return await self._as_person(token, found, by=by)
+        return await self._people.act(token, found, by=by)
 
     async def approve(self, token: str, saying: Saying, *, by: str = "") -> Approval:
         """Say yes; saying it twice is fine.
@@ -115,7 +124,7 @@ class Approvals:
         async def approved(subject: Subject) -> Approval:
             return await self._store.write(lambda writer: self._approve(writer, subject, saying))
 
-        return await self._as_person(token, approved, by=by, fresh=True)
+        return await self._people.act(token, approved, by=by, fresh=True)
 
     async def deny(self, token: str, saying: Saying, *, by: str = "") -> Approval:
         """Say no; also whom it is done for may. Raises as :meth:`approve`."""
@@ -127,7 +136,7 @@ class Approvals:
 
             return await self._store.write(act)
 
-        return await self._as_person(token, denied, by=by)
+        return await self._people.act(token, denied, by=by)
 
     async def withdraw(self, token: str, saying: Saying, *, by: str = "") -> Approval:
         """Take back a yes: what it permitted is dead at once. Raises as :meth:`approve`; Conflict where there was no yes."""
@@ -139,7 +148,7 @@ class Approvals:
 
             return await self._store.write(act)
 
-        return await self._as_person(token, withdrawn, by=by)
+        return await self._people.act(token, withdrawn, by=by)
 
     async def refused(self, error: BrokerError, *, user: str = "", by: str = "") -> None:
         """Record that somebody was refused here; ``user`` empty: it is not known who. A store that is away refused nobody."""
@@ -180,42 +189,8 @@ class Approvals:
 
     # ---- inside
 
-    async def _as_person(
-        self, token: str, act: Callable[[Subject], Awaitable[T]], *, by: str, fresh: bool = False
-    ) -> T:
-        """Do what the person of a token asks for; whatever is refused of it is on record."""
-        user = ""
-        try:
-            subject = await self._subjects.verify(token)
-            user = subject.user
-            self._require_person(subject, fresh=fresh)
-            return await act(subject)
-        except BrokerError as error:
-            await self.refused(error, user=user, by=by)
-            raise
-
-    def _require_person(self, subject: Subject, *, fresh: bool) -> None:
-        """Refuse a token that was given to a client through which nobody decides, or long after the sign-in."""
-        issuer = self._subjects.issuer(subject.issuer)
-        if issuer is None or subject.party not in issuer.approval_clients:
-            raise Refused(
-                "a token of this client decides no approvals",
-                code="approval_client",
-                hint="only a client named in approval_clients under [[server.subjects]] does: never an agent's",
-            )
-        if not fresh:
-            return
-        now = self._clock.now()
-        oldest = now - timedelta(seconds=issuer.approval_max_age)
-        if subject.auth_time is None or not oldest <= subject.auth_time <= now + timedelta(seconds=LEEWAY):
-            # RFC 9470: what the application asks the issuer for.
-            raise Refused(
-                "the person has not signed in just now",
-                code="insufficient_user_authentication",
-                hint=f"have the person sign in again, with max_age={issuer.approval_max_age}",
-            )
-        if subject.expires_at <= now:
-            raise InvalidToken("the user token has expired", code="subject_expired", hint="get a new one")
+    async def _note(self, error: BrokerError, user: str, by: str) -> None:
+        await self.refused(error, user=user, by=by)
 
     def _approve(self, writer: Writer, subject: Subject, saying: Saying) -> Approval:
         now = self._clock.now()

@@ -14,7 +14,7 @@ from broker.errors import PolicyDenied, Refused
 from broker.server.store.ports import Reader, Writer
 from broker.server.tasks import approval_records
 from broker.server.tasks.admission import Admitted
-from broker.server.tasks.decision import ONCE, ONCE_TTL, Grant
+from broker.server.tasks.decision import ONCE_TTL, Grant
 from broker.server.tasks.ids import Ids
 from broker.server.tasks.policy.asked import Action
 from broker.server.tasks.policy.decision import Decision, Effect
@@ -32,6 +32,7 @@ from broker.tasks.approval import (
     require_other,
     use,
 )
+from broker.tasks.reference import ONCE
 
 WAIT: Final = timedelta(hours=1)
 """How long a person has to decide: what was asked for longer ago is asked for anew, as things are then."""
@@ -42,7 +43,7 @@ PREFIX: Final = "apr"
 
 @dataclass(frozen=True, slots=True)
 class Permission:
-    """What may be granted, by which decision, and on which yes, None where no person had to be asked."""
+    """What may be granted, by which decision, and on which yes, None where no person had to be asked, or none was yet."""
 
     grant: Grant
     decision: Decision
@@ -67,39 +68,37 @@ class Approving:
     standing: Standing
     ids: Ids
 
-    def require_open(self, task: Task, grant: Grant, now: datetime) -> None:
-        """Refuse what the policy denies, whoever would approve it; raises DeniedByPolicy."""
+    def judge(self, task: Task, grant: Grant, now: datetime) -> Permission:
+        """Ask the policy: it allows what is granted, or would if a person approved it; else raises DeniedByPolicy."""
         decision = self.rules.may_issue(task, grant.audience.resource, grant.authority, now)
-        if decision.effect is Effect.DENY:
+        if decision.effect is not Effect.APPROVAL or not self.rules.may_begin(task).is_allowed:
             decision.require()
+        return Permission(grant, decision)
 
     def permit(
         self,
         writer: Writer,
         admitted: Admitted,
         lineage: Sequence[Task],
-        grant: Grant,
+        asked: Permission,
         now: datetime,
         *,
         issued: str | None = None,
     ) -> Permission | ApprovalPending:
         """Say what may be granted, or that a person has to decide: then what is written stands, and the error is told after the commit.
 
-        ``issued`` is the token that the same request was given before, under its idempotency key. Raises DeniedByPolicy,
-        PolicyDenied (``approval_denied``, ``too_many_approvals``).
+        ``asked`` is what :meth:`judge` gave; ``issued`` is the token that the same request was given before, under its idempotency key.
+        Raises DeniedByPolicy, PolicyDenied (``approval_denied``, ``too_many_approvals``).
         """
-        task = lineage[-1]
-        decision = self.rules.may_issue(task, grant.audience.resource, grant.authority, now)
-        if decision.effect is not Effect.APPROVAL or not self.rules.may_begin(task).is_allowed:
-            return Permission(grant, decision.require())
+        if asked.decision.is_allowed:
+            return asked
         if issued is not None:
-            return Permission(grant, _of_token(writer, issued, decision).require())
-        wanted = _wanted(admitted, lineage, grant)
+            return replace(asked, decision=_of_token(writer, issued, asked.decision).require())
+        task, wanted = lineage[-1], _wanted(admitted, lineage, asked.grant)
         known = writer.latest_approval(task.id, wanted.digest)
-        asked = Permission(grant, decision)
         if known is not None and (answer := self._answer(writer, task, known, asked, now)) is not None:
             return answer
-        return self._ask(writer, wanted, task.purpose, decision, now)
+        return self._ask(writer, wanted, task.purpose, asked.decision, now)
 
     def _answer(
         self, writer: Writer, task: Task, known: Approval, asked: Permission, now: datetime
@@ -227,6 +226,3 @@ def _asked_again(writer: Writer, known: Approval, now: datetime) -> ApprovalPend
         return ApprovalPending(known, too_soon=True)
     writer.replace_approval(replace(known, asked_at=now), was=ApprovalState.PENDING)
     return ApprovalPending(known)
-
-
-__all__ = ["Approving", "Permission", "judge_token", "may_decide"]

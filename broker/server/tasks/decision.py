@@ -21,6 +21,7 @@ from broker.server.tasks.standing import StandingWord
 from broker.server.tasks.subjects import Subject
 from broker.tasks import Authority, Confirmation
 from broker.tasks.lineage import require_lineage_active, start_child, start_task
+from broker.tasks.reference import ONCE
 from broker.tasks.task import Supervision, Task
 
 
@@ -34,10 +35,8 @@ class Policy:
     detail_types: DetailTypes = field(default_factory=DetailTypes)
 
 
-ONCE: Final = "once"
-"""What ``task.use`` says of a token for one use."""
 ONCE_TTL: Final = timedelta(seconds=60)
-"""Longest life of such a token: it is asked for when the call is made."""
+"""Longest life of a token for one use: it is asked for when the call is made."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,24 +5,24 @@ after the user signed in; no identity of a workload makes one, whatever token it
 token itself permits. Its end is one row, and a stop that ends its tasks.
 """
 
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Final, TypeVar
+from typing import Final
 
 from broker.clock import Clock
-from broker.errors import BrokerError, Invalid, InvalidToken, NotFound, PolicyDenied, Refused, Unavailable
+from broker.errors import BrokerError, Invalid, NotFound, PolicyDenied, Refused, Unavailable
 from broker.server.store.ports import Reader, Store, Writer
 from broker.server.store.user_rows import DelegationPage
 from broker.server.tasks import user_records
 from broker.server.tasks.answers import Answers, digest_of, spent
 from broker.server.tasks.decision import Policy
 from broker.server.tasks.ids import Ids
+from broker.server.tasks.people import Capacity, People
 from broker.server.tasks.refusals import Refusals
 from broker.server.tasks.requests import check_key, unmetered
 from broker.server.tasks.standing import Standing
 from broker.server.tasks.stops import Stopped, Stops, stop
-from broker.server.tasks.subjects import LEEWAY, Subject, Subjects
+from broker.server.tasks.subjects import Subject, Subjects
 from broker.spiffe import strictjson
 from broker.spiffe.strictjson import JsonValue
 from broker.tasks import Authority, Cause
@@ -30,8 +30,6 @@ from broker.tasks.standing import AgentPattern, StandingDelegation, read_agents
 from broker.tasks.stop import Stop, StopKind
 from broker.tasks.task import MAX_ACT_DEPTH
 from broker.tasks.texts import ID, check_purpose
-
-T = TypeVar("T")
 
 MAX_LIFE: Final = 366 * 86400
 """Seconds: a year. What nobody has looked at for longer is nobody's wish any more."""
@@ -92,6 +90,17 @@ class Terms:
         return digest_of("delegate", subject, self.authority.text(), agents, self.purpose, *numbers)
 
 
+CAPACITY: Final = Capacity(
+    clients=lambda issuer: issuer.delegation_clients,
+    max_age=lambda issuer: issuer.delegation_max_age,
+    stranger=lambda: Refused(
+        "a token of this client makes no standing delegations",
+        code="delegation_client",
+        hint="only a client named in delegation_clients under [[server.subjects]] does: never an agent's",
+    ),
+)
+
+
 class Delegations:
     """The use cases, for every door."""
 
@@ -109,7 +118,7 @@ class Delegations:
     ) -> None:
         self._store = store
         self._clock = clock
-        self._subjects = subjects
+        self._people = People(subjects, clock, CAPACITY, self._note)
         self._standing = standing
         self._stops = stops
         self._refusals = refusals
@@ -132,7 +141,7 @@ class Delegations:
             check_key(key)
             return await self._store.write(lambda writer: self._create(writer, subject, terms, key))
 
-        return await self._as_maker(token, made, by=by, fresh=True)
+        return await self._people.act(token, made, by=by, fresh=True)
 
     async def withdraw(self, token: str, delegation_id: str, *, by: str = "") -> StandingDelegation:
         """End one of the user's own, with its tasks; ending it twice is fine. Raises NotFound, and as :meth:`create`."""
@@ -140,7 +149,7 @@ class Delegations:
         async def ended(subject: Subject) -> StandingDelegation:
             return await self._end(delegation_id, by=subject.user, subject=subject)
 
-        return await self._as_maker(token, ended, by=by)
+        return await self._people.act(token, ended, by=by)
 
     async def own(self, token: str, delegation_id: str, *, by: str = "") -> StandingDelegation:
         """Give one of the user's own; raises NotFound, and as :meth:`create`."""
@@ -148,7 +157,7 @@ class Delegations:
         async def found(subject: Subject) -> StandingDelegation:
             return await self._store.read(lambda reader: self._own(reader, subject, delegation_id))
 
-        return await self._as_maker(token, found, by=by)
+        return await self._people.act(token, found, by=by)
 
     async def list_own(self, token: str, *, after: str | None = None, limit: int = 100, by: str = "") -> DelegationPage:
         """Give a page of the user's own, oldest first; raises Invalid, and as :meth:`create`."""
@@ -160,7 +169,7 @@ class Delegations:
 
             return await self._store.read(query)
 
-        return await self._as_maker(token, page, by=by)
+        return await self._people.act(token, page, by=by)
 
     async def refused(self, error: BrokerError, *, user: str = "", by: str = "") -> None:
         """Record that somebody was refused here; ``user`` empty: it is not known who. A store that is away refused nobody."""
@@ -188,40 +197,8 @@ class Delegations:
 
     # ---- inside
 
-    async def _as_maker(self, token: str, act: Callable[[Subject], Awaitable[T]], *, by: str, fresh: bool = False) -> T:
-        """Do what the user of a token asks for; whatever is refused of it is on record."""
-        user = ""
-        try:
-            subject = await self._subjects.verify(token)
-            user = subject.user
-            self._require_maker(subject, fresh=fresh)
-            return await act(subject)
-        except BrokerError as error:
-            await self.refused(error, user=user, by=by)
-            raise
-
-    def _require_maker(self, subject: Subject, *, fresh: bool) -> None:
-        """Refuse a token that was given to a client which makes no delegations, or long after the sign-in."""
-        issuer = self._subjects.issuer(subject.issuer)
-        if issuer is None or subject.party not in issuer.delegation_clients:
-            raise Refused(
-                "a token of this client makes no standing delegations",
-                code="delegation_client",
-                hint="only a client named in delegation_clients under [[server.subjects]] does: never an agent's",
-            )
-        if not fresh:
-            return
-        now = self._clock.now()
-        oldest = now - timedelta(seconds=issuer.delegation_max_age)
-        if subject.auth_time is None or not oldest <= subject.auth_time <= now + timedelta(seconds=LEEWAY):
-            # RFC 9470: what the application asks the issuer for.
-            raise Refused(
-                "the user has not signed in just now",
-                code="insufficient_user_authentication",
-                hint=f"have the user sign in again, with max_age={issuer.delegation_max_age}",
-            )
-        if subject.expires_at <= now:
-            raise InvalidToken("the user token has expired", code="subject_expired", hint="get a new one")
+    async def _note(self, error: BrokerError, user: str, by: str) -> None:
+        await self.refused(error, user=user, by=by)
 
     def _create(self, writer: Writer, subject: Subject, terms: Terms, key: str) -> StandingDelegation:
         now = self._clock.now()

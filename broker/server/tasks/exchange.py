@@ -228,10 +228,10 @@ class Exchange:
         digest = request.idempotency_key and digest_of("issue", subject, request.task_id, *_token_parts(request), *by)
         answers = Answers(writer, owner=admitted.owner, key=request.idempotency_key, digest=digest, now=now)
         # The policy's no comes before what the key remembers: a repetition is told why.
-        self._approving.require_open(lineage[-1], grant, now)
+        asked = self._approving.judge(lineage[-1], grant, now)
         kept = answers.recall_claims()
         issued = None if kept is None else TaskClaims.parse(kept).jti
-        permission = self._approving.permit(writer, admitted, lineage, grant, now, issued=issued)
+        permission = self._approving.permit(writer, admitted, lineage, asked, now, issued=issued)
         if isinstance(permission, ApprovalPending):
             return permission
         if kept is not None:

@@ -20,7 +20,6 @@ from broker.tasks.action import (
     ActionState,
     Claimed,
     Intent,
-    bound_parameters,
     digest_of_parameters,
     effective_action_state,
     is_single_use,
@@ -240,9 +239,9 @@ class TestOutcome:
 
 
 class TestTokens:
-    def test_no_token_is_for_certain_parameters_yet(self) -> None:
+    def test_the_usual_one_serves_whatever_and_as_often_as_it_lives(self) -> None:
         known = claims(task())
-        assert bound_parameters(known) is None and not is_single_use(known)
+        assert not is_single_use(known)
         require_parameters(known, intent())
         assert is_single_use(replace(known, task=replace(known.task, use="once")))
 
@@ -251,10 +250,11 @@ class TestTokens:
         assert digest_of_parameters({"a": 1}) != digest_of_parameters({"a": "1"})
         intent(parameter_digest=digest_of_parameters({"amount": "12.50"}))
 
-    def test_those_that_it_is_for_must_be_these(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("broker.tasks.action.bound_parameters", lambda _: digest_of_parameters({"a": 1}))
-        require_parameters(claims(task()), intent(parameter_digest=digest_of_parameters({"a": 1})))
+    def test_those_that_it_is_for_must_be_these(self) -> None:
+        known = claims(task())
+        bound = replace(known, task=replace(known.task, parameter_digest=digest_of_parameters({"a": 1})))
+        require_parameters(bound, intent(parameter_digest=digest_of_parameters({"a": 1})))
         for other in (None, digest_of_parameters({"a": 2})):
             with pytest.raises(Refused) as caught:
-                require_parameters(claims(task()), intent(parameter_digest=other))
+                require_parameters(bound, intent(parameter_digest=other))
             assert caught.value.reason == "parameters_mismatch"

@@ -2,10 +2,9 @@
 
 # ruff: noqa: S608 - the texts are put together from constants of this module only
 
-import re
 from typing import Final
 
-from broker.errors import Conflict, Invalid
+from broker.errors import Conflict
 from broker.server.store.approval_ports import ApprovalFilter, ApprovalPage
 from broker.server.store.sql import (
     Duplicate,
@@ -19,6 +18,7 @@ from broker.server.store.sql import (
     read_list,
     text_list,
 )
+from broker.server.store.tables.places import place_after, place_of
 from broker.spiffe import strictjson
 from broker.tasks.approval import Approval, ApprovalState, Wanted
 from broker.tasks.delegation import Delegation
@@ -45,7 +45,6 @@ _MOVE: Final = (
     "UPDATE approvals SET asked_at = ?, state = ?, decided_at = ?, decided_by = ?, approver = ?, reason = ?,"
     " approved_until = ?, used_at = ?, jti = ? WHERE id = ? AND state = ?"
 )
-_PLACE: Final = re.compile(r"(?P<created>[0-9]{1,17})\.(?P<id>[A-Za-z0-9_-]{1,128})")
 
 
 class ApprovalReading(SqlTables):
@@ -72,9 +71,9 @@ class ApprovalReading(SqlTables):
         """Give a page, oldest first; Invalid(code="invalid_page_token") for a token not ours."""
         size = max(1, min(limit, MAX_PAGE))
         text, values = _narrowed(wanted)
-        rows = self._sql.rows(_LIST + text + _IN_ORDER, (*_place(after), *values, size + 1))
+        rows = self._sql.rows(_LIST + text + _IN_ORDER, (*place_after(after), *values, size + 1))
         page = tuple(map(_read, rows[:size]))
-        return ApprovalPage(page, f"{micros(page[-1].created_at)}.{page[-1].id}" if len(rows) > size else None)
+        return ApprovalPage(page, place_of(page[-1].created_at, page[-1].id) if len(rows) > size else None)
 
 
 class ApprovalWriting(ApprovalReading):
@@ -152,15 +151,6 @@ def _narrowed(wanted: ApprovalFilter) -> tuple[str, list[Value]]:
             text += " AND state = ?"
             values.append(state)
     return text, values
-
-
-def _place(after: str | None) -> tuple[int, str]:
-    if after is None:
-        return -1, ""
-    match = _PLACE.fullmatch(after)
-    if match is None:
-        raise Invalid("the page token is not one of ours", code="invalid_page_token")
-    return int(match["created"]), match["id"]
 
 
 def _first(row: Row | None) -> Approval | None:

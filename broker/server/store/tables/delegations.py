@@ -2,12 +2,12 @@
 
 # ruff: noqa: S608 - the texts are put together from constants of this module only
 
-import re
 from datetime import datetime
 from typing import Final
 
-from broker.errors import Conflict, Invalid
+from broker.errors import Conflict
 from broker.server.store.sql import Duplicate, Row, SqlTables, Value, micros, moment, moment_or_none
+from broker.server.store.tables.places import place_after, place_of
 from broker.server.store.user_rows import DelegationPage
 from broker.spiffe import strictjson
 from broker.tasks.causes import Cause
@@ -24,7 +24,6 @@ _IN_ORDER: Final = " ORDER BY created_at, id LIMIT ?"
 _STANDING: Final = f"SELECT {_COLUMNS} FROM delegations WHERE user_id = ? AND ended_at IS NULL ORDER BY created_at, id"
 _ADD: Final = f"INSERT INTO delegations ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
 _END: Final = "UPDATE delegations SET ended_at = ?, cause = ? WHERE id = ? AND ended_at IS NULL"
-_PLACE: Final = re.compile(r"(?P<created>[0-9]{1,17})\.(?P<id>[A-Za-z0-9_-]{1,128})")
 
 
 class DelegationReading(SqlTables):
@@ -38,14 +37,14 @@ class DelegationReading(SqlTables):
     def list_delegations(self, user: str | None, *, after: str | None = None, limit: int = 100) -> DelegationPage:
         """Give a page, of one user or of all, oldest first; Invalid for a page token that is not ours."""
         size = max(1, min(limit, MAX_PAGE))
-        values: list[Value] = [*_place(after)]
+        values: list[Value] = [*place_after(after)]
         text = _LIST
         if user is not None:
             text += _OF_USER
             values.append(user)
         rows = self._sql.rows(text + _IN_ORDER, (*values, size + 1))
         page = tuple(map(_read, rows[:size]))
-        return DelegationPage(page, f"{micros(page[-1].created_at)}.{page[-1].id}" if len(rows) > size else None)
+        return DelegationPage(page, place_of(page[-1].created_at, page[-1].id) if len(rows) > size else None)
 
     def standing_of(self, user: str) -> tuple[StandingDelegation, ...]:
         """Give those of one user that were not withdrawn."""
@@ -76,15 +75,6 @@ class DelegationWriting(DelegationReading):
     def end_delegation(self, delegation_id: str, cause: Cause, at: datetime) -> StandingDelegation | None:
         """End and give it; None when it is unknown or had ended before."""
         return self.delegation(delegation_id) if self._sql.run(_END, (micros(at), cause, delegation_id)) else None
-
-
-def _place(after: str | None) -> tuple[int, str]:
-    if after is None:
-        return -1, ""
-    match = _PLACE.fullmatch(after)
-    if match is None:
-        raise Invalid("the page token is not one of ours", code="invalid_page_token")
-    return int(match["created"]), match["id"]
 
 
 def _read(row: Row) -> StandingDelegation:

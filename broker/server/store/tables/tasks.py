@@ -7,11 +7,10 @@ as a whole the tree's end tells (:mod:`broker.server.store.tables.tree_ends`): w
 
 # ruff: noqa: S608 - the texts are put together from constants of this module only
 
-import re
 from datetime import datetime
 from typing import Final
 
-from broker.errors import Conflict, Invalid, NotFound
+from broker.errors import Conflict, NotFound
 from broker.server.store.rows import TaskFilter, TaskPage
 from broker.server.store.sql import (
     Dangling,
@@ -26,6 +25,7 @@ from broker.server.store.sql import (
     moment_or_none,
 )
 from broker.server.store.tables.known import Remembered
+from broker.server.store.tables.places import place_after, place_of
 from broker.server.store.tables.tree_ends import (
     LIVING,
     READ_CAUSE,
@@ -80,7 +80,6 @@ _BUMP: Final = (
 KEPT_PARSED: Final = 4_096
 """Tasks, authorities and delegations kept parsed per connection: the busy ones are read again and again."""
 NO_HISTORY: Final = "[]"
-_PAGE_TOKEN: Final = re.compile(r"(?P<created>[0-9]{1,17})\.(?P<id>.{1,255})", re.DOTALL)
 
 
 class TaskReading(SqlTables):
@@ -141,14 +140,14 @@ class TaskReading(SqlTables):
     def list_tasks(self, wanted: TaskFilter, *, after: str | None = None, limit: int = 100) -> TaskPage:
         """Give a page, oldest first; Invalid(code="invalid_page_token") for a token that is not ours."""
         size = max(1, min(limit, MAX_PAGE))
-        text, values = _LIST, list[Value](_place(after))
+        text, values = _LIST, list[Value](place_after(after))
         for condition, value in _conditions(wanted):
             text += f" AND {condition}"
             values += value
         # One more than asked for tells whether there is a next page.
         rows = self._sql.rows(text + _IN_ORDER, (*values, size + 1))
         tasks = tuple(self._read(row) for row in rows[:size])
-        return TaskPage(tasks, f"{micros(tasks[-1].created_at)}.{tasks[-1].id}" if len(rows) > size else None)
+        return TaskPage(tasks, place_of(tasks[-1].created_at, tasks[-1].id) if len(rows) > size else None)
 
     def root_epoch(self, root: str) -> int:
         """Give the epoch of a task tree; 0 until the first end in it."""
@@ -219,15 +218,6 @@ class TaskWriting(TaskReading, TreeEnding):
         except Dangling:
             raise NotFound("there is no such task") from None
         return self.root_epoch(root)
-
-
-def _place(after: str | None) -> tuple[int, str]:
-    if after is None:
-        return -1, ""
-    match = _PAGE_TOKEN.fullmatch(after)
-    if match is None:
-        raise Invalid("the page token is not one of ours", code="invalid_page_token")
-    return int(match["created"]), match["id"]
 
 
 def _conditions(wanted: TaskFilter) -> list[tuple[str, list[Value]]]:

@@ -6,13 +6,13 @@ user, and judged again by whoever asked.
 
 # ruff: noqa: S608 - the texts are put together from constants of this module only
 
-import re
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Final
 
 from broker.errors import Invalid
 from broker.server.store.sql import Row, Value, micros, moment
+from broker.server.store.tables.places import place_after, place_of
 from broker.server.store.tables.tasks import SELECT_LIVING, TaskReading
 from broker.server.store.tables.tree_ends import LIVING
 from broker.server.store.user_rows import LivingPage, LivingTasks, UserLease, UserSession
@@ -63,7 +63,6 @@ _END_OF_USER: Final = (
 _HAS: Final = f"SELECT 1 FROM tasks WHERE user_id = ? AND {LIVING} LIMIT 1 OFFSET ?"
 SEEN_AGAIN: Final = timedelta(minutes=1)
 """How long a session counts as just seen: sessions are kept for weeks, and every exchange with a user's token sees one."""
-_PLACE: Final = re.compile(r"(?P<created>[0-9]{1,17})\.(?P<id>.{1,255})", re.DOTALL)
 
 
 class UserReading(TaskReading):
@@ -103,7 +102,7 @@ class UserReading(TaskReading):
 
     def living_tasks(self, wanted: LivingTasks, *, after: str | None = None, limit: int) -> LivingPage:
         """Give a page of tasks that have not ended, oldest first; Invalid for a search without a limit."""
-        text, values = _LIVING, list[Value](_place(after))
+        text, values = _LIVING, list[Value](place_after(after))
         for condition, value in _conditions(wanted):
             text += condition
             values.append(value)
@@ -111,7 +110,7 @@ class UserReading(TaskReading):
             text += " AND depth = 0"
         rows = self._sql.rows(f"{text} ORDER BY created_at, id LIMIT ?", (*values, limit + 1))
         tasks = tuple(self._read(row) for row in rows[:limit])
-        return LivingPage(tasks, f"{micros(tasks[-1].created_at)}.{tasks[-1].id}" if len(rows) > limit else None)
+        return LivingPage(tasks, place_of(tasks[-1].created_at, tasks[-1].id) if len(rows) > limit else None)
 
 
 class UserWriting(UserReading):
@@ -180,15 +179,6 @@ def _conditions(wanted: LivingTasks) -> list[tuple[str, Value]]:
     if not conditions:
         raise Invalid("a search for tasks names nothing", code="invalid_search")
     return conditions
-
-
-def _place(after: str | None) -> tuple[int, str]:
-    if after is None:
-        return -1, ""
-    match = _PLACE.fullmatch(after)
-    if match is None:
-        raise Invalid("the page token is not one of ours", code="invalid_page_token")
-    return int(match["created"]), match["id"]
 
 
 def _read_stop(row: Row) -> Stop:

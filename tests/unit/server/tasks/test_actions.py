@@ -43,8 +43,8 @@ def request(token: str, **fields: Any) -> ClaimRequest:
     return ClaimRequest(**{"token": token, "action": "ticket.write", "step": "s1", "identifier": "4711"} | fields)
 
 
-async def token_of(estate: Estate, task: Task) -> str:
-    return (await estate.issue(task)).access_token
+async def token_of(estate: Estate, task: Task, **fields: Any) -> str:
+    return (await estate.issue(task, **fields)).access_token
 
 
 async def claim(estate: Estate, token: str, who: Actor | None = None, **fields: Any) -> ClaimedAction:
@@ -210,11 +210,8 @@ class TestTokens:
         assert await refused(claim(estate, token)) == "action_in_progress"
         assert (await claim(estate, token, step="s2")).result is Claimed.NOW
 
-    async def test_one_that_is_for_certain_parameters(
-        self, estate: Estate, task: Task, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr("broker.tasks.action.bound_parameters", lambda _: HASH)
-        token = await token_of(estate, task)
+    async def test_one_that_is_for_certain_parameters(self, estate: Estate, task: Task) -> None:
+        token = await token_of(estate, task, parameter_digest=HASH)
         for other in (OTHER_HASH, None):
             assert await refused(claim(estate, token, parameter_digest=other)) == "parameters_mismatch"
         assert (await claim(estate, token, parameter_digest=HASH)).result is Claimed.NOW
